@@ -1,0 +1,79 @@
+"""Attention: project -> mix streams -> q/k norm, rotate -> scores -> output projection.
+
+Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads, H query and key width,
+U value width.
+"""
+
+from typing import Any, Literal
+
+import jax
+
+from kha_jax.attention.mixers import STREAM_MIXERS, NoMixer, StreamMixer
+from kha_jax.attention.projections import PROJECTIONS, GroupedQuery, Projection
+from kha_jax.config import Config, choice
+from kha_jax.ops.attention import attention
+from kha_jax.ops.linear import linear
+from kha_jax.parameters import Module
+
+SLOTS = ("query", "key", "value")
+
+
+class AttentionConfig(Config):
+    """One choice per seam.
+
+    projection: who makes queries, keys and values. query, key, value: the stream mixer of each. kernel: which implementation
+    computes the scores (`kha_jax.ops.attention.KERNELS`); `auto` takes the platform's best.
+    """
+
+    projection: Projection = choice(PROJECTIONS, GroupedQuery())
+    query: StreamMixer = choice(STREAM_MIXERS, NoMixer())
+    key: StreamMixer = choice(STREAM_MIXERS, NoMixer())
+    value: StreamMixer = choice(STREAM_MIXERS, NoMixer())
+    kernel: Literal["auto", "reference", "chunked", "xla", "cudnn", "splash"] = "auto"
+
+    def mixer_parameters(self) -> int:
+        """Parameters of the stream mixers of one layer."""
+        return sum(getattr(self, slot).parameters(H) for slot, (_, H) in self.projection.stream_shapes().items())
+
+    def parameters(self, width: int) -> int:
+        """Parameters of one layer."""
+        heads, value_width = self.projection.output_shape()
+        return self.projection.parameters(width) + heads * value_width * width + self.mixer_parameters()
+
+    def flops(self, width: int, context: float) -> float:
+        """Forward FLOPs per token and layer with `context` visible keys."""
+        heads, value_width = self.projection.output_shape()
+        mixing = sum(getattr(self, slot).flops(*shape) for slot, shape in self.projection.stream_shapes().items())
+        projecting = self.projection.flops(width) + 2 * heads * value_width * width
+        return projecting + mixing + self.projection.score_flops(context)
+
+    def build(self, **arguments: Any) -> "Attention":
+        return Attention(config=self, **arguments)
+
+
+class Attention(Module):
+    """Causal self-attention over packed documents."""
+
+    config: AttentionConfig
+    width: int
+
+    def setup(self):
+        c = self.config
+        self.projection = c.projection.build(width=self.width, numerics=self.numerics)
+        self.mixers = {
+            slot: getattr(c, slot).build(head_dim, self.numerics, name=f"{slot}_mixer")
+            for slot, (_, head_dim) in c.projection.stream_shapes().items()
+        }
+        heads, value_width = c.projection.output_shape()
+        self.output = self.weight("output", heads=heads, head_dim=value_width, embed=self.width)
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The attention output [B, T, D] and named metrics."""
+        with jax.named_scope("project"):
+            q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
+            k_BSKH, v_BSKU = self.projection.keys_and_values(state)
+        o_BTNU = attention(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, kernel=self.config.kernel)
+        with jax.named_scope("output"):
+            return linear(o_BTNU, self.output, contract=2), {}

@@ -1,0 +1,219 @@
+"""Frozen, self-validating configs, and their form on the command line.
+
+A config derives from `Config`, which makes it a keyword-only frozen dataclass. It is checked when it is made: field types first, then
+its own `validate`. A slot that one of several configs may fill is declared with `choice`; on the command line the slot's
+`kind` (or another word) selects the config and the fields of all its members are known, so that switching the kind never
+needs another file. A field set for a kind that does not have it is an error.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, ClassVar, Mapping
+
+from ml_collections import config_dict
+
+
+class ConfigError(ValueError):
+    """A config value that cannot be used. The message names the field, what was found and what would work."""
+
+    def __init__(self, field: str, problem: str):
+        self.field, self.problem = field, problem
+        super().__init__(f"{field}: {problem}" if field else problem)
+
+    def under(self, path: str) -> "ConfigError":
+        """The same error with the field's full path from `path` downwards."""
+        return ConfigError(".".join(part for part in (path, self.field) if part), self.problem)
+
+
+def near(word: str, known: typing.Iterable[str]) -> str:
+    """A hint that names the closest known word, or lists the known ones when none is close."""
+    known = [str(k) for k in known]
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
+
+
+def choice(choices: Mapping[str, type], default: "Config", by: str = "kind") -> Any:
+    """A dataclass field that holds one of the configs in `choices`, selected by name under the key `by`."""
+    return dataclasses.field(default=default, metadata={"choices": choices, "by": by})
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+class Config:
+    """Base of all configs; subclasses become frozen keyword-only dataclasses that check field types, then `validate`."""
+
+    _hints: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls):
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self):
+        hints = type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if "choices" in field.metadata:
+                if type(value) not in field.metadata["choices"].values():
+                    names = ", ".join(c.__name__ for c in field.metadata["choices"].values())
+                    raise ConfigError(field.name, f"expected one of {names}, found {value!r}")
+            else:
+                object.__setattr__(self, field.name, checked(value, hints[field.name], field.name))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ConfigError where fields contradict each other; the default has nothing to check."""
+
+    def require(self, condition: bool, field: str, problem: str) -> None:
+        """Raises ConfigError(field, problem) unless the condition holds."""
+        if not condition:
+            raise ConfigError(field, problem)
+
+    def at_least(self, minimum: float, *fields: str) -> None:
+        """Raises ConfigError for the first field that is set and below the minimum."""
+        for field in fields:
+            value = getattr(self, field)
+            self.require(value is None or value >= minimum, field, f"must be at least {minimum}, found {value}")
+
+    def replace(self, **changes: Any) -> "Config":
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+
+def type_hints(cls: type) -> dict[str, Any]:
+    """The resolved annotations of a config class, kept on the class."""
+    if "_hints" not in cls.__dict__:
+        cls._hints = typing.get_type_hints(cls)
+    return cls._hints
+
+
+def checked(value: Any, hint: Any, name: str) -> Any:
+    """The value if it fits the annotation (an int serves as a float, a list as a tuple), else ConfigError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(name, f"{value!r} is not known; {near(value, arguments)}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return checked(value, next(a for a in arguments if a is not type(None)), name)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(name, f"expected a tuple, found {value!r}")
+        return tuple(checked(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(name, f"expected {hint.__name__}, found {value!r} ({type(value).__name__})")
+
+
+def kind_of(field: dataclasses.Field, value: Config) -> str:
+    """The name under which a choice field's value stands in its choices."""
+    return next(name for name, cls in field.metadata["choices"].items() if cls is type(value))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Every field with its value, nested, choices with their kind: what config.json and --print_config show."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "choices" in field.metadata:
+            out[field.name] = {field.metadata["by"]: kind_of(field, value), **to_dict(value)}
+        else:
+            out[field.name] = to_dict(value) if isinstance(value, Config) else value
+    return out
+
+
+def to_config_dict(config: Config) -> config_dict.ConfigDict:
+    """The command line's form. In a choice, None stands for the chosen kind's default, so that kinds can be switched."""
+    out = config_dict.ConfigDict()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "choices" in field.metadata:
+            slot = config_dict.ConfigDict({field.metadata["by"]: kind_of(field, value)})
+            for cls in field.metadata["choices"].values():
+                _add_placeholders(slot, cls)
+            for own in dataclasses.fields(value):
+                if getattr(value, own.name) != own.default:
+                    slot[own.name] = getattr(value, own.name)
+            out[field.name] = slot
+        elif isinstance(value, Config):
+            out[field.name] = to_config_dict(value)
+        elif value is None:
+            out[field.name] = config_dict.placeholder(_plain_type(type_hints(type(config))[field.name]))
+        else:
+            out[field.name] = value
+    return out
+
+
+def _add_placeholders(slot: config_dict.ConfigDict, cls: type) -> None:
+    for own in dataclasses.fields(cls):
+        if own.name not in slot:
+            slot[own.name] = config_dict.placeholder(_plain_type(type_hints(cls)[own.name]))
+
+
+def _plain_type(hint: Any) -> type:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return type(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return _plain_type(next(a for a in arguments if a is not type(None)))
+    return origin or hint
+
+
+def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
+    """Builds and validates a config from nested mappings (a ConfigDict, or config.json read back).
+
+    Raises:
+        ConfigError: with the full path of the offending field.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = type_hints(cls)
+    arguments = {}
+    for name, value in dict(values).items():
+        if name not in fields:
+            raise ConfigError(f"{path}.{name}", f"is not a known field; {near(name, fields)}")
+        where = f"{path}.{name}"
+        if "choices" in fields[name].metadata:
+            arguments[name] = _choice_from_dict(fields[name], value, where)
+        elif isinstance(hints[name], type) and issubclass(hints[name], Config):
+            if not isinstance(value, (Mapping, config_dict.ConfigDict)):
+                raise ConfigError(where, f"expected fields of {hints[name].__name__}, found {value!r}")
+            arguments[name] = from_dict(hints[name], value, where)
+        else:
+            arguments[name] = value
+    return _construct(cls, arguments, path)
+
+
+def _choice_from_dict(field: dataclasses.Field, value: Any, path: str) -> Config:
+    choices, by = field.metadata["choices"], field.metadata["by"]
+    if not isinstance(value, (Mapping, config_dict.ConfigDict)) or by not in value:
+        raise ConfigError(path, f"expected fields with {by!r} among them, found {value!r}")
+    values = dict(value)
+    kind = values.pop(by)
+    if kind not in choices:
+        raise ConfigError(f"{path}.{by}", f"{kind!r} is not known; {near(kind, choices)}")
+    own = {f.name for f in dataclasses.fields(choices[kind])}
+    for name, item in values.items():
+        if name in own:
+            continue
+        owners = [k for k, cls in choices.items() if name in {f.name for f in dataclasses.fields(cls)}]
+        if not owners:
+            raise ConfigError(f"{path}.{name}", f"is not a known field; {near(name, own) if own else 'it has none'}")
+        if item is not None:
+            raise ConfigError(f"{path}.{name}", f"does nothing with {by}={kind!r}; it belongs to {' and '.join(owners)}")
+    return _construct(choices[kind], {k: v for k, v in values.items() if k in own and v is not None}, path)
+
+
+def _construct(cls: type, arguments: dict[str, Any], path: str) -> Any:
+    missing = [
+        f.name for f in dataclasses.fields(cls)
+        if f.name not in arguments and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]  # fmt: skip
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]}", "is required and was not given")
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise error.under(path) from None

@@ -1,0 +1,55 @@
+"""Feed-forward layers. Legend: B batch, T position, D model width, F feed-forward width."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from kha_jax.config import Config
+from kha_jax.ops.linear import linear
+from kha_jax.ops.swiglu import swiglu
+from kha_jax.parameters import Module
+from kha_jax.sharding import constrain
+
+
+class SwiGLU(Config):
+    """(silu(x W_gate) * (x W_up)) W_down, no biases (Shazeer, arXiv 2002.05202). width: F."""
+
+    width: int = 768
+
+    def validate(self):
+        self.at_least(1, "width")
+
+    def parameters(self, model_width: int) -> int:
+        """Parameters of one layer."""
+        return 3 * model_width * self.width
+
+    def active_parameters(self, model_width: int) -> int:
+        """Parameters that one token passes through."""
+        return self.parameters(model_width)
+
+    def flops(self, model_width: int) -> int:
+        """Forward FLOPs per token and layer."""
+        return 2 * self.active_parameters(model_width)
+
+    def build(self, **arguments: Any) -> "SwiGLULayer":
+        return SwiGLULayer(config=self, **arguments)
+
+
+class SwiGLULayer(Module):
+    """See SwiGLU."""
+
+    config: SwiGLU
+    model_width: int
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The layer's output [B, T, D] and named metrics."""
+        D, F = self.model_width, self.config.width
+        gate_BTF = linear(x_BTD, self.weight("gate", embed=D, feed_forward=F))
+        up_BTF = linear(x_BTD, self.weight("up", embed=D, feed_forward=F))
+        h_BTF = constrain(swiglu(gate_BTF, up_BTF), "batch", "length", "feed_forward")
+        return linear(h_BTF, self.weight("down", feed_forward=F, embed=D)), {}
+
+
+FEED_FORWARDS = {"swiglu": SwiGLU}

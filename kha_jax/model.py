@@ -1,0 +1,132 @@
+"""The decoder-only transformer: embedding, a scanned stack of pre-norm blocks, final norm, output embedding, loss.
+
+Legend: B batch, T position, D model width, V vocabulary.
+"""
+
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kha_jax.attention import AttentionConfig
+from kha_jax.config import Config, choice
+from kha_jax.feed_forward import FEED_FORWARDS, SwiGLU
+from kha_jax.ops import losses
+from kha_jax.parameters import Module, Numerics, RMSNorm
+from kha_jax.sharding import constrain
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+Batch = dict[str, jax.Array]
+
+
+class LossConfig(Config):
+    """z_loss: weight of the squared log-partition. chunk_tokens: tokens whose logits exist at once, over the whole batch."""
+
+    z_loss: float = 0.0
+    chunk_tokens: int = 1024
+
+    def validate(self):
+        self.at_least(0, "z_loss")
+        self.at_least(1, "chunk_tokens")
+
+
+class ModelConfig(Config):
+    """A decoder-only transformer.
+
+    layers, width (D), vocabulary_size (V). embeddings: `tied` shares the input and output table, `untied` has two. stack:
+    `scan` compiles one block for all layers, `unroll` lays them out (the parameters are the same tree). remat: what the
+    backward pass recomputes: `none`, `dots` keeps matrix products of the layer, `full` keeps the layer's input only.
+    """
+
+    layers: int = 4
+    width: int = 256
+    vocabulary_size: int = 264
+    embeddings: Literal["tied", "untied"] = "tied"
+    stack: Literal["scan", "unroll"] = "scan"
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: AttentionConfig = AttentionConfig()
+    feed_forward: SwiGLU = choice(FEED_FORWARDS, SwiGLU())
+    loss: LossConfig = LossConfig()
+    numerics: Numerics = Numerics()
+
+    def validate(self):
+        self.at_least(1, "layers", "width")
+        self.at_least(2, "vocabulary_size")
+
+    def build(self) -> "Transformer":
+        return Transformer(config=self, numerics=self.numerics)
+
+
+class Block(Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None):
+        c, D = self.config, self.config.width
+        attention = c.attention.build(width=D, numerics=self.numerics, name="attention")
+        feed_forward = c.feed_forward.build(model_width=D, numerics=self.numerics, name="feed_forward")
+        norm = functools.partial(RMSNorm, numerics=self.numerics, axis="embed")
+        x_BTD = constrain(x_BTD, "batch", "length", "features")
+        y_BTD, attention_aux = attention(norm(name="attention_norm")(x_BTD), positions_BT, segment_ids_BT)
+        x_BTD = x_BTD + y_BTD
+        y_BTD, feed_forward_aux = feed_forward(norm(name="feed_forward_norm")(x_BTD))
+        return constrain(x_BTD + y_BTD, "batch", "length", "features"), {**attention_aux, **feed_forward_aux}
+
+
+class Transformer(Module):
+    """See ModelConfig. A batch holds tokens, targets, positions, segment_ids (int32) and weights (float32), all [B, T]."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.embedding = self.weight("embedding", vocabulary=c.vocabulary_size, embed=c.width)
+        if c.embeddings == "untied":
+            self.unembedding = self.weight("unembedding", vocabulary=c.vocabulary_size, embed=c.width)
+        self.final_norm = RMSNorm(numerics=self.numerics, axis="embed")
+        block = Block
+        if c.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=c.stack == "unroll")
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.layers,
+            unroll=c.layers if c.stack == "unroll" else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config=c, numerics=self.numerics)
+
+    def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None):
+        """Final normalised hidden states [B, T, D] and metrics stacked over layers."""
+        with jax.named_scope("embed"):
+            x_BTD = constrain(self.embedding[tokens_BT], "batch", "length", "features")
+        x_BTD, aux = self.layers(x_BTD, positions_BT, segment_ids_BT)
+        return self.final_norm(x_BTD), aux
+
+    def output_table(self) -> jax.Array:
+        """The output embedding [V, D]."""
+        return self.embedding if self.config.embeddings == "tied" else self.unembedding
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None):
+        """Logits [B, T, V] in float32, for tests and small vocabularies; training goes through `loss`."""
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        x_BTD, _ = self.hidden(tokens_BT, positions_BT, segment_ids_BT)
+        return jnp.einsum("BTD,VD->BTV", x_BTD, self.output_table(), preferred_element_type=jnp.float32)
+
+    def loss(self, batch: Batch) -> tuple[jax.Array, tuple[losses.TokenSums, dict[str, Any]]]:
+        """The objective summed over the batch's weighted tokens, the token sums, and the layers' metrics."""
+        x_BTD, aux = self.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+        c = self.config.loss
+        objective, sums = losses.cross_entropy(
+            x_BTD, self.output_table(), batch["targets"], batch["weights"], z_loss=c.z_loss, chunk_tokens=c.chunk_tokens
+        )
+        return objective, (sums, aux)

@@ -1,0 +1,1 @@
+"""Pure functions on arrays: attention kernels, rotary embedding, normalisation and losses."""

@@ -1,0 +1,129 @@
+"""The mesh, and the one table that maps logical array axes to it.
+
+Parameters and activations name their axes once, beside their shapes; RULES says which mesh axis each name uses. The batch is
+split over `data` and `expert`; parameters and optimiser state are split over `data` too (FSDP); heads, the feed-forward width
+and the vocabulary are split over `model`.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kha_jax.config import Config
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "expert"),
+    "length": None,
+    "features": None,
+    # parameters
+    "layers": None,
+    "embed": "data",
+    "head_dim": None,
+    "knock_in": None,
+    "knock_out": None,
+    "expert": "expert",
+    # either
+    "vocabulary": "model",
+    "heads": "model",
+    "kv_heads": "model",
+    "feed_forward": "model",
+}
+MESH_AXES = ("data", "expert", "model")
+
+
+class MeshConfig(Config):
+    """Devices along each mesh axis. Their product must be the number of devices; one axis may be -1 to take the rest."""
+
+    data: int = -1
+    expert: int = 1
+    model: int = 1
+
+    def validate(self):
+        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+        for axis, size in sizes.items():
+            self.require(size >= 1 or size == -1, axis, f"must be positive, or -1 to take the rest, found {size}")
+        fill = [axis for axis, size in sizes.items() if size == -1]
+        self.require(len(fill) <= 1, (fill + [""])[0], f"only one axis may be -1, found {' and '.join(fill)}")
+
+    def shape(self, devices: int) -> tuple[int, int, int]:
+        """Sizes of the axes on this many devices.
+
+        Raises:
+            ConfigError: when the sizes do not multiply to the number of devices.
+        """
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        known = math.prod(size for size in sizes if size != -1)
+        if -1 in sizes:
+            sizes[sizes.index(-1)] = devices // known
+        listed = " x ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
+        self.require(math.prod(sizes) == devices, "", f"{listed} does not make {devices} devices; use data=-1 to fill")
+        return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of the given devices (all by default) with the axes data, expert and model."""
+    devices = jax.devices() if devices is None else devices
+    shape = config.shape(len(devices))
+    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to the mesh by logical axis names; does nothing outside a mesh."""
+    return nn.with_logical_constraint(x, axes, rules=list(RULES.items()))
+
+
+def spec(axes: tuple[str | None, ...], where: str = "array") -> PartitionSpec:
+    """Mesh axes of an array with these logical axes.
+
+    Raises:
+        ValueError: for an unknown name, or when one mesh axis would be used twice.
+    """
+    parts, used = [], {}
+    for axis in axes:
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"{where}: logical axis {axis!r} has no rule; known are {', '.join(RULES)}")
+        part = None if axis is None else RULES[axis]
+        for mesh_axis in (part,) if isinstance(part, str) else part or ():
+            if mesh_axis in used:
+                raise ValueError(f"{where}: {axis!r} and {used[mesh_axis]!r} both map to mesh axis {mesh_axis!r}")
+            used[mesh_axis] = axis
+        parts.append(part)
+    return PartitionSpec(*parts)
+
+
+def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of arrays or shapes boxed with their logical axes; unboxed leaves are replicated.
+
+    Raises:
+        ValueError: names the array and the dimension that its mesh axes do not divide.
+    """
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        partition = spec(leaf.names, name)
+        for size, axis, part in zip(leaf.value.shape, leaf.names, partition):
+            ways = math.prod(mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
+            if size % ways:
+                raise ValueError(f"{name}: dimension {axis!r} of {size} does not divide into {ways} (mesh axis {part})")
+        return NamedSharding(mesh, partition)
+
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Placement of a [batch, length] array."""
+    return NamedSharding(mesh, spec(("batch", "length")))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Row numbers of the global batch that this process's devices hold, in order."""
+    index_map = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1))
+    rows = {tuple(range(*index[0].indices(batch_size))) for index in index_map.values()}
+    return np.array(sorted(row for part in rows for row in part))
