@@ -1,0 +1,1 @@
+"""One run a file; get_config(variant) returns it."""

@@ -1,0 +1,9 @@
+"""Data: sources of fixed-length windows, and the loader that turns them into batches by (seed, step) alone."""
+
+from kha_jax.data.loader import DataError, Source, batches
+from kha_jax.data.python_source import PythonSource
+from kha_jax.data.synthetic import MultiQueryAssociativeRecall
+
+SOURCES = {"python_source": PythonSource, "mqar": MultiQueryAssociativeRecall}
+
+__all__ = ["SOURCES", "DataError", "MultiQueryAssociativeRecall", "PythonSource", "Source", "batches"]
