@@ -26,7 +26,7 @@ def get_config(variant: str = "mlp"):
         batch_size=16,
         seq_len=256,
         model=ModelConfig(
-            layers=6,
+            layers=4,
             width=128,
             attention=base.with_knocking(attention, variant),
             feed_forward=SwiGLU(width=384),

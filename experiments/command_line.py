@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Any, Callable
@@ -10,7 +11,7 @@ from typing import Any, Callable
 from absl import flags
 from ml_collections import config_flags
 
-from kha_jax.config import Config, ConfigError, from_dict, near
+from kha_jax.config import ConfigError, from_dict, near
 
 DONE, USAGE, DATA, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 74, 75, 76
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -22,8 +23,53 @@ class UsageError(Exception):
 
 
 def define_config(default: str = DEFAULT_CONFIG) -> Any:
-    """The flag --config=file.py[:variant], with --config.a.b=value for single fields."""
-    return config_flags.DEFINE_config_file("config", default, "Run config, FILE.py or FILE.py:VARIANT.", lock_config=True)
+    """The flag --config=file.py[:variant], with --config.a.b=value for single fields; complaints end the program at once.
+
+    config_flags already reads the command line when the flag is defined, so the overrides are checked here.
+    """
+    try:
+        _check_config_arguments(sys.argv[1:], default)
+        return config_flags.DEFINE_config_file("config", default, "Run config, FILE.py or FILE.py:VARIANT.", lock_config=True)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USAGE)
+
+
+def _check_config_arguments(arguments: list[str], default: str) -> None:
+    """Raises UsageError when the config file does not load or an override names no field or has the wrong type."""
+    named = [a.split("=", 1)[1] for a in arguments if re.match(r"--?config=", a)]
+    path, _, variant = (named or [default])[-1].partition(":")
+    if not Path(path).is_file():
+        raise UsageError(f"--config: no file {path}; configs are in {REPOSITORY / 'configs'}")
+    sys.path.insert(0, str(REPOSITORY))  # config files share pieces through the package configs
+    try:
+        config = runpy.run_path(path)["get_config"](*filter(None, [variant]))
+    except KeyError as error:
+        raise UsageError(f"--config={path}: has no {error}; a config file defines get_config(variant)") from None
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--config={path}: {error}") from None
+    for argument in arguments:
+        match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)(?:=(.*))?$", argument)
+        if match:
+            _check_override(config, match[1], match[2])
+
+
+def _check_override(config: Any, path: str, text: str | None) -> None:
+    node, walked = config, "config"
+    for name in path.split("."):
+        if not hasattr(node, "keys"):
+            raise UsageError(f"{walked}.{name}: {walked} is a single value, not a group of fields")
+        if name not in node:
+            raise UsageError(f"{walked}.{name}: is not a known field; {near(name, node.keys())}")
+        holder, node, walked = node, node[name], f"{walked}.{name}"
+    kind = holder.get_type(name)
+    if hasattr(node, "keys"):
+        raise UsageError(f"{walked}: is a group of fields; set one of {', '.join(node.keys())}")
+    if kind in (int, float) and text is not None:
+        try:
+            kind(text)
+        except ValueError:
+            raise UsageError(f"{walked}: expected {kind.__name__}, found {text!r}") from None
 
 
 def parse_config(cls: type, holder: Any) -> Any:
@@ -38,44 +84,17 @@ def parse_config(cls: type, holder: Any) -> Any:
         raise UsageError(str(error)) from None
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str]) -> None:
     """absl's parser, with every complaint turned into one line."""
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        raise UsageError(f"--{error.flagname} is not a known flag; {near(error.flagname, sorted(_own_flags()))}") from None
-    except ConfigError as error:
-        raise UsageError(str(error)) from None
+        known = [flag.name for flag in flags.FLAGS.get_flags_for_module(sys.argv[0])]
+        raise UsageError(f"--{error.flagname} is not a known flag; {near(error.flagname, ['config', *known])}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(_one_line(error, argv)) from None
-    except OSError as error:
-        raise UsageError(f"--config: cannot read {error.filename}: {error.strerror}") from None
+        raise UsageError(" ".join(str(error).split())) from None
     if len(rest) > 1:
         raise UsageError(f"{rest[1]!r} is not understood; flags have the form --name=value")
-    return rest
-
-
-def _own_flags() -> set[str]:
-    main = Path(sys.argv[0]).stem
-    modules = flags.FLAGS.flags_by_module_dict()
-    own = [flag.name for module, members in modules.items() if module.startswith("experiments") or module == sys.argv[0] for flag in members]
-    return {*own, main} - {main} or {"config"}
-
-
-def _one_line(error: Exception, argv: list[str]) -> str:
-    """ml_collections knows the bad key or value but words it over several lines; find the override that it meant."""
-    text = " ".join(str(error).split())
-    for argument in argv[1:]:
-        match = re.match(r"--?(config\.[\w.]+)(=(.*))?$", argument)
-        if not match:
-            continue
-        path, leaf = match[1], match[1].rsplit(".", 1)[-1]
-        hint = re.search(r"Did you mean [\"'](\w+)[\"']", text)
-        if hint and f'"{leaf}"' in text.replace("'", '"'):
-            return f"{path}: is not a known field; did you mean {hint[1]!r}?"
-        if match[3] is not None and match[3] in text and isinstance(error, (flags.IllegalFlagValueError, TypeError, ValueError)):
-            return f"{path}: cannot use the value {match[3]!r}; {text}"
-    return text
 
 
 def read_config(path: Path, cls: type) -> Any:
@@ -101,8 +120,10 @@ def run(main: Callable[[], int | None]) -> None:
     from kha_jax.checkpoint import CheckpointError
     from kha_jax.data import DataError
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("kha_jax").setLevel(logging.INFO)
+    log = logging.getLogger("kha_jax")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(logging.StreamHandler(sys.stderr))
     codes = {UsageError: USAGE, ConfigError: USAGE, DataError: DATA, CheckpointError: STORAGE}
     try:
         _parse_flags(sys.argv)
@@ -111,6 +132,3 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = codes[type(error)]
     sys.exit(code)
-
-
-__all__ = ["Config", "UsageError", "define_config", "differences", "parse_config", "read_config", "run"]

@@ -1,6 +1,5 @@
 """What a person watches: a live line with rates and ETA on a terminal, plain lines elsewhere."""
 
-import math
 import sys
 import time
 from pathlib import Path
@@ -22,8 +21,8 @@ class Progress:
 
     def __init__(self, first_step: int, steps: int, enabled: bool):
         self.enabled, self.first_step, self.steps = enabled, first_step, steps
-        self.console = Console(file=sys.stdout, highlight=False)
-        self.started, self.spoke, self.latest, self.best = time.time(), 0.0, {}, math.inf
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.started, self.spoke, self.latest = time.time(), 0.0, {}
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(30), TextColumn("{task.description}"))
         self.bar = Bar(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console)
         self.task = None
@@ -50,8 +49,6 @@ class Progress:
             return
         self.latest.update(values)
         evaluated = "val_loss" in values
-        if evaluated:
-            self.best = min(self.best, values["val_loss"])
         if self.task is not None:
             self.bar.update(self.task, completed=step, description=self._line(self.latest))
         quiet = self.task is not None or time.time() - self.spoke < SECONDS_BETWEEN_LINES

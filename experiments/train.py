@@ -4,7 +4,6 @@ The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or 
 75 stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps.
 """
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -195,7 +194,7 @@ def main() -> int:
             found = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
             begin = (pending[0] - 1) * config.batch_size
             log.warning("step %d not applied: %s; examples %d to %d", pending[0], found, begin, begin + config.batch_size - 1)
-        report(pending[0], {**values, **meter.read(values.pop("tokens"))})
+        report(pending[0], {**values, **meter.read(config.batch_size * config.seq_len)})
 
     for step in range(first_step + 1, config.steps + 1):
         if config.profile.stop and step == config.profile.start + 1:

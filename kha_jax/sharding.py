@@ -61,7 +61,7 @@ class MeshConfig(Config):
         if -1 in sizes:
             sizes[sizes.index(-1)] = devices // known
         listed = " x ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
-        self.require(math.prod(sizes) == devices, "", f"{listed} does not make {devices} devices; use data=-1 to fill")
+        self.require(math.prod(sizes) == devices, "config.mesh", f"{listed} does not make {devices} devices; use data=-1 to fill")
         return tuple(sizes)
 
 

@@ -204,7 +204,6 @@ def _train_step(config, model, tx, state, batch):
         "loss": sums.loss / tokens,
         "grad_norm": norm,
         "learning_rate": optimizer.learning_rate(config.optimizer, config.steps, state.optimizer),
-        "tokens": sums.tokens,
         "nonfinite": 1 - finite.astype(jnp.int32),
         **({"z_loss": sums.z_loss / tokens} if config.model.loss.z_loss else {}),
         **jax.tree.map(lambda z: jnp.mean(z.astype(jnp.float32)), aux),

@@ -1,0 +1,99 @@
+"""Accounting against eval_shape, XLA's cost analysis and the paper's printed sizes."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kha_jax.accounting import account, peak_flops
+from kha_jax.attention import AttentionConfig
+from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
+from kha_jax.attention.projections import GroupedQuery
+from kha_jax.feed_forward import SwiGLU
+from kha_jax.model import ModelConfig
+from kha_jax.parameters import Numerics
+
+PAPER_ATTENTION = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_heads=4, head_dim=128))
+LINEAR_QKV = {"query": KnockingLinear(), "key": KnockingLinear(), "value": KnockingLinear()}
+
+
+def dense(layers, width, feed_forward, **mixers):
+    return ModelConfig(
+        layers=layers, width=width, vocabulary_size=157184, attention=PAPER_ATTENTION.replace(**mixers), feed_forward=SwiGLU(width=feed_forward)
+    )  # fmt: skip
+
+
+def initialised_size(model):
+    ids = jnp.zeros((1, 4), jnp.int32)
+    shapes = jax.eval_shape(lambda key: model.build().init(key, ids), jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "feed_forward", "printed"),
+    [(24, 1024, 3072, 0.614), (24, 2048, 6144, 1.681), (36, 2560, 9728, 3.941)],
+)
+def test_dense_sizes_are_the_papers(layers, width, feed_forward, printed):
+    cost = account(dense(layers, width, feed_forward), 4096)
+    assert round(cost.parameters / 1e9, 2) == round(printed, 2)  # table 5
+    assert math.isclose(cost.parameters / 1e9, printed, rel_tol=2e-4)
+    assert cost.active == cost.parameters
+    assert cost.cache_floats == layers * 1024  # table 3: GQA with 4 key/value heads of 128
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ModelConfig(),
+        ModelConfig(layers=3, width=48, embeddings="untied", feed_forward=SwiGLU(width=80)),
+        ModelConfig(attention=AttentionConfig(**LINEAR_QKV)),
+        ModelConfig(attention=AttentionConfig(value=KnockingMLP(), query=KnockingGate())),
+        ModelConfig(attention=AttentionConfig(key=KnockingLinear(parameterization="residual"))),
+        ModelConfig(attention=AttentionConfig(projection=GroupedQuery(query_heads=6, kv_heads=2, head_dim=16, qk_norm="none"))),
+    ],
+)
+def test_parameters_equal_what_init_makes(model):
+    assert account(model, 128).parameters == initialised_size(model)
+
+
+def test_knocking_parameters_are_the_difference():
+    plain, knocking = (account(dense(2, 256, 512, **m), 128) for m in ({}, {"value": KnockingMLP()}))
+    assert knocking.parameters - plain.parameters == knocking.knocking == 2 * 3 * 128**2
+    assert plain.knocking == 0
+
+
+@pytest.mark.parametrize("mixers", [{}, {"value": KnockingMLP()}, LINEAR_QKV], ids=["baseline", "mlp", "linear"])
+def test_forward_flops_match_xla(mixers):
+    """An unrolled model at a size where matrix products dominate; the reference kernel computes all T keys for every query."""
+    T = 256
+    attention = AttentionConfig(projection=GroupedQuery(query_heads=8, kv_heads=4, head_dim=128), kernel="reference", **mixers)
+    model = ModelConfig(
+        layers=2, width=1024, vocabulary_size=8192, attention=attention, feed_forward=SwiGLU(width=3072), stack="unroll",
+        numerics=Numerics(dtype="float32"),
+    )  # fmt: skip
+    ids = jax.ShapeDtypeStruct((2, T), jnp.int32)
+    module = model.build()
+    params = jax.eval_shape(module.init, jax.random.key(0), ids)
+    compiled = jax.jit(module.apply).lower(params, ids).compile()
+    expected = account(model, T, causal=False).forward_flops * 2 * T
+    assert abs(compiled.cost_analysis()["flops"] / expected - 1) < 0.02
+
+
+@pytest.mark.parametrize("seq_len", [512, 4096, 8192])
+def test_overhead_of_knocking_at_the_dense_shape(seq_len):
+    base, mlp, linear = (account(dense(24, 1024, 3072, **m), seq_len) for m in ({}, {"value": KnockingMLP()}, LINEAR_QKV))
+    assert 1 < mlp.training_flops / base.training_flops <= 1.01
+    assert mlp.training_flops < linear.training_flops < 1.025 * base.training_flops
+
+
+def test_causal_halves_the_scores_only():
+    model = dense(1, 1024, 3072)
+    scores = PAPER_ATTENTION.projection.score_flops
+    difference = account(model, 4096, causal=False).forward_flops - account(model, 4096).forward_flops
+    assert difference == scores(4096) - scores(4097 / 2)
+
+
+def test_peaks_are_found_by_device_kind():
+    assert peak_flops("TPU v5p") == 459e12
+    assert math.isnan(peak_flops("cpu"))
