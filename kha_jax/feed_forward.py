@@ -7,7 +7,7 @@ import jax
 
 from kha_jax.config import Config
 from kha_jax.ops.linear import linear
-from kha_jax.ops.swiglu import swiglu
+from kha_jax.ops.gating import swiglu
 from kha_jax.parameters import Module
 from kha_jax.sharding import constrain
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from kha_jax.config import Config
+from kha_jax.ops.gating import sigmoid_gate
+from kha_jax.ops.linear import linear
 from kha_jax.parameters import Module, Numerics
 
 
@@ -101,9 +103,9 @@ class Linear(KnockingModule):
     def __call__(self, z: jax.Array) -> jax.Array:
         identity = diagonal(self.config.diag_init)
         if self.config.parameterization == "direct":
-            return z @ self.matrix("kernel", identity)
+            return linear(z, self.matrix("kernel", identity))
         initial = identity(None, (self.head_dim, self.head_dim), z.dtype)
-        return z @ (initial + self.matrix("residual", nn.initializers.zeros))
+        return linear(z, initial + self.matrix("residual", nn.initializers.zeros))
 
 
 class Gate(KnockingModule):
@@ -111,7 +113,7 @@ class Gate(KnockingModule):
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        return z * (2 * nn.sigmoid(z @ self.matrix("gate", nn.initializers.zeros)))
+        return sigmoid_gate(linear(z, self.matrix("gate", nn.initializers.zeros)), z)
 
 
 class MLP(KnockingModule):
@@ -119,6 +121,6 @@ class MLP(KnockingModule):
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        up = z @ self.matrix("up", diagonal(1.0))
-        gate = nn.sigmoid(z @ self.matrix("gate", nn.initializers.zeros))
-        return (2 * up * gate) @ self.matrix("down", diagonal(1.0))
+        up = linear(z, self.matrix("up", diagonal(1.0)))
+        gate = linear(z, self.matrix("gate", nn.initializers.zeros))
+        return linear(sigmoid_gate(gate, up), self.matrix("down", diagonal(1.0)))
