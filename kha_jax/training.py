@@ -195,7 +195,7 @@ def _train_step(config, model, tx, state, batch):
 
     tokens = jnp.maximum(sums.tokens, 1)
     grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
     updates, optimizer_state = tx.update(grads, state.optimizer, state.params)
     updated = optax.apply_updates(state.params, updates), optimizer_state

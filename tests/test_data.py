@@ -1,0 +1,123 @@
+"""Data: batches depend on (seed, step) alone; windows, documents and recall examples are what they say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from kha_jax.data import DataError, MultiQueryAssociativeRecall, PythonSource, batches
+from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
+
+DOCUMENTS = [b"first document", b"", b"second", b"the third is longer than a window of eight"]
+
+
+@pytest.fixture
+def stream(tmp_path):
+    write_stream(tmp_path / "stream", DOCUMENTS, ByteTokenizer())
+    return tmp_path / "stream"
+
+
+def read(source, start=0, stop=6, rows=range(4), seed=0, shuffle=True):
+    reader = batches(source, batch_size=4, rows=np.array(rows), seed=seed, start=start, stop=stop, shuffle=shuffle)
+    return [batch["tokens"] for batch in reader]
+
+
+def test_a_batch_depends_on_seed_and_step_alone(stream):
+    source = TokenWindows(stream, 4)
+    everything = read(source)
+    np.testing.assert_array_equal(read(source, start=3), everything[3:])
+    assert any((a != b).any() for a, b in zip(everything, read(source, seed=1)))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_read_parts_of_one_global_batch(stream, processes):
+    source = TokenWindows(stream, 4)
+    parts = [read(source, rows=rows) for rows in np.split(np.arange(4), processes)]
+    for step, whole in enumerate(read(source)):
+        np.testing.assert_array_equal(np.concatenate([part[step] for part in parts]), whole)
+
+
+def test_every_epoch_holds_each_window_once_in_an_order_of_its_own(stream):
+    source = TokenWindows(stream, 4)
+    length = len(source) // 4 * 4
+    assert length == len(source) == 16  # so that epochs end on batch edges here
+    epochs = [np.concatenate(read(source, start=s, stop=s + 4)) for s in (0, 4)]
+    rows = [[tuple(row) for row in epoch] for epoch in epochs]
+    assert sorted(rows[0]) == sorted(rows[1]) == sorted(tuple(source[i]["tokens"]) for i in range(16))
+    assert rows[0] != rows[1]
+
+
+def test_unshuffled_batches_are_in_order(stream):
+    source = TokenWindows(stream, 4)
+    np.testing.assert_array_equal(np.concatenate(read(source, stop=2, shuffle=False)), [source[i]["tokens"] for i in range(8)])
+
+
+def test_windows_cover_the_stream_and_respect_documents(stream):
+    T, tokenizer = 8, ByteTokenizer()
+    flat = np.concatenate([np.append(tokenizer.encode(text), tokenizer.end_of_document) for text in DOCUMENTS])
+    owner = np.repeat(np.arange(len(DOCUMENTS)), [len(text) + 1 for text in DOCUMENTS])
+    source = TokenWindows(stream, T)
+    assert len(source) == (len(flat) - 1) // T
+    for i in range(len(source)):
+        example, span = source[i], slice(i * T, (i + 1) * T)
+        np.testing.assert_array_equal(example["tokens"], flat[span])
+        np.testing.assert_array_equal(example["targets"], flat[i * T + 1 : (i + 1) * T + 1])
+        np.testing.assert_array_equal(example["weights"], owner[span] == owner[i * T + 1 : (i + 1) * T + 1])
+        np.testing.assert_array_equal(example["segment_ids"], owner[span] - owner[i * T])
+        for document in set(owner[span]):
+            inside = example["positions"][owner[span] == document]
+            np.testing.assert_array_equal(inside, np.arange(len(inside)))
+
+
+def test_tokenizer_round_trip():
+    text = "knöcking\n"
+    assert ByteTokenizer().decode([*ByteTokenizer().encode(text.encode()), 256]) == text
+
+
+def test_a_changed_stream_is_refused(stream):
+    with open(stream / "tokens.bin", "ab") as file:
+        file.write(b"\0\0")
+    with pytest.raises(DataError, match="meta.json says"):
+        TokenWindows(stream, 4)
+    with pytest.raises(DataError, match="not a token stream"):
+        TokenWindows(stream.parent, 4)
+
+
+def test_less_than_one_batch_is_refused(stream):
+    with pytest.raises(DataError, match="fewer than one batch of 4"):
+        read(TokenWindows(stream, 40))
+
+
+def test_python_source_is_real_split_text_and_is_cached(tmp_path):
+    config = PythonSource(cache_dir=str(tmp_path))
+    train, validation = (config.open(split, 64, 0) for split in ("train", "validation"))
+    assert len(train.tokens) > 10 * len(validation.tokens) > 100_000
+    assert 0.99 < train.bytes_per_token <= 1
+    assert "def " in ByteTokenizer().decode(train.tokens[:20000])
+    assert train.tokens.max() < config.vocabulary_size()
+    first = lambda source: {bytes(source.tokens[s : s + 200]) for s in source.starts}  # noqa: E731
+    assert len(first(train) & first(validation)) < 5  # modules may share a licence header, not more
+    written = (train.folder / "tokens.bin").stat().st_mtime_ns
+    again = config.open("train", 64, 0)
+    assert (again.folder / "tokens.bin").stat().st_mtime_ns == written
+    assert json.loads((train.folder / "meta.json").read_text())["sha256"] == again.fingerprint
+
+
+def test_recall_examples_are_answerable_and_reproducible():
+    config = MultiQueryAssociativeRecall(pairs=6, vocabulary=32)
+    train, validation = config.open("train", 48, 5), config.open("validation", 48, 5)
+    for index in range(20):
+        example = train[index]
+        row = np.append(example["tokens"], example["targets"][-1])
+        known = dict(zip(row[:12:2], row[1:12:2]))
+        assert len(known) == 6
+        asked = np.flatnonzero(example["weights"])
+        assert len(asked) == 6 and asked.min() >= 12
+        assert sorted(row[asked]) == sorted(known)
+        for place in asked:
+            assert example["targets"][place] == known[row[place]]
+        assert set(row[12:]) & set(range(16)) == set(known)  # keys appear later only where they are asked
+        for name, value in train[index].items():
+            np.testing.assert_array_equal(value, example[name])
+    assert (train[0]["tokens"] != validation[0]["tokens"]).any()
+    assert (train[0]["tokens"] != config.open("train", 48, 6)[0]["tokens"]).any()

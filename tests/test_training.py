@@ -1,0 +1,184 @@
+"""The training step: accumulation, non-finite steps, optimiser roles, and one device against eight."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kha_jax import data, sharding
+from kha_jax.attention import AttentionConfig
+from kha_jax.attention.mixers import KnockingLinear, KnockingMLP
+from kha_jax.attention.projections import GroupedQuery
+from kha_jax.data.loader import to_device
+from kha_jax.feed_forward import SwiGLU
+from kha_jax.model import LossConfig, ModelConfig
+from kha_jax.optimizer import KnockingOptimizerConfig, OptimizerConfig, learning_rate, make, roles, schedule
+from kha_jax.parameters import Numerics
+from kha_jax.sharding import MeshConfig
+from kha_jax.training import RunConfig, make_trainer
+
+ATTENTION = AttentionConfig(
+    projection=GroupedQuery(query_heads=4, kv_heads=4, head_dim=8), value=KnockingMLP(), query=KnockingLinear()
+)
+MODEL = ModelConfig(
+    layers=2, width=32, vocabulary_size=64, attention=ATTENTION, feed_forward=SwiGLU(width=64), numerics=Numerics(dtype="float32"),
+    loss=LossConfig(z_loss=1e-3, chunk_tokens=64),
+)  # fmt: skip
+RUN = RunConfig(
+    steps=20, batch_size=8, seq_len=16, model=MODEL, data=data.MultiQueryAssociativeRecall(pairs=4, vocabulary=64),
+    mesh=MeshConfig(data=1), optimizer=OptimizerConfig(learning_rate=1e-2),
+)  # fmt: skip
+
+
+def random_batch(seed=0, uneven=True):
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, 64, (8, 17)).astype(np.int32)
+    weights = (random.random((8, 16)) < (np.arange(8)[:, None] + 1) / 9 if uneven else np.ones((8, 16))).astype(np.float32)
+    segment_ids = (np.arange(16) > 9).astype(np.int32) * np.ones((8, 1), np.int32)
+    positions = np.where(segment_ids, np.arange(16) - 10, np.arange(16)).astype(np.int32)
+    return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": positions, "segment_ids": segment_ids, "weights": weights}
+
+
+@functools.cache
+def trained(config, devices=1, steps=3):
+    """(trainer, state, metrics of every step) of a few steps on the first devices."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    trainer = make_trainer(config, mesh)
+    state = jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(0))
+    step, out = jax.jit(trainer.train_step), []
+    for i in range(steps):
+        state, metrics = step(state, to_device(random_batch(i), sharding.batch_sharding(mesh), 8))
+        out.append(jax.device_get(metrics))
+    return trainer, state, out
+
+
+def test_accumulation_is_weighted_by_tokens():
+    """Micro-batches with very different token counts give the whole batch's step, not the mean of their means."""
+    _, whole, whole_metrics = trained(RUN)
+    _, parts, parts_metrics = trained(RUN.replace(accumulation=4))
+    for a, b in zip(whole_metrics, parts_metrics):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+        np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
+    chex.assert_trees_all_close(whole.params, parts.params, atol=2e-4)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (2, 1, 4)])
+def test_eight_devices_train_as_one(mesh):
+    _, one, one_metrics = trained(RUN)
+    sizes = dict(zip(sharding.MESH_AXES, mesh))
+    _, eight, eight_metrics = trained(RUN.replace(mesh=MeshConfig(**sizes)), devices=8)
+    for a, b in zip(one_metrics, eight_metrics):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+    chex.assert_trees_all_close(jax.device_get(one.params), jax.device_get(eight.params), atol=2e-4)
+
+
+def test_parameters_and_optimiser_state_are_born_sharded():
+    trainer, state, _ = trained(RUN.replace(mesh=MeshConfig(data=2, expert=1, model=4)), devices=8)
+    up = state.params["layers"]["feed_forward"]["up"]
+    assert up.addressable_shards[0].data.shape == (2, 32 // 2, 64 // 4)
+    moment = state.optimizer[1].mu["layers"]["feed_forward"]["up"]
+    assert moment.sharding.is_equivalent_to(up.sharding, up.ndim)
+    assert state.params["layers"]["attention"]["value_mixer"]["up"].sharding.is_fully_replicated
+
+
+def test_a_non_finite_step_changes_nothing_but_the_step():
+    trainer, state, _ = trained(RUN)
+    poisoned = jax.tree.map(lambda x: x, state)
+    batch = random_batch(9)
+    batch["weights"] = batch["weights"] * np.float32(np.nan)
+    after, metrics = jax.jit(trainer.train_step)(poisoned, batch)
+    assert metrics["nonfinite"] == 1
+    assert after.step == state.step + 1
+    chex.assert_trees_all_equal(after.params, state.params)
+    chex.assert_trees_all_equal(after.optimizer, state.optimizer)
+    _, healthy = jax.jit(trainer.train_step)(after, random_batch(10))
+    assert healthy["nonfinite"] == 0 and np.isfinite(healthy["loss"])
+
+
+def test_the_loss_falls_on_one_batch():
+    mesh = sharding.make_mesh(RUN.mesh, jax.devices()[:1])
+    trainer = make_trainer(RUN, mesh)
+    state, step = trainer.init(jax.random.key(0)), jax.jit(trainer.train_step)
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, random_batch())
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_evaluation_sums_agree_with_training_loss():
+    trainer, state, _ = trained(RUN)
+    sums = jax.jit(trainer.evaluation_step)(state.params, random_batch(3))
+    _, metrics = jax.jit(trainer.train_step)(state, random_batch(3))
+    np.testing.assert_allclose(sums.loss / sums.tokens, metrics["loss"], rtol=1e-6)
+
+
+AXES = {
+    "kernel": ("layers", "embed", "feed_forward"), "norm": ("layers", "embed"), "final_norm": ("embed",),
+    "table": ("vocabulary", "embed"), "knock": ("layers", "knock_in", "knock_out"),
+}  # fmt: skip
+
+
+def test_roles_follow_from_logical_axes():
+    assert roles(AXES) == {"kernel": "weight", "norm": "vector", "final_norm": "vector", "table": "weight", "knock": "knocking"}
+
+
+def one_update(config, knock, initial=None):
+    """Parameters after one update with zero gradients: what decay alone does."""
+    params = {
+        "kernel": jnp.ones((2, 3, 4)), "norm": jnp.ones((2, 3)), "final_norm": jnp.ones(3), "table": jnp.ones((5, 3)), "knock": knock
+    }  # fmt: skip
+    tx = make(config, 10, AXES, initial)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    return jax.tree.map(lambda p, u: p + u, params, updates)
+
+
+@pytest.mark.parametrize("decay", ["weights", "none", "to_identity"])
+def test_weight_decay_by_role(decay):
+    config = OptimizerConfig(learning_rate=0.5, weight_decay=0.1, warmup_fraction=0, knocking=KnockingOptimizerConfig(decay=decay))
+    eye = jnp.broadcast_to(jnp.eye(4), (2, 4, 4))
+    rate = float(schedule(config, 10)(0))
+    after = one_update(config, 3 * eye, {name: eye if name == "knock" else jnp.zeros(()) for name in AXES})
+    np.testing.assert_allclose(after["kernel"], 1 - rate * 0.1, rtol=1e-6)
+    np.testing.assert_allclose(after["table"], 1 - rate * 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(after["norm"], 1)
+    np.testing.assert_array_equal(after["final_norm"], 1)
+    expected = {"weights": 3 - rate * 0.1 * 3, "none": 3.0, "to_identity": 3 - rate * 0.1 * 2}[decay]
+    np.testing.assert_allclose(after["knock"], expected * eye, rtol=1e-6)
+
+
+def test_to_identity_in_a_run_pulls_to_the_initial_matrices():
+    """With decay to the initial value, a fresh model's mixers move by their gradients only, whatever the decay's strength."""
+    strong, none = (
+        trained(RUN.replace(optimizer=OptimizerConfig(weight_decay=decay, knocking=KnockingOptimizerConfig(decay="to_identity"))), steps=1)
+        for decay in (50.0, 0.0)
+    )
+    mixers = lambda result: result[1].params["layers"]["attention"]["value_mixer"]  # noqa: E731
+    chex.assert_trees_all_equal(mixers(strong), mixers(none))
+
+
+def test_learning_rate_multiplier_of_knocking_matrices():
+    base, doubled = (
+        trained(RUN.replace(optimizer=OptimizerConfig(weight_decay=0, knocking=KnockingOptimizerConfig(learning_rate_multiplier=m))), steps=1)
+        for m in (1.0, 2.0)
+    )
+    initial = make_trainer(RUN, sharding.make_mesh(RUN.mesh, jax.devices()[:1])).init(jax.random.key(0)).params
+    moved = [jax.tree.map(jnp.subtract, result[1].params, initial)["layers"] for result in (base, doubled)]
+    mixer, kernel = (lambda m: m["attention"]["value_mixer"]["down"]), (lambda m: m["feed_forward"]["up"])
+    np.testing.assert_allclose(2 * mixer(moved[0]), mixer(moved[1]), rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(kernel(moved[0]), kernel(moved[1]), rtol=1e-5)
+
+
+def test_schedule_warms_up_and_ends_at_the_final_fraction():
+    config, steps = OptimizerConfig(learning_rate=2.0, warmup_fraction=0.05, final_fraction=0.1), 1000
+    rates = np.array([schedule(config, steps)(i) for i in (0, 24, 49, 50, 525, 1000)])
+    np.testing.assert_allclose(rates, [2 / 50, 1.0, 2.0, 2.0, 0.5 * (2.0 + 0.2), 0.2], rtol=1e-5)
+
+
+def test_learning_rate_reads_the_optimisers_own_count():
+    trainer, state, metrics = trained(RUN)
+    np.testing.assert_allclose(metrics[-1]["learning_rate"], schedule(RUN.optimizer, RUN.steps)(2), rtol=1e-6)
+    np.testing.assert_allclose(learning_rate(RUN.optimizer, RUN.steps, state.optimizer), schedule(RUN.optimizer, RUN.steps)(3), rtol=1e-6)
