@@ -5,8 +5,10 @@ split over `data` and `expert`; parameters and optimiser state are split over `d
 and the vocabulary are split over `model`.
 """
 
+import contextlib
+import contextvars
 import math
-from typing import Any
+from typing import Any, Iterator
 
 import flax.linen as nn
 import jax
@@ -72,9 +74,23 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
+_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def using(mesh: Mesh) -> Iterator[None]:
+    """Within this, `constrain` pins activations to the mesh."""
+    token = _mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to the mesh by logical axis names; does nothing outside a mesh."""
-    return nn.with_logical_constraint(x, axes, rules=list(RULES.items()))
+    """Pins an activation to the mesh by logical axis names; does nothing outside `using`."""
+    mesh = _mesh.get()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
 
 
 def spec(axes: tuple[str | None, ...], where: str = "array") -> PartitionSpec:

@@ -15,7 +15,7 @@ from kha_jax.config import Config, choice
 from kha_jax.model import Batch, ModelConfig, Transformer
 from kha_jax.ops.losses import TokenSums
 from kha_jax.optimizer import OptimizerConfig
-from kha_jax.sharding import RULES, MeshConfig, tree_shardings
+from kha_jax.sharding import MeshConfig, tree_shardings, using
 
 
 class EvaluationConfig(Config):
@@ -152,15 +152,14 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     def evaluation_step(params: Any, batch: Batch) -> TokenSums:
         return model.apply({"params": params}, batch, method="loss")[1][0]
 
-    under_rules = lambda function: _with_mesh(function, mesh)  # noqa: E731
-    return Trainer(model, under_rules(init), under_rules(train_step), under_rules(evaluation_step), abstract, shardings)
+    return Trainer(model, init, _on(mesh, train_step), _on(mesh, evaluation_step), abstract, shardings)
 
 
-def _with_mesh(function: Callable, mesh: jax.sharding.Mesh) -> Callable:
-    """The function traced where logical constraints know the mesh."""
+def _on(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
+    """The function, traced where activations are pinned to the mesh."""
 
     def inside(*arguments):
-        with mesh, nn.logical_axis_rules(list(RULES.items())):
+        with using(mesh):
             return function(*arguments)
 
     return inside

@@ -164,7 +164,7 @@ def test_resuming_with_another_config_is_refused_unless_allowed(golden, cache, t
 
 
 def test_one_writer_per_run_folder(cache, tmp_path):
-    first = start(cache, tmp_path)
+    first = start(cache, tmp_path, "--config.steps=1000000")
     wait_for(lambda: steps_done(tmp_path) >= 1, first)
     code, _, err = finish(start(cache, tmp_path))
     assert code == 2 and f"in use by process {first.pid}" in err
