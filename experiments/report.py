@@ -1,0 +1,61 @@
+"""Draws the curves of runs: python -m experiments.report --workdirs=runs/kha_tiny,runs/baseline --out=curves.png (extra: plots)."""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from experiments import command_line
+from experiments.command_line import UsageError
+
+WORKDIRS = flags.DEFINE_list("workdirs", [], "Run folders, drawn in this order.")
+OUT = flags.DEFINE_string("out", "curves.png", "The figure to write; the suffix decides the format.")
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl.
+
+    Raises:
+        UsageError: the folder holds none.
+    """
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        raise UsageError(f"--workdirs: {workdir} holds no metrics.jsonl; train it first")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def main() -> None:
+    """Left: training loss, smoothed. Right: validation bits per byte (or loss, for data without bytes)."""
+    if not WORKDIRS.value:
+        raise UsageError("--workdirs: name at least one run folder")
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise UsageError("this command needs the extra: pip install -e '.[plots]'") from None
+    runs = {Path(name): read_metrics(Path(name)) for name in WORKDIRS.value}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for workdir, rows in runs.items():
+        training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        smooth, mean = [], training[0][1]
+        for step, loss in training:
+            mean += (loss - mean) * 0.1
+            smooth.append((step, mean))
+        left.plot(*zip(*smooth), label=workdir.name, linewidth=1.2)
+        key = "val_bits_per_byte" if any("val_bits_per_byte" in row for row in rows) else "val_loss"
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        right.plot(*zip(*points), marker="o", markersize=3, label=f"{workdir.name}: {points[-1][1]:.3f}", linewidth=1.2)
+        right.set_ylabel({"val_bits_per_byte": "validation bits per byte", "val_loss": "validation loss"}[key])
+    left.set_ylabel("training loss (nats per token)")
+    for axis in (left, right):
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(OUT.value, dpi=120)
+    print(f"wrote {OUT.value}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
