@@ -14,8 +14,6 @@ L query latent width, J latent groups, M = N/J heads a latent group, F feed-forw
 
 import numpy as np
 
-# ---------------------------------------------------------------- pieces
-
 
 def float64(tree):
     """The same nest of dicts, lists and tuples with float64 arrays; strings and None stay."""
@@ -66,6 +64,11 @@ def rotate(x_BTNR, positions_BT, theta):
     return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], axis=-1)
 
 
+def rotate_tail(z_BTNH, width, positions_BT, theta):
+    """[z_nope | z_rope] -> [z_nope | RoPE(z_rope)], z_nope the first `width` coordinates."""
+    return np.concatenate([z_BTNH[..., :width], rotate(z_BTNH[..., width:], positions_BT, theta)], axis=-1)
+
+
 def causal_mask(batch, length, segment_ids_BT=None):
     """mask[b, t, s]: s <= t by place in the row (never by rotary position) and both in the same segment."""
     mask_BTS = np.zeros((batch, length, length), dtype=bool)
@@ -101,14 +104,7 @@ def combine(o_BTNU, W_NUD):
     return sum(o_BTNU[:, :, n] @ W_NUD[n] for n in range(W_NUD.shape[0]))
 
 
-# ---------------------------------------------------------------- knocking mixers: one H x H matrix for all heads, no sum over heads
-
-
-def none(z):
-    """z."""
-    return z
-
-
+# Knocking mixers on z [..., H]: one H x H matrix shared by all heads, and no sum over heads.
 def linear(z, T):
     """z T (equations 5 to 7)."""
     return z @ T
@@ -124,7 +120,7 @@ def mlp(z, W_up, W_gate, W_down):
     return 2.0 * ((z @ W_up) * sigmoid(z @ W_gate)) @ W_down
 
 
-MIXERS = {"none": (none, ()), "linear": (linear, ("kernel",)), "gate": (gate, ("gate",)), "mlp": (mlp, ("up", "gate", "down"))}
+MIXERS = {"none": (lambda z: z, ()), "linear": (linear, ("kernel",)), "gate": (gate, ("gate",)), "mlp": (mlp, ("up", "gate", "down"))}
 
 
 def mix(z, kind, parameters):
@@ -144,12 +140,15 @@ def mix_slot(z, slot, parameters, slots, kinds=tuple(MIXERS)):
     return mix(z, *mixers.get(slot, ("none", {})))
 
 
-# ---------------------------------------------------------------- attention layers: (x, parameters, positions, segments, settings) -> [B, T, D]
-
-
-def normed_streams(qk_norm):
-    """Which of query and key are normalised: True both, False neither, or a tuple of names."""
-    return {True: ("query", "key"), False: ()}[qk_norm] if isinstance(qk_norm, bool) else tuple(qk_norm)
+def normalise(q_BTNH, k_BSKH, p, settings):
+    """The q/k RMS-norm, per head over all of H; qk_norm is True (both), False (neither) or a tuple of "query", "key"."""
+    qk_norm = settings["qk_norm"]
+    streams = {True: ("query", "key"), False: ()}[qk_norm] if isinstance(qk_norm, bool) else qk_norm
+    if isinstance(streams, str) or not set(streams) <= {"query", "key"}:
+        raise ValueError(f"qk_norm must be a bool or a tuple of query, key; got {streams!r}")
+    q_BTNH = rms_norm(q_BTNH, p["query_norm"], settings["eps"]) if "query" in streams else q_BTNH
+    k_BSKH = rms_norm(k_BSKH, p["key_norm"], settings["eps"]) if "key" in streams else k_BSKH
+    return q_BTNH, k_BSKH
 
 
 def grouped_query(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
@@ -163,12 +162,8 @@ def grouped_query(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     x_BTD, p = float64(x_BTD), float64(parameters)
     slots = ("query", "key", "value")
     q_BTNH, k_BSKH, v_BSKU = (mix_slot(heads(x_BTD, p[slot]), slot, p, slots) for slot in slots)
-    if "query" in normed_streams(settings["qk_norm"]):
-        q_BTNH = rms_norm(q_BTNH, p["query_norm"], settings["eps"])
-    if "key" in normed_streams(settings["qk_norm"]):
-        k_BSKH = rms_norm(k_BSKH, p["key_norm"], settings["eps"])
-    q_BTNH = rotate(q_BTNH, positions_BT, settings["theta"])
-    k_BSKH = rotate(k_BSKH, positions_BT, settings["theta"])
+    q_BTNH, k_BSKH = normalise(q_BTNH, k_BSKH, p, settings)
+    q_BTNH, k_BSKH = (rotate(z, positions_BT, settings["theta"]) for z in (q_BTNH, k_BSKH))
     mask_BTS = causal_mask(*x_BTD.shape[:2], segment_ids_BT)
     return combine(attend(q_BTNH, k_BSKH, v_BSKU, mask_BTS, q_BTNH.shape[-1] ** -0.5), p["output"])
 
@@ -176,8 +171,9 @@ def grouped_query(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
 def grouped_tied(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     """GTA, with R = P = H/2.
 
-    KV = T_v(x W_KV), v = KV, k_j = [KV_j[:H/2] | RoPE(x W_R)] (one rotary key for all heads), q = T_q(x W_Q) = [q_nope | q_rope]
-    with the second half rotated, scale 1/sqrt(H). There is no key mixer: the mixer of `value` acts on the tied state.
+    KV = T_v(x W_KV), v = KV, k_j = [KV_j[:H/2] | RoPE(x W_R)] with one rotary key for all heads,
+    [q_nope | q_rope] = T_q(x W_Q), q = [q_nope | RoPE(q_rope)], scale 1/sqrt(H).
+    There is no key mixer: the mixer of `value` acts on the tied state, before it is split into k and v.
     parameters: query [D,N,H], state [D,K,H], rotary_key [D,H/2], output [N,H,D]; where normalised query_norm [H], key_norm [H].
     settings: theta 10 000, eps 1e-6, qk_norm False (or True, or any of "query", "key"). The query norm spans the whole query
     head; the key norm spans the whole assembled key [KV_j[:H/2] | x W_R] of head j; both come before rotation. The value is
@@ -190,19 +186,10 @@ def grouped_tied(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     half = state_BSKH.shape[-1] // 2
     rotary_key_BSR = x_BTD @ p["rotary_key"]
     k_BSKH = np.stack([np.concatenate([state_BSKH[:, :, j, :half], rotary_key_BSR], -1) for j in range(state_BSKH.shape[2])], 2)
-    if "query" in normed_streams(settings["qk_norm"]):
-        q_BTNH = rms_norm(q_BTNH, p["query_norm"], settings["eps"])
-    if "key" in normed_streams(settings["qk_norm"]):
-        k_BSKH = rms_norm(k_BSKH, p["key_norm"], settings["eps"])
-    q_BTNH = rotate_tail(q_BTNH, half, positions_BT, settings["theta"])
-    k_BSKH = rotate_tail(k_BSKH, half, positions_BT, settings["theta"])
+    q_BTNH, k_BSKH = normalise(q_BTNH, k_BSKH, p, settings)
+    q_BTNH, k_BSKH = (rotate_tail(z, half, positions_BT, settings["theta"]) for z in (q_BTNH, k_BSKH))
     mask_BTS = causal_mask(*x_BTD.shape[:2], segment_ids_BT)
     return combine(attend(q_BTNH, k_BSKH, state_BSKH, mask_BTS, q_BTNH.shape[-1] ** -0.5), p["output"])
-
-
-def rotate_tail(z_BTNH, width, positions_BT, theta):
-    """[z_nope | z_rope] -> [z_nope | RoPE(z_rope)], z_nope the first `width` coordinates."""
-    return np.concatenate([z_BTNH[..., :width], rotate(z_BTNH[..., width:], positions_BT, theta)], axis=-1)
 
 
 def latent_query(x_BTD, p, width, positions_BT, settings):
@@ -264,8 +251,6 @@ def grouped_latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     return combine(np.concatenate(outputs, axis=2), p["output"])
 
 
-# ---------------------------------------------------------------- a whole model
-
 ATTENTION = {f.__name__: f for f in (grouped_query, grouped_tied, latent, grouped_latent)}
 
 
@@ -279,8 +264,8 @@ def swiglu(x_BTD, parameters):
 def block(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     """Pre-norm: x = x + attention(norm(x)), then x = x + swiglu(norm(x)).
 
-    parameters: attention_norm [D], attention {...}, feed_forward_norm [D], feed_forward {gate, up, down}. settings: `attention`,
-    a name in ATTENTION; the rest goes to that layer, and its `eps` (1e-6) serves the block's norms too.
+    parameters: attention_norm [D], attention {...}, feed_forward_norm [D], feed_forward {gate, up, down}.
+    settings: `attention`, a name in ATTENTION; the rest goes to that layer, and its `eps` (1e-6) serves the block's norms too.
     """
     settings = dict(settings)
     attention, eps = ATTENTION[settings.pop("attention")], settings.get("eps", 1e-6)
