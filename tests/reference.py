@@ -79,17 +79,17 @@ def causal_mask(batch, length, segment_ids_BT=None):
     return mask_BTS
 
 
-def attend(q_BTNH, k_BSKH, v_BSKU, mask_BTS, scale):
-    """o_n = softmax(scale q_n k_j^T, masked) v_j with j = n // G: query head n reads key/value head n // G."""
-    B, T, N, _ = q_BTNH.shape
-    K = k_BSKH.shape[2]
+def attend(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT):
+    """o_n = softmax(q_n k_j^T / sqrt(H), masked) v_j with j = n // G: query head n reads key/value head n // G."""
+    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     if N % K or v_BSKU.shape[2] != K:
         raise ValueError(f"{N} query heads, {K} key heads and {v_BSKU.shape[2]} value heads do not match")
+    mask_BTS = causal_mask(B, T, segment_ids_BT)
     o_BTNU = np.zeros((B, T, N, v_BSKU.shape[-1]))
     for b in range(B):
         for n in range(N):
             j = n // (N // K)
-            logits_TS = scale * q_BTNH[b, :, n] @ k_BSKH[b, :, j].T
+            logits_TS = q_BTNH[b, :, n] @ k_BSKH[b, :, j].T / np.sqrt(H)
             o_BTNU[b, :, n] = softmax(np.where(mask_BTS[b], logits_TS, -np.inf)) @ v_BSKU[b, :, j]
     return o_BTNU
 
@@ -120,7 +120,13 @@ def mlp(z, W_up, W_gate, W_down):
     return 2.0 * ((z @ W_up) * sigmoid(z @ W_gate)) @ W_down
 
 
-MIXERS = {"none": (lambda z: z, ()), "linear": (linear, ("kernel",)), "gate": (gate, ("gate",)), "mlp": (mlp, ("up", "gate", "down"))}
+MIXERS = {
+    "none": (lambda z: z, ()),
+    "linear": (linear, ("kernel",)),
+    "gate": (gate, ("gate",)),
+    "mlp": (mlp, ("up", "gate", "down")),
+}
+SLOTS, LINEAR = ("query", "key", "value"), ("none", "linear")
 
 
 def mix(z, kind, parameters):
@@ -160,12 +166,10 @@ def grouped_query(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     """
     settings = complete(settings, theta=10_000.0, eps=1e-6, qk_norm=True)
     x_BTD, p = float64(x_BTD), float64(parameters)
-    slots = ("query", "key", "value")
-    q_BTNH, k_BSKH, v_BSKU = (mix_slot(heads(x_BTD, p[slot]), slot, p, slots) for slot in slots)
+    q_BTNH, k_BSKH, v_BSKU = (mix_slot(heads(x_BTD, p[slot]), slot, p, SLOTS) for slot in SLOTS)
     q_BTNH, k_BSKH = normalise(q_BTNH, k_BSKH, p, settings)
     q_BTNH, k_BSKH = (rotate(z, positions_BT, settings["theta"]) for z in (q_BTNH, k_BSKH))
-    mask_BTS = causal_mask(*x_BTD.shape[:2], segment_ids_BT)
-    return combine(attend(q_BTNH, k_BSKH, v_BSKU, mask_BTS, q_BTNH.shape[-1] ** -0.5), p["output"])
+    return combine(attend(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT), p["output"])
 
 
 def grouped_tied(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
@@ -188,8 +192,7 @@ def grouped_tied(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     k_BSKH = np.stack([np.concatenate([state_BSKH[:, :, j, :half], rotary_key_BSR], -1) for j in range(state_BSKH.shape[2])], 2)
     q_BTNH, k_BSKH = normalise(q_BTNH, k_BSKH, p, settings)
     q_BTNH, k_BSKH = (rotate_tail(z, half, positions_BT, settings["theta"]) for z in (q_BTNH, k_BSKH))
-    mask_BTS = causal_mask(*x_BTD.shape[:2], segment_ids_BT)
-    return combine(attend(q_BTNH, k_BSKH, state_BSKH, mask_BTS, q_BTNH.shape[-1] ** -0.5), p["output"])
+    return combine(attend(q_BTNH, k_BSKH, state_BSKH, segment_ids_BT), p["output"])
 
 
 def latent_query(x_BTD, p, width, positions_BT, settings):
@@ -198,7 +201,7 @@ def latent_query(x_BTD, p, width, positions_BT, settings):
         q_BTNH = heads(x_BTD, p["query"])
     else:
         q_BTNH = heads(rms_norm(x_BTD @ p["query_down"], p["query_latent_norm"], settings["eps"]), p["query_up"])
-    nope = mix_slot(q_BTNH[..., :width], "query", p, ("query", "key", "value"), ("none", "linear"))
+    nope = mix_slot(q_BTNH[..., :width], "query", p, SLOTS, LINEAR)
     return rotate_tail(np.concatenate([nope, q_BTNH[..., width:]], axis=-1), width, positions_BT, settings["theta"])
 
 
@@ -214,15 +217,13 @@ def latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     x_BTD, p = float64(x_BTD), float64(parameters)
     if p["latent_down"].shape[1] != 1:
         raise ValueError(f"multi-head latent attention has one latent, got {p['latent_down'].shape[1]}: use grouped_latent")
-    slots, kinds = ("query", "key", "value"), ("none", "linear")
     c_BSC = rms_norm(x_BTD @ p["latent_down"][:, 0], p["latent_norm"][0], settings["eps"])
-    nope_BSNP = mix_slot(np.einsum("bsc,cnp->bsnp", c_BSC, p["key_up"][0]), "key", p, slots, kinds)
-    v_BSNU = mix_slot(np.einsum("bsc,cnu->bsnu", c_BSC, p["value_up"][0]), "value", p, slots, kinds)
+    nope_BSNP = mix_slot(np.einsum("bsc,cnp->bsnp", c_BSC, p["key_up"][0]), "key", p, SLOTS, LINEAR)
+    v_BSNU = mix_slot(np.einsum("bsc,cnu->bsnu", c_BSC, p["value_up"][0]), "value", p, SLOTS, LINEAR)
     rope_BS1R = rotate((x_BTD @ p["rotary_key"])[:, :, None], positions_BT, settings["theta"])
     k_BSNH = np.concatenate([nope_BSNP, np.broadcast_to(rope_BS1R, nope_BSNP.shape[:3] + rope_BS1R.shape[3:])], axis=-1)
     q_BTNH = latent_query(x_BTD, p, nope_BSNP.shape[-1], positions_BT, settings)
-    mask_BTS = causal_mask(*x_BTD.shape[:2], segment_ids_BT)
-    return combine(attend(q_BTNH, k_BSNH, v_BSNU, mask_BTS, q_BTNH.shape[-1] ** -0.5), p["output"])
+    return combine(attend(q_BTNH, k_BSNH, v_BSNU, segment_ids_BT), p["output"])
 
 
 def grouped_latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
@@ -239,15 +240,14 @@ def grouped_latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     if q_BTNH.shape[2] != J * M:
         raise ValueError(f"{q_BTNH.shape[2]} query heads are not {J} groups of {M}")
     rope_BS1R = rotate((x_BTD @ p["rotary_key"])[:, :, None], positions_BT, settings["theta"])
-    mask_BTS = causal_mask(*x_BTD.shape[:2], segment_ids_BT)
     outputs = []
     for n in range(J * M):
         g, m = n // M, n % M
         c_BSC = rms_norm(x_BTD @ p["latent_down"][:, g], p["latent_norm"][g], settings["eps"])
-        nope_BSP = mix_slot(c_BSC @ p["key_up"][g, :, m], "key", p, ("query", "key", "value"), ("none", "linear"))
-        v_BSU = mix_slot(c_BSC @ p["value_up"][g, :, m], "value", p, ("query", "key", "value"), ("none", "linear"))
+        nope_BSP = mix_slot(c_BSC @ p["key_up"][g, :, m], "key", p, SLOTS, LINEAR)
+        v_BSU = mix_slot(c_BSC @ p["value_up"][g, :, m], "value", p, SLOTS, LINEAR)
         k_BS1H = np.concatenate([nope_BSP[:, :, None], rope_BS1R], axis=-1)
-        outputs.append(attend(q_BTNH[:, :, n : n + 1], k_BS1H, v_BSU[:, :, None], mask_BTS, k_BS1H.shape[-1] ** -0.5))
+        outputs.append(attend(q_BTNH[:, :, n : n + 1], k_BS1H, v_BSU[:, :, None], segment_ids_BT))
     return combine(np.concatenate(outputs, axis=2), p["output"])
 
 

@@ -1,0 +1,157 @@
+"""Numerics on arrays against float64 NumPy written from the formulas, and hand-written gradients against autodiff."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kha_jax.ops import rope
+from kha_jax.ops.attention import attention, best_kernel
+from kha_jax.ops.gating import sigmoid_gate, swiglu
+from kha_jax.ops.linear import linear
+from kha_jax.ops.norm import rms_norm
+from tests import reference
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def plain_rms_norm(x, scale):
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+PLAIN = {
+    "rms_norm": (rms_norm, plain_rms_norm, (normal(0, 2, 3, 8), normal(1, 8))),
+    "swiglu": (swiglu, lambda g, u: g / (1 + jnp.exp(-g)) * u, (normal(0, 4, 5), normal(1, 4, 5))),
+    "sigmoid_gate": (sigmoid_gate, lambda g, v: 2 * v / (1 + jnp.exp(-g)), (normal(0, 4, 5), normal(1, 4, 5))),
+    "linear": (linear, lambda x, w: jnp.einsum("btd,dnh->btnh", x, w), (normal(0, 2, 3, 4), normal(1, 4, 5, 6))),
+    "linear_2": (
+        functools.partial(linear, contract=2), lambda x, w: jnp.einsum("btnh,nhd->btd", x, w), (normal(0, 2, 3, 4, 5), normal(1, 4, 5, 6))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_written_out_gradients_are_those_of_the_plain_formula(name):
+    ours, plain, arguments = PLAIN[name]
+    cotangent = normal(9, *plain(*arguments).shape)
+    (value, back), (expected, expected_back) = (jax.vjp(f, *arguments) for f in (ours, plain))
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    for grad, expected_grad in zip(back(cotangent), expected_back(cotangent)):
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_are_float32_inside():
+    x = jnp.asarray(300 * normal(0, 4, 64), jnp.bfloat16)
+    expected = reference.rms_norm(np.asarray(x, np.float64), np.ones(64), 1e-6)
+    assert rms_norm(x, jnp.ones(64)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(rms_norm(x, jnp.ones(64)), np.float64), expected, rtol=1e-2)
+
+
+def test_rotary_is_the_reference_and_relative():
+    x = normal(0, 2, 7, 3, 8)
+    positions = np.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 900]])
+    ours = rope.rotate(jnp.asarray(x), jnp.asarray(positions), 10_000.0)
+    np.testing.assert_allclose(ours, reference.rotate(x.astype(np.float64), positions, 10_000.0), atol=1e-4)
+    np.testing.assert_allclose(ours[:, 0], x[:, 0], atol=1e-7)
+    dot = lambda shift: np.einsum(  # noqa: E731
+        "btnr,bsnr->bnts", *(rope.rotate(jnp.asarray(x), jnp.asarray(positions + shift), 10_000.0) for _ in range(2))
+    )
+    np.testing.assert_allclose(dot(0), dot(37), atol=2e-3)
+
+
+def case(T, N, K, H, U, packed, seed=0):
+    """Random q, k, v and, when packed, segment ids with documents of uneven lengths."""
+    q, k, v = normal(seed, 2, T, N, H), normal(seed + 1, 2, T, K, H), normal(seed + 2, 2, T, K, U)
+    segments = np.stack([np.searchsorted([T // 5, T // 2], np.arange(T), side="right"), np.arange(T) // 37]).astype(np.int32)
+    return (q, k, v), segments if packed else None
+
+
+def expected_attention(q, k, v, segments, scale):
+    """float64, one head of one row at a time."""
+    B, T, N, _ = q.shape
+    out = np.zeros((B, T, N, v.shape[-1]))
+    for b in range(B):
+        mask = np.tril(np.ones((T, T), bool))
+        if segments is not None:
+            mask &= segments[b][:, None] == segments[b][None, :]
+        for n in range(N):
+            m = n // (N // k.shape[2])
+            s = np.where(mask, scale * q[b, :, n].astype(np.float64) @ k[b, :, m].T.astype(np.float64), -np.inf)
+            p = np.exp(s - s.max(axis=-1, keepdims=True))
+            out[b, :, n] = p / p.sum(axis=-1, keepdims=True) @ v[b, :, m]
+    return out
+
+
+SHAPES = [(40, 4, 2, 8, 8), (128, 2, 2, 8, 8), (300, 4, 1, 16, 16)]  # below, at and across the chunk of 128
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"T{s[0]}")
+@pytest.mark.parametrize("kernel", ["reference", "chunked", "xla"])
+def test_kernels_are_the_formula(kernel, shape, packed):
+    qkv, segments = case(*shape, packed)
+    ours = jax.jit(lambda q, k, v, s: attention(q, k, v, s, kernel=kernel, scale=0.3))(*qkv, segments)
+    np.testing.assert_allclose(ours, expected_attention(*qkv, segments, 0.3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("kernel", ["chunked", "xla"])
+def test_gradients_of_kernels_agree(kernel, packed):
+    qkv, segments = case(300, 4, 2, 8, 8, packed)
+    cotangent = normal(7, 2, 300, 4, 8)
+    grads = [jax.jit(lambda *z: jax.vjp(lambda *x: attention(*x, segments, kernel=name), *z)[1](cotangent))(*qkv) for name in (kernel, "reference")]
+    for ours, expected in zip(*grads):
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_tpu_kernel_in_interpret_mode():
+    qkv, segments = case(128, 2, 1, 128, 128, True)
+    ours = attention(*qkv, segments, kernel="splash")
+    np.testing.assert_allclose(ours, expected_attention(*qkv, segments, 128**-0.5), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "chunked"])
+def test_values_may_be_wider_than_keys(kernel):
+    qkv, segments = case(150, 4, 2, 8, 24, True)
+    np.testing.assert_allclose(attention(*qkv, segments, kernel=kernel), expected_attention(*qkv, segments, 8**-0.5), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_stays_close():
+    qkv, segments = case(200, 4, 2, 16, 16, True)
+    ours = attention(*(jnp.asarray(z, jnp.bfloat16) for z in qkv), segments, kernel="chunked")
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(ours, np.float32), expected_attention(*qkv, segments, 0.25), atol=5e-2)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "cudnn", "splash"])
+def test_kernels_that_need_equal_widths_say_so(kernel):
+    qkv, _ = case(128, 2, 2, 8, 16, False)
+    with pytest.raises(ValueError, match="values as wide as keys"):
+        attention(*qkv, kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kernel"),
+    [
+        (("tpu", jnp.bfloat16, 128, 128), "splash"), (("tpu", jnp.bfloat16, 64, 64), "chunked"), (("tpu", jnp.float32, 192, 128), "chunked"),
+        (("gpu", jnp.bfloat16, 64, 64), "cudnn"), (("gpu", jnp.float32, 64, 64), "chunked"), (("cpu", jnp.float32, 64, 64), "chunked"),
+    ],
+)  # fmt: skip
+def test_auto_takes_the_fused_kernel_where_it_fits(arguments, kernel):
+    assert best_kernel(*arguments) == kernel
+
+
+def test_the_chunked_kernel_keeps_no_square():
+    """What lives between forward and backward grows with T, not T^2."""
+    T = 2048
+    q = jax.ShapeDtypeStruct((1, T, 8, 16), jnp.float32)
+    kv = jax.ShapeDtypeStruct((1, T, 4, 16), jnp.float32)
+    sizes = {}
+    for kernel in ("chunked", "reference"):
+        gradient = jax.grad(lambda *z: jnp.sum(attention(*z, kernel=kernel) ** 2), argnums=(0, 1, 2))
+        sizes[kernel] = jax.jit(gradient).lower(q, kv, kv).compile().memory_analysis().temp_size_in_bytes
+    assert sizes["chunked"] < 0.35 * sizes["reference"]
