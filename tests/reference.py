@@ -55,8 +55,8 @@ def rotate(x_BTNR, positions_BT, theta):
     [a | b] -> [a cos - b sin | b cos + a sin]
     """
     x_BTNR = float64(x_BTNR)
-    half = x_BTNR.shape[-1] // 2
-    if 2 * half != x_BTNR.shape[-1]:
+    half, odd = divmod(x_BTNR.shape[-1], 2)
+    if odd:
         raise ValueError(f"rotary width {x_BTNR.shape[-1]} is odd")
     frequencies = float(theta) ** (-np.arange(half) / half)
     angles = np.asarray(positions_BT)[:, :, None, None] * frequencies  # [B, T, 1, R/2]
@@ -71,16 +71,14 @@ def rotate_tail(z_BTNH, width, positions_BT, theta):
 
 def causal_mask(batch, length, segment_ids_BT=None):
     """mask[b, t, s]: s <= t by place in the row (never by rotary position) and both in the same segment."""
-    mask_BTS = np.zeros((batch, length, length), dtype=bool)
-    for b in range(batch):
-        for t in range(length):
-            for s in range(t + 1):
-                mask_BTS[b, t, s] = segment_ids_BT is None or segment_ids_BT[b][t] == segment_ids_BT[b][s]
-    return mask_BTS
+    place_T = np.arange(length)
+    segments_BT = np.zeros((batch, length)) if segment_ids_BT is None else np.asarray(segment_ids_BT)
+    return (place_T[None, None, :] <= place_T[None, :, None]) & (segments_BT[:, None, :] == segments_BT[:, :, None])
 
 
 def attend(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT):
     """o_n = softmax(q_n k_j^T / sqrt(H), masked) v_j with j = n // G: query head n reads key/value head n // G."""
+    q_BTNH, k_BSKH, v_BSKU = float64((q_BTNH, k_BSKH, v_BSKU))
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     if N % K or v_BSKU.shape[2] != K:
         raise ValueError(f"{N} query heads, {K} key heads and {v_BSKU.shape[2]} value heads do not match")
@@ -134,7 +132,7 @@ def mix(z, kind, parameters):
     function, names = MIXERS[kind]
     if set(parameters) != set(names):
         raise ValueError(f"mixer {kind} takes {names}, got {sorted(parameters)}")
-    return function(z, *(np.asarray(parameters[name], dtype=np.float64) for name in names))
+    return function(float64(z), *(float64(parameters[name]) for name in names))
 
 
 def mix_slot(z, slot, parameters, slots, kinds=tuple(MIXERS)):
@@ -256,7 +254,7 @@ ATTENTION = {f.__name__: f for f in (grouped_query, grouped_tied, latent, groupe
 
 def swiglu(x_BTD, parameters):
     """(silu(x W_gate) * (x W_up)) W_down with silu(a) = a sigmoid(a); gate [D,F], up [D,F], down [F,D]."""
-    p = float64(parameters)
+    x_BTD, p = float64(x_BTD), float64(parameters)
     gate_BTF = x_BTD @ p["gate"]
     return (gate_BTF * sigmoid(gate_BTF) * (x_BTD @ p["up"])) @ p["down"]
 
