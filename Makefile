@@ -20,7 +20,7 @@ slow: setup
 
 benchmark: EXTRAS = test,interop
 benchmark: setup
-	$(RUN) -m experiments.benchmark
+	GLIBC_TUNABLES= $(RUN) -m experiments.benchmark
 
 # The stamp holds the interpreter and a checksum of setup.cfg; nothing happens while it is up to date.
 setup:
