@@ -130,6 +130,7 @@ def main() -> int:
         found = f"found {config.batch_size} / {config.accumulation}"
         raise UsageError(f"config.batch_size: must divide by {ways} devices in each micro-batch, {found}")
     workdir, lock = open_workdir(config)
+    stop = Stop()
     leader = jax.process_index() == 0
 
     # ---------------------------------------------------------------- data
@@ -178,7 +179,7 @@ def main() -> int:
     # ---------------------------------------------------------------- the loop
     train_step = jax.jit(trainer.train_step, donate_argnums=0, out_shardings=(trainer.shardings, None))
     evaluation_step = jax.jit(trainer.evaluation_step)
-    stop, nonfinite, late, code = Stop(), 0, None, command_line.DONE
+    nonfinite, late, code = 0, None, command_line.DONE
     reader = data.batches(
         train_source, batch_size=config.batch_size, rows=rows, seed=config.seed, start=first_step, stop=config.steps
     )
@@ -195,6 +196,15 @@ def main() -> int:
             begin = (pending[0] - 1) * config.batch_size
             log.warning("step %d not applied: %s; examples %d to %d", pending[0], found, begin, begin + config.batch_size - 1)
         report(pending[0], {**values, **meter.read(config.batch_size * config.seq_len)})
+
+    def evaluation_due(step: int) -> bool:
+        return config.evaluation.every > 0 and (step == config.steps or step % config.evaluation.every == 0)
+
+    def evaluate_and_report(step: int) -> None:
+        report(step, evaluate(evaluation_step, state.params, validation_source, config, mesh))
+
+    if jax.process_count() == 1 and first_step and evaluation_due(first_step) and "val_loss" not in sinks[0].last:
+        evaluate_and_report(first_step)  # the run was stopped before it could
 
     for step in range(first_step + 1, config.steps + 1):
         if config.profile.stop and step == config.profile.start + 1:
@@ -215,13 +225,13 @@ def main() -> int:
 
         last = step == config.steps
         stopping = stop.now(step)
-        evaluate_now = config.evaluation.every and (last or step % config.evaluation.every == 0) and not stopping
+        evaluate_now = evaluation_due(step) and not (stopping and not last)
         save_now = last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
         if evaluate_now or save_now:
             fetch(late)
             late, paused = None, time.perf_counter()
             if evaluate_now:
-                report(step, evaluate(evaluation_step, state.params, validation_source, config, mesh))
+                evaluate_and_report(step)
             if save_now and not nonfinite:
                 checkpoints.save(step, state)
             meter.pause(time.perf_counter() - paused)

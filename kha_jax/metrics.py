@@ -16,16 +16,19 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object a line with its step. Opening it at a step cuts it back to the lines before that step.
+    """`metrics.jsonl`: one object a line with its step. Opening it at a step cuts it back to the lines up to that step.
 
-    A failing disk costs metrics and not the run: the first failure is logged, all are counted in `lost`.
+    A failing disk costs metrics and not the run: the first failure is logged, all are counted in `lost`. `last` is the last line
+    that was kept.
     """
 
     def __init__(self, path: Path, from_step: int):
         self.lost = 0
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line for line in lines if _step(line) is not None and _step(line) <= from_step))
+        kept = [line for line in lines if _step(line) is not None and _step(line) <= from_step]
+        self.last = json.loads(kept[-1]) if kept else {}
+        temporary.write_text("".join(kept))
         temporary.rename(path)
         self.file = open(path, "a", buffering=1)
 

@@ -10,7 +10,7 @@ LAYERS = {
     "config": 0, "ops": 0, "sharding": 0,
     "parameters": 0.5,  # the base of all modules: config and ops.norm
     "data": 1, "optimizer": 1, "metrics": 1,
-    "model": 2, "feed_forward": 2, "moe": 2, "accounting": 2, "attention": 2,
+    "attention": 2, "feed_forward": 2, "moe": 2, "model": 2.5, "accounting": 2.6,  # what a block is made of, then the whole
     "training": 3, "checkpoint": 3, "decoding": 3,
     "inspect": 4, "convert": 4,
 }  # fmt: skip

@@ -112,6 +112,22 @@ def test_a_stopped_run_saves_exits_75_and_resumes_bit_equal(golden, cache, tmp_p
     assert_same_end(tmp_path, golden[0])
 
 
+def test_a_run_stopped_on_an_evaluation_step_evaluates_when_it_resumes(golden, cache, tmp_path):
+    """The stop leaves at once; the evaluation it skipped comes first after the resume."""
+    process = start(cache, tmp_path, "--config.evaluation.every=1", "--config.steps=1000000")
+    wait_for(lambda: steps_done(tmp_path) >= 3, process)
+    process.terminate()
+    code, _, err = finish(process)
+    assert code == 75, err
+    stopped = lines(tmp_path)[-1]["step"]
+    assert "val_loss" not in lines(tmp_path)[-1]
+    process = start(cache, tmp_path, "--config.evaluation.every=1", "--config.steps=1000000")
+    wait_for(lambda: steps_done(tmp_path) > stopped, process)
+    process.kill()
+    process.wait()
+    assert [row["step"] for row in lines(tmp_path) if "val_loss" in row][:stopped] == list(range(1, stopped + 1))
+
+
 def test_a_killed_run_resumes_bit_equal(golden, cache, tmp_path):
     process = start(cache, tmp_path)
     wait_for(lambda: steps_done(tmp_path) >= 22, process)

@@ -101,7 +101,7 @@ def test_a_non_finite_step_changes_nothing_but_the_step():
 def test_the_loss_falls_on_one_batch():
     mesh = sharding.make_mesh(RUN.mesh, jax.devices()[:1])
     trainer = make_trainer(RUN, mesh)
-    state, step = trainer.init(jax.random.key(0)), jax.jit(trainer.train_step)
+    state, step = jax.jit(trainer.init)(jax.random.key(0)), jax.jit(trainer.train_step)
     losses = []
     for _ in range(20):
         state, metrics = step(state, random_batch())
@@ -165,7 +165,7 @@ def test_learning_rate_multiplier_of_knocking_matrices():
         trained(RUN.replace(optimizer=OptimizerConfig(weight_decay=0, knocking=KnockingOptimizerConfig(learning_rate_multiplier=m))), steps=1)
         for m in (1.0, 2.0)
     )
-    initial = make_trainer(RUN, sharding.make_mesh(RUN.mesh, jax.devices()[:1])).init(jax.random.key(0)).params
+    initial = jax.jit(make_trainer(RUN, sharding.make_mesh(RUN.mesh, jax.devices()[:1])).init)(jax.random.key(0)).params
     moved = [jax.tree.map(jnp.subtract, result[1].params, initial)["layers"] for result in (base, doubled)]
     mixer, kernel = (lambda m: m["attention"]["value_mixer"]["down"]), (lambda m: m["feed_forward"]["up"])
     np.testing.assert_allclose(2 * mixer(moved[0]), mixer(moved[1]), rtol=1e-3, atol=1e-7)
