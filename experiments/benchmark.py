@@ -176,7 +176,7 @@ def dense() -> dict[str, Any]:
     results = interleave(makers, ROUNDS.value)
     matmul = results.pop("matmul 2048^3")
     rate = 2 * 2048**3 / matmul["median"]
-    flops = {name: account(peer_run(v).model, LENGTH).training_flops * BATCH * LENGTH for name, v in
+    flops = {name: account(peer_run(v).model, LENGTH, tokens=BATCH * LENGTH).training_flops * BATCH * LENGTH for name, v in
              {"baseline": "baseline", "KHA-MLP on v": "mlp", "KHA-Linear on q, k, v": "linear"}.items()}  # fmt: skip
     table = Table(title=f"training step, peer shape, {machine()}; matmul rate {rate / 1e9:.0f} GFLOP/s")
     for column in ("", "median ms", "minimum ms", "CPU ms", "first step s", "GFLOP/s", "of matmul rate", "time / baseline"):

@@ -160,7 +160,7 @@ def main() -> int:
         return command_line.DONE
 
     # ---------------------------------------------------------------- reporting
-    cost = accounting.account(config.model, config.seq_len)
+    cost = accounting.account(config.model, config.seq_len, tokens=config.batch_size * config.seq_len)
     devices = mesh.devices.size
     meter = Meter(cost.training_flops, accounting.peak_flops(jax.devices()[0].device_kind) * devices)
     sinks: list[Any] = []

@@ -39,19 +39,23 @@ class Accounting(NamedTuple):
     cache_floats: int
 
 
-def account(model: ModelConfig, seq_len: int, causal: bool = True) -> Accounting:
-    """Counts one model. causal=False counts every query against all seq_len keys, as a kernel without skipping does."""
+def account(model: ModelConfig, seq_len: int, causal: bool = True, tokens: float = math.inf) -> Accounting:
+    """Counts one model.
+
+    causal=False counts every query against all seq_len keys, as a kernel without skipping does. tokens: of a step; linear mixers
+    applied to the weights cost the same whatever it is, so their share of a token vanishes as it grows (the default).
+    """
     D, layers = model.width, model.layers
     attention, feed_forward = model.attention, model.feed_forward
     tables = (1 if model.embeddings == "tied" else 2) * model.vocabulary_size * D
     outside = tables + D
     per_layer = attention.parameters(D) + 2 * D
     context = (seq_len + 1) / 2 if causal else seq_len
-    forward = layers * (attention.flops(D, context) + feed_forward.flops(D)) + 2 * model.vocabulary_size * D
+    forward = layers * (attention.flops(D, context, tokens) + feed_forward.flops(D)) + 2 * model.vocabulary_size * D
     return Accounting(
         parameters=outside + layers * (per_layer + feed_forward.parameters(D)),
         active=outside + layers * (per_layer + feed_forward.active_parameters(D)),
-        knocking=layers * attention.mixer_parameters(),
+        knocking=layers * attention.mixer_parameters(D),
         forward_flops=forward,
         training_flops=3 * forward,
         cache_floats=layers * attention.projection.cache_floats(),

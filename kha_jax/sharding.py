@@ -26,6 +26,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "embed": "data",
     "head_dim": None,
+    "latent": None,
+    "groups": None,
     "knock_in": None,
     "knock_out": None,
     "expert": "expert",

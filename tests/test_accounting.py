@@ -9,19 +9,24 @@ import pytest
 from kha_jax.accounting import account, peak_flops
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
-from kha_jax.attention.projections import GroupedQuery
+from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
 from kha_jax.parameters import Numerics
 
 PAPER_ATTENTION = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_heads=4, head_dim=128))
-LINEAR_QKV = {"query": KnockingLinear(), "key": KnockingLinear(), "value": KnockingLinear()}
+SLOTS = ("query", "key", "value")
+LINEAR_QKV = {slot: KnockingLinear(apply="activations") for slot in SLOTS}
+LINEAR_ON_WEIGHTS = {slot: KnockingLinear(apply="weights") for slot in SLOTS}
+
+
+def dense_of(layers, width, feed_forward, mixers, **changes):
+    fields = {"layers": layers, "width": width, "vocabulary_size": 157184, **changes}
+    return ModelConfig(attention=PAPER_ATTENTION.replace(**mixers), feed_forward=SwiGLU(width=feed_forward), **fields)
 
 
 def dense(layers, width, feed_forward, **mixers):
-    return ModelConfig(
-        layers=layers, width=width, vocabulary_size=157184, attention=PAPER_ATTENTION.replace(**mixers), feed_forward=SwiGLU(width=feed_forward)
-    )  # fmt: skip
+    return dense_of(layers, width, feed_forward, mixers)
 
 
 def initialised_size(model):
@@ -63,7 +68,9 @@ def test_knocking_parameters_are_the_difference():
     assert plain.knocking == 0
 
 
-@pytest.mark.parametrize("mixers", [{}, {"value": KnockingMLP()}, LINEAR_QKV], ids=["baseline", "mlp", "linear"])
+@pytest.mark.parametrize(
+    "mixers", [{}, {"value": KnockingMLP()}, LINEAR_QKV, LINEAR_ON_WEIGHTS], ids=["baseline", "mlp", "linear", "weights"]
+)
 def test_forward_flops_match_xla(mixers):
     """An unrolled model at a size where matrix products dominate; the reference kernel computes all T keys for every query."""
     T = 256
@@ -76,7 +83,7 @@ def test_forward_flops_match_xla(mixers):
     module = model.build()
     params = jax.eval_shape(module.init, jax.random.key(0), ids)
     compiled = jax.jit(module.apply).lower(params, ids).compile()
-    expected = account(model, T, causal=False).forward_flops * 2 * T
+    expected = account(model, T, causal=False, tokens=2 * T).forward_flops * 2 * T
     assert abs(compiled.cost_analysis()["flops"] / expected - 1) < 0.02
 
 
@@ -85,6 +92,36 @@ def test_overhead_of_knocking_at_the_dense_shape(seq_len):
     base, mlp, linear = (account(dense(24, 1024, 3072, **m), seq_len) for m in ({}, {"value": KnockingMLP()}, LINEAR_QKV))
     assert 1 < mlp.training_flops / base.training_flops <= 1.01
     assert mlp.training_flops < linear.training_flops < 1.025 * base.training_flops
+
+
+def test_linear_on_weights_costs_under_a_thousandth_at_32k_tokens():
+    """The 0.8B-6.6B shape: attention of width 1536, and the active feed-forward of 4 experts of 1152; auto takes the weights."""
+    auto = {slot: KnockingLinear() for slot in SLOTS}
+    base, linear = (account(dense_of(18, 1536, 4 * 1152, m), 4096, tokens=32768).training_flops for m in ({}, auto))
+    assert 1 < linear / base < 1.001
+
+
+def test_linear_on_weights_by_xlas_own_count():
+    """The same in XLA's FLOPs of one unrolled layer and its gradients, at 32k tokens."""
+    flops = []
+    for mixers in ({}, {slot: KnockingLinear() for slot in SLOTS}):
+        model = dense_of(1, 1536, 4 * 1152, mixers, stack="unroll", vocabulary_size=1024, numerics=Numerics(dtype="float32"))
+        ids, weights = jax.ShapeDtypeStruct((8, 4096), jnp.int32), jax.ShapeDtypeStruct((8, 4096), jnp.float32)
+        batch = {"tokens": ids, "targets": ids, "positions": ids, "segment_ids": ids, "weights": weights}
+        module = model.build()
+        params = jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, 8), jnp.int32)), jax.random.key(0))
+        step = jax.jit(jax.grad(lambda p, b: module.apply(p, b, method="loss")[0]))
+        flops.append(step.lower(params, batch).cost_analysis()["flops"])
+    assert 1 < flops[1] / flops[0] < 1.001
+
+
+def test_a_latent_projection_is_the_papers_size():
+    """Table 3: MLA with 32 heads adds 91.4M active parameters over GQA 32/4 in 18 layers of width 1536, GTA saves 12.4M."""
+    count = lambda projection: 18 * AttentionConfig(projection=projection).parameters(1536) / 1e6  # noqa: E731
+    gqa = count(PAPER_ATTENTION.projection)
+    mla = count(Latent(query_heads=32, head_dim=128, value_dim=128, rope_dim=64, kv_lora=512, q_lora=1024))
+    assert abs(mla - gqa - (971.7 - 880.3)) < 0.1
+    assert abs(gqa - count(GroupedTied(query_heads=32, kv_heads=4, head_dim=128)) - (880.3 - 867.9)) < 0.1
 
 
 def test_causal_halves_the_scores_only():

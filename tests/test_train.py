@@ -213,7 +213,9 @@ def test_bad_flags_are_one_line_and_exit_2(cache, tmp_path, flag, message):
 def test_print_config_shows_the_resolved_config(cache, tmp_path):
     code, out, _ = finish(start(cache, tmp_path, "--print_config", "--config.model.attention.value.kind=linear"))
     assert code == 0
-    assert json.loads(out)["model"]["attention"]["value"] == {"kind": "linear", "diag_init": 1.0, "parameterization": "direct"}
+    assert json.loads(out)["model"]["attention"]["value"] == {
+        "kind": "linear", "diag_init": 1.0, "parameterization": "direct", "apply": "auto"
+    }  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 

@@ -31,19 +31,25 @@ class AttentionConfig(Config):
     value: StreamMixer = choice(STREAM_MIXERS, NoMixer())
     kernel: Literal["auto", "reference", "chunked", "xla", "cudnn", "splash"] = "auto"
 
-    def mixer_parameters(self) -> int:
+    def validate(self):
+        for slot in SLOTS:
+            mixer = getattr(self, slot)
+            reason = None if type(mixer) is NoMixer else self.projection.refusal(slot, mixer)
+            self.require(reason is None, f"{slot}.kind", f"{type(mixer).__name__} cannot stand here: {reason}")
+
+    def mixer_parameters(self, width: int) -> int:
         """Parameters of the stream mixers of one layer."""
-        return sum(getattr(self, slot).parameters(H) for slot, (_, H) in self.projection.stream_shapes().items())
+        return sum(getattr(self, slot).parameters(H) for slot, (_, H, _) in self.projection.streams(width).items())
 
     def parameters(self, width: int) -> int:
         """Parameters of one layer."""
         heads, value_width = self.projection.output_shape()
-        return self.projection.parameters(width) + heads * value_width * width + self.mixer_parameters()
+        return self.projection.parameters(width) + heads * value_width * width + self.mixer_parameters(width)
 
-    def flops(self, width: int, context: float) -> float:
-        """Forward FLOPs per token and layer with `context` visible keys."""
+    def flops(self, width: int, context: float, tokens: float) -> float:
+        """Forward FLOPs per token and layer with `context` visible keys, in steps of `tokens`."""
         heads, value_width = self.projection.output_shape()
-        mixing = sum(getattr(self, slot).flops(*shape) for slot, shape in self.projection.stream_shapes().items())
+        mixing = sum(getattr(self, slot).flops(*shape, tokens) for slot, shape in self.projection.streams(width).items())
         projecting = self.projection.flops(width) + 2 * heads * value_width * width
         return projecting + mixing + self.projection.score_flops(context)
 
@@ -62,7 +68,7 @@ class Attention(Module):
         self.projection = c.projection.build(width=self.width, numerics=self.numerics)
         self.mixers = {
             slot: getattr(c, slot).build(head_dim, self.numerics, name=f"{slot}_mixer")
-            for slot, (_, head_dim) in c.projection.stream_shapes().items()
+            for slot, (_, head_dim, _) in c.projection.streams(self.width).items()
         }
         heads, value_width = c.projection.output_shape()
         self.output = self.weight("output", heads=heads, head_dim=value_width, embed=self.width)
@@ -73,7 +79,7 @@ class Attention(Module):
         """The attention output [B, T, D] and named metrics."""
         with jax.named_scope("project"):
             q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
-            k_BSKH, v_BSKU = self.projection.keys_and_values(state)
+            k_BSKH, v_BSKU = self.projection.keys_and_values(state, self.mixers)
         o_BTNU = attention(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, kernel=self.config.kernel)
         with jax.named_scope("output"):
             return linear(o_BTNU, self.output, contract=2), {}

@@ -7,6 +7,7 @@ permutation of the heads, and whatever a head learns about the shared matrix rea
 Legend: any leading axes, N heads, H head width.
 """
 
+import math
 from typing import Callable, ClassVar, Literal
 
 import flax.linen as nn
@@ -29,29 +30,42 @@ class StreamMixer(Config):
         """Parameters per layer."""
         return self.matrices * head_dim**2
 
-    def flops(self, heads: int, head_dim: int) -> int:
-        """Forward FLOPs per token when applied to activations: 2 H^2 per matrix and head."""
-        return 2 * heads * self.matrices * head_dim**2
+    def on_weights(self, rows: int, tokens: float) -> bool:
+        """Whether the mixer is applied to a projection's weights [rows, heads, H] rather than to `tokens` activations."""
+        return False
 
-    def build(self, head_dim: int, numerics: Numerics, name: str) -> Callable[[jax.Array], jax.Array]:
-        """The map z[..., H] -> z~[..., H]; here the identity, without a parameter."""
-        return lambda z: z
+    def flops(self, heads: int, head_dim: int, rows: int, tokens: float) -> float:
+        """Forward FLOPs per token in a step of `tokens`: 2 H^2 per matrix and head, for each token or each row of weights."""
+        per_vector = 2 * heads * self.matrices * head_dim**2
+        return per_vector * rows / tokens if self.on_weights(rows, tokens) else per_vector
+
+    def build(self, head_dim: int, numerics: Numerics, name: str) -> "Mixer":
+        """The map z[..., H] -> z~[..., H] as a module."""
+        raise NotImplementedError
 
 
 class NoMixer(StreamMixer):
     """z: the baseline."""
+
+    def build(self, head_dim, numerics, name):
+        return Mixer(config=self, numerics=numerics, name=name)
 
 
 class KnockingLinear(StreamMixer):
     """z T, T = diag_init * I at the start (paper, equations 5-7).
 
     diag_init: initial diagonal. parameterization: `direct` stores T; `residual` stores D in T = diag_init * I + D, D = 0 at
-    the start, which changes what weight decay pulls towards.
+    the start, which changes what weight decay pulls towards. apply: to `activations`, (x W) T, or to `weights`, x (W T), the same
+    function and gradients at the price of the weights' rows instead of the tokens; `auto` takes the fewer.
     """
 
     matrices = 1
     diag_init: float = 1.0
     parameterization: Literal["direct", "residual"] = "direct"
+    apply: Literal["auto", "weights", "activations"] = "auto"
+
+    def on_weights(self, rows, tokens):
+        return self.apply == "weights" or self.apply == "auto" and rows < tokens
 
     def build(self, head_dim, numerics, name):
         return Linear(config=self, head_dim=head_dim, numerics=numerics, name=name)
@@ -64,7 +78,7 @@ class KnockingGate(StreamMixer):
     linear = False
 
     def build(self, head_dim, numerics, name):
-        return Gate(head_dim=head_dim, numerics=numerics, name=name)
+        return Gate(config=self, head_dim=head_dim, numerics=numerics, name=name)
 
 
 class KnockingMLP(StreamMixer):
@@ -74,7 +88,7 @@ class KnockingMLP(StreamMixer):
     linear = False
 
     def build(self, head_dim, numerics, name):
-        return MLP(head_dim=head_dim, numerics=numerics, name=name)
+        return MLP(config=self, head_dim=head_dim, numerics=numerics, name=name)
 
 
 STREAM_MIXERS = {"none": NoMixer, "linear": KnockingLinear, "gate": KnockingGate, "mlp": KnockingMLP}
@@ -85,10 +99,26 @@ def diagonal(value: float) -> Callable:
     return lambda key, shape, dtype: value * jnp.eye(*shape, dtype=dtype)
 
 
-class KnockingModule(Module):
-    """A module whose parameters are [H, H] matrices that start at a known value rather than at random."""
+class Mixer(Module):
+    """Base of the mixer modules, and the identity."""
 
-    head_dim: int
+    config: StreamMixer
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """z~ in the shape and dtype of z."""
+        return z
+
+    def project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """mixer(x W) for x[..., rows] and W[rows, heads, H], through the weights where the config says so."""
+        if self.config.on_weights(kernel.shape[0], math.prod(x.shape[:-1])):
+            return linear(x, self(kernel))
+        return self(linear(x, kernel))
+
+
+class KnockingModule(Mixer):
+    """A mixer whose parameters are [H, H] matrices that start at a known value rather than at random."""
+
+    head_dim: int = 0
 
     def matrix(self, name: str, init: Callable) -> jax.Array:
         return self.weight(name, init, knock_in=self.head_dim, knock_out=self.head_dim)
@@ -96,8 +126,6 @@ class KnockingModule(Module):
 
 class Linear(KnockingModule):
     """See KnockingLinear."""
-
-    config: KnockingLinear
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
