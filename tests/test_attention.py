@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kha_jax.attention import AttentionConfig
+from kha_jax.attention.absorb import absorb, foldable
 from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.config import ConfigError
@@ -131,6 +132,27 @@ def test_weights_and_activations_have_the_same_gradients(name):
         grads.append(jax.jit(jax.grad(lambda p: jnp.vdot(run(p, inputs()), cotangent)))(params))
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[0]))
     chex.assert_trees_all_close(*grads, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("parameterization", ["direct", "residual"])
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_absorbing_linear_mixers_changes_nothing(name, parameterization):
+    mixer = KnockingLinear(parameterization=parameterization, diag_init=0.7)
+    slots = tuple(slot for slot in SLOTS if PROJECTIONS[name].refusal(slot, mixer) is None)
+    config = AttentionConfig(projection=PROJECTIONS[name], **{slot: mixer for slot in slots})
+    params = random(config)
+    baseline, folded = absorb(config, params)
+    assert baseline == attention(name, None, ()) and not any(key.endswith("_mixer") for key in folded)
+    chex.assert_trees_all_equal_shapes(folded, initial(baseline))
+    before, after = built(config)[1](params, inputs()), built(baseline)[1](folded, inputs())
+    assert relative_error(after, np.asarray(before, np.float64)) < 1e-5
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], absorb(config, stack)[1]), folded, rtol=1e-6)
+
+
+def test_folding_an_mlp_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match="value.kind: KnockingMLP is not linear"):
+        foldable(attention("gqa", "mlp", ("value",)))
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)

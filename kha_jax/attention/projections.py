@@ -6,7 +6,7 @@ state: the arrays that a decoder would cache for every token.
 Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads, H head width.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,12 @@ State = dict[str, jax.Array]
 
 
 class Projection(Config):
-    """What attention and accounting ask of a projection; sizes are per layer."""
+    """What attention and accounting ask of a projection; sizes are per layer.
+
+    stream_weights: for each stream, the parameter [..., heads, H] that makes it, into which a linear mixer folds.
+    """
+
+    stream_weights: ClassVar[dict[str, str]] = {}
 
     def streams(self, width: int) -> dict[str, tuple[int, int, int]]:
         """(heads, head width, rows of the weights that make it) of each mixable stream, for a model of this width."""
@@ -61,6 +66,7 @@ class GroupedQuery(Projection):
     weight for all heads (Qwen3), after the mixers and before rotary.
     """
 
+    stream_weights = {"query": "query", "key": "key", "value": "value"}
     query_heads: int = 8
     kv_heads: int = 4
     head_dim: int = 64
@@ -138,6 +144,7 @@ class GroupedTied(Projection):
     q = [q_nope | RoPE(q_rope)], halves of H. The value mixer acts on the tied state before the split, so the cache stays K H + H/2.
     """
 
+    stream_weights = {"query": "query", "value": "state"}
     query_heads: int = 8
     kv_heads: int = 4
     head_dim: int = 64
@@ -211,6 +218,7 @@ class Latent(Projection):
     only linear ones, since keys and values are never made when decoding from the latent.
     """
 
+    stream_weights = {"query": "query", "key": "key_up", "value": "value_up"}
     query_heads: int = 8
     head_dim: int = 64
     value_dim: int = 64
