@@ -28,6 +28,7 @@ from kha_jax.config import to_dict
 from kha_jax.data.loader import to_device
 from kha_jax.data.tokens import cache_folder
 from kha_jax.metrics import Meter, MetricsFile, TensorBoard, bits_per_byte
+from kha_jax.ops.attention import unavailable
 from kha_jax.training import RunConfig, make_trainer
 
 CONFIG = command_line.define_config()
@@ -129,6 +130,9 @@ def main() -> int:
     if config.batch_size // config.accumulation % ways:
         found = f"found {config.batch_size} / {config.accumulation}"
         raise UsageError(f"config.batch_size: must divide by {ways} devices in each micro-batch, {found}")
+    problem = unavailable(config.model.attention.kernel, jax.default_backend(), config.seq_len)
+    if problem:
+        raise UsageError(f"config.model.attention.kernel: {problem}")
     workdir, lock = open_workdir(config)
     stop = Stop()
     leader = jax.process_index() == 0

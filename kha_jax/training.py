@@ -129,14 +129,16 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
         ValueError: when a parameter does not divide over the mesh.
     """
     model = config.model.build()
-    boxed = jax.eval_shape(lambda key: _boxed_params(model, key), jax.random.key(0))
+    # Parameters do not depend on the kernel, and not every kernel runs on the one token that they are made with.
+    any_length = config.model.replace(attention=config.model.attention.replace(kernel="reference")).build()
+    boxed = jax.eval_shape(lambda key: _boxed_params(any_length, key), jax.random.key(0))
     axes = jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=_is_boxed)
     needs_initial = config.optimizer.knocking.decay == "to_identity"
-    initial = _initial_knocking(model, axes) if needs_initial else None
+    initial = _initial_knocking(any_length, axes) if needs_initial else None
     tx = optimizer.make(config.optimizer, config.steps, axes, initial)
 
     def boxed_init(key: jax.Array) -> TrainState:
-        params = _boxed_params(model, key)
+        params = _boxed_params(any_length, key)
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
     def init(key: jax.Array) -> TrainState:

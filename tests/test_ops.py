@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kha_jax.ops import rope
-from kha_jax.ops.attention import attention, best_kernel
+from kha_jax.ops.attention import attention, best_kernel, unavailable
 from kha_jax.ops.gating import sigmoid_gate, swiglu
 from kha_jax.ops.linear import linear
 from kha_jax.ops.norm import rms_norm
@@ -137,12 +137,20 @@ def test_kernels_that_need_equal_widths_say_so(kernel):
 @pytest.mark.parametrize(
     ("arguments", "kernel"),
     [
-        (("tpu", jnp.bfloat16, 128, 128), "splash"), (("tpu", jnp.bfloat16, 64, 64), "chunked"), (("tpu", jnp.float32, 192, 128), "chunked"),
-        (("gpu", jnp.bfloat16, 64, 64), "cudnn"), (("gpu", jnp.float32, 64, 64), "chunked"), (("cpu", jnp.float32, 64, 64), "chunked"),
+        (("tpu", jnp.bfloat16, 256, 128, 128), "splash"), (("tpu", jnp.bfloat16, 256, 64, 64), "chunked"),
+        (("tpu", jnp.float32, 256, 192, 128), "chunked"), (("tpu", jnp.bfloat16, 200, 128, 128), "chunked"),
+        (("gpu", jnp.bfloat16, 256, 64, 64), "cudnn"), (("gpu", jnp.float32, 256, 64, 64), "chunked"),
+        (("cpu", jnp.float32, 256, 64, 64), "chunked"),
     ],
 )  # fmt: skip
 def test_auto_takes_the_fused_kernel_where_it_fits(arguments, kernel):
     assert best_kernel(*arguments) == kernel
+
+
+def test_a_kernel_of_another_platform_is_named_before_training():
+    assert unavailable("auto", "cpu", 100) is None and unavailable("splash", "tpu", 256) is None
+    assert "runs on a gpu, found cpu" in unavailable("cudnn", "cpu", 128)
+    assert "divisible by 128" in unavailable("splash", "tpu", 100)
 
 
 def test_the_chunked_kernel_keeps_no_square():

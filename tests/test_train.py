@@ -199,6 +199,7 @@ BAD = [
     ("--config.mesh.data=3", "does not make 1 devices"),
     ("--config=configs/none.py", "no file configs/none.py"),
     ("--config=configs/kha_tiny.py:mlpp", "config variant 'mlpp' is not known"),
+    ("--config.model.attention.kernel=cudnn", "config.model.attention.kernel: 'cudnn' runs on a gpu, found cpu"),
     ("--workdirs=x", "did you mean 'workdir'?"),
 ]
 

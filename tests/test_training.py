@@ -84,6 +84,12 @@ def test_parameters_and_optimiser_state_are_born_sharded():
     assert state.params["layers"]["attention"]["value_mixer"]["up"].sharding.is_fully_replicated
 
 
+def test_a_kernel_that_needs_long_rows_still_makes_its_parameters():
+    model = MODEL.replace(attention=ATTENTION.replace(kernel="splash"))
+    trainer = make_trainer(RUN.replace(model=model), sharding.make_mesh(RUN.mesh, jax.devices()[:1]))
+    chex.assert_trees_all_equal_shapes_and_dtypes(trainer.abstract.params, trained(RUN)[0].abstract.params)
+
+
 def test_a_non_finite_step_changes_nothing_but_the_step():
     trainer, state, _ = trained(RUN)
     poisoned = jax.tree.map(lambda x: x, state)

@@ -40,18 +40,28 @@ def attention(
     """
     scale = 1.0 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
     if kernel == "auto":
-        kernel = best_kernel(jax.default_backend(), q_BTNH.dtype, q_BTNH.shape[-1], v_BSKU.shape[-1])
+        kernel = best_kernel(jax.default_backend(), q_BTNH.dtype, q_BTNH.shape[1], q_BTNH.shape[-1], v_BSKU.shape[-1])
     with jax.named_scope(f"attention_{kernel}"):
         return KERNELS[kernel](q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale)
 
 
-def best_kernel(platform: str, dtype: jnp.dtype, key_width: int, value_width: int) -> str:
-    """The kernel that `auto` stands for: the fused one where platform, dtype and head widths allow it."""
-    if platform == "tpu" and key_width == value_width and key_width % 128 == 0:
+def best_kernel(platform: str, dtype: jnp.dtype, length: int, key_width: int, value_width: int) -> str:
+    """The kernel that `auto` stands for: the fused one where platform, dtype, length and head widths allow it."""
+    if platform == "tpu" and key_width == value_width and key_width % 128 == 0 and length % 128 == 0:
         return "splash"
-    if platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) and key_width == value_width <= 128:
+    if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and key_width == value_width <= 128:
         return "cudnn"
     return "chunked"
+
+
+def unavailable(kernel: str, platform: str, length: int) -> str | None:
+    """Why a kernel cannot train rows of this length on this platform, or None; `auto` always can."""
+    needed = {"cudnn": "gpu", "splash": "tpu"}.get(kernel, platform)
+    if platform != needed:
+        return f"{kernel!r} runs on a {needed}, found {platform}; use 'auto'"
+    if kernel == "splash" and length % 128:
+        return f"'splash' needs rows divisible by 128, found seq_len={length}; use 'auto'"
+    return None
 
 
 def causal_mask(segment_ids_BT: jax.Array | None, length: int) -> jax.Array:
