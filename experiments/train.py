@@ -183,7 +183,7 @@ def main() -> int:
     # ---------------------------------------------------------------- the loop
     train_step = jax.jit(trainer.train_step, donate_argnums=0, out_shardings=(trainer.shardings, None))
     evaluation_step = jax.jit(trainer.evaluation_step)
-    nonfinite, late, code = 0, None, command_line.DONE
+    nonfinite, late, profiling, code = 0, None, False, command_line.DONE
     reader = data.batches(
         train_source, batch_size=config.batch_size, rows=rows, seed=config.seed, start=first_step, stop=config.steps
     )
@@ -213,15 +213,17 @@ def main() -> int:
     for step in range(first_step + 1, config.steps + 1):
         if config.profile.stop and step == config.profile.start + 1:
             jax.profiler.start_trace(str(workdir / "profile"))
+            profiling = True
         waiting = time.perf_counter()
         batch = to_device(next(reader), placement, config.batch_size)
         meter.wait(time.perf_counter() - waiting)
         state, metrics = train_step(state, batch)
         fetch(late)
         late = (step, metrics)
-        if config.profile.stop and step == config.profile.stop:
+        if profiling and step == config.profile.stop:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
+            profiling = False
             log.info("profile of steps %d to %d: %s", config.profile.start, step - 1, workdir / "profile")
         if step == first_step + 1:
             jax.block_until_ready(metrics)
@@ -236,7 +238,7 @@ def main() -> int:
             late, paused = None, time.perf_counter()
             if evaluate_now:
                 evaluate_and_report(step)
-            if save_now and not nonfinite:
+            if save_now:  # the state is finite whatever the step was: a non-finite update is never applied
                 checkpoints.save(step, state)
             meter.pause(time.perf_counter() - paused)
         if nonfinite >= config.max_nonfinite_steps:

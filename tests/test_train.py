@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,5 +222,15 @@ def test_print_config_shows_the_resolved_config(cache, tmp_path):
 
 
 def test_a_profile_is_written(cache, tmp_path):
-    code, _, err = finish(start(cache, tmp_path, "--config.steps=4", "--config.profile.start=1", "--config.profile.stop=3"))
+    flags = ("--config.profile.start=1", "--config.profile.stop=3", "--config.checkpoint.every=2", "--config.checkpoint.keep=9")
+    code, _, err = finish(start(cache, tmp_path, "--config.steps=4", *flags))
     assert code == 0 and list((tmp_path / "profile").rglob("*.xplane.pb")), err
+    shutil.rmtree(tmp_path / "checkpoints" / "00000004")  # resume in the middle of the traced steps
+    code, _, err = finish(start(cache, tmp_path, "--config.steps=4", *flags))
+    assert code == 0, err
+
+
+def test_steps_that_are_never_finite_stop_the_run_with_its_own_code(cache, tmp_path):
+    code, _, err = finish(start(cache, tmp_path, "--config.optimizer.learning_rate=1e38", "--config.max_nonfinite_steps=3"))
+    assert code == 76 and "not applied" in err and "examples" in err
+    assert sum(row.get("nonfinite", 0) for row in lines(tmp_path)) >= 3
