@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kha_jax.attention import AttentionConfig
+from kha_jax.attention.projections import State
 from kha_jax.config import Config, choice
 from kha_jax.feed_forward import FEED_FORWARDS, SwiGLU
 from kha_jax.ops import losses
@@ -67,17 +68,32 @@ class Block(Module):
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None):
+    def setup(self):
         c, D = self.config, self.config.width
-        attention = c.attention.build(width=D, numerics=self.numerics, name="attention")
-        feed_forward = c.feed_forward.build(model_width=D, numerics=self.numerics, name="feed_forward")
         norm = functools.partial(RMSNorm, numerics=self.numerics, axis="embed")
+        self.attention_norm, self.feed_forward_norm = norm(), norm()
+        self.attention = c.attention.build(width=D, numerics=self.numerics)
+        self.feed_forward = c.feed_forward.build(model_width=D, numerics=self.numerics)
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None):
+        """The block's output and named metrics."""
+        x_BTD, attention_aux, aux = self._residuals(x_BTD, lambda y: self.attention(y, positions_BT, segment_ids_BT))
+        return x_BTD, {**attention_aux, **aux}
+
+    def prefill(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array):
+        """The block's output and the state of its attention; see Attention.prefill."""
+        return self._residuals(x_BTD, lambda y: self.attention.prefill(y, positions_BT, segment_ids_BT))[:2]
+
+    def extend(self, x_B1D: jax.Array, positions_B1: jax.Array, cache: State, slot: jax.Array, visible_BS: jax.Array):
+        """The block's output for one more token and the cache that holds it; see Attention.extend."""
+        return self._residuals(x_B1D, lambda y: self.attention.extend(y, positions_B1, cache, slot, visible_BS))[:2]
+
+    def _residuals(self, x_BTD, attend):
         x_BTD = constrain(x_BTD, "batch", "length", "features")
-        y_BTD, attention_aux = attention(norm(name="attention_norm")(x_BTD), positions_BT, segment_ids_BT)
+        y_BTD, from_attention = attend(self.attention_norm(x_BTD))
         x_BTD = x_BTD + y_BTD
-        y_BTD, feed_forward_aux = feed_forward(norm(name="feed_forward_norm")(x_BTD))
-        return constrain(x_BTD + y_BTD, "batch", "length", "features"), {**attention_aux, **feed_forward_aux}
+        y_BTD, aux = self.feed_forward(self.feed_forward_norm(x_BTD))
+        return constrain(x_BTD + y_BTD, "batch", "length", "features"), from_attention, aux
 
 
 class Transformer(Module):
@@ -104,11 +120,14 @@ class Transformer(Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config=c, numerics=self.numerics)
 
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Embedded tokens [B, T, D]."""
+        with jax.named_scope("embed"):
+            return constrain(self.embedding[tokens_BT], "batch", "length", "features")
+
     def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None):
         """Final normalised hidden states [B, T, D] and metrics stacked over layers."""
-        with jax.named_scope("embed"):
-            x_BTD = constrain(self.embedding[tokens_BT], "batch", "length", "features")
-        x_BTD, aux = self.layers(x_BTD, positions_BT, segment_ids_BT)
+        x_BTD, aux = self.layers(self.embed(tokens_BT), positions_BT, segment_ids_BT)
         return self.final_norm(x_BTD), aux
 
     def output_table(self) -> jax.Array:
@@ -120,7 +139,15 @@ class Transformer(Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         x_BTD, _ = self.hidden(tokens_BT, positions_BT, segment_ids_BT)
+        return self.logits(x_BTD)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, V] in float32 of normalised hidden states."""
         return jnp.einsum("BTD,VD->BTV", x_BTD, self.output_table(), preferred_element_type=jnp.float32)
+
+    def next_token_logits(self, x_BD: jax.Array) -> jax.Array:
+        """Logits [B, V] in float32 of the last block's outputs."""
+        return self.logits(self.final_norm(x_BD)[:, None])[:, 0]
 
     def loss(self, batch: Batch) -> tuple[jax.Array, tuple[losses.TokenSums, dict[str, Any]]]:
         """The objective summed over the batch's weighted tokens, the token sums, and the layers' metrics."""

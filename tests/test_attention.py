@@ -33,6 +33,7 @@ SLOTS = ("query", "key", "value")
 B, T, D = 2, 11, 16
 SEGMENTS = np.array([[0] * 11, [0] * 4 + [1] * 7])
 POSITIONS = np.array([np.arange(11), [*range(4), *range(7)]])
+PAD = np.array([0, 3])
 
 
 def combinations():
@@ -58,20 +59,49 @@ def built(config):
     return module, jax.jit(lambda params, x: module.apply({"params": params}, x, jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))[0])
 
 
+@functools.cache
+def cached(config):
+    """The same rows as `built` at the positions of a decoder: four tokens prefilled, the others one by one, row 1 padded by three."""
+    module, _ = built(config)
+
+    def run(params, x):
+        bound = lambda method, *arguments: module.apply({"params": params}, *arguments, method=method)  # noqa: E731
+        positions = jnp.maximum(jnp.arange(T) - PAD[:, None], 0)
+        first, state = bound("prefill", x[:, :4], positions[:, :4], (jnp.arange(4) >= PAD[:, None]).astype(jnp.int32))
+        cache = jax.tree.map(lambda z: jnp.pad(z, [(0, 0), (0, T - 4)] + [(0, 0)] * (z.ndim - 2), constant_values=7.0), state)
+
+        def one(cache, slot):
+            visible = (jnp.arange(T) >= PAD[:, None]) & (jnp.arange(T) <= slot)
+            x_B1D, positions_B1 = (jax.lax.dynamic_slice_in_dim(z, slot, 1, axis=1) for z in (x, positions))
+            y, cache = bound("extend", x_B1D, positions_B1, cache, slot, visible)
+            return cache, y[:, 0]
+
+        _, rest = jax.lax.scan(one, cache, jnp.arange(4, T))
+        return jnp.concatenate([first, rest.swapaxes(0, 1)], axis=1)
+
+    return jax.jit(run)
+
+
 def inputs(seed=0):
     return jax.random.normal(jax.random.key(seed), (B, T, D))
 
 
-def initial(config):
-    module, _ = built(config)
-    return nn.unbox(module.init(jax.random.key(0), inputs(), jnp.asarray(POSITIONS)))["params"]
+def fresh(config):
+    """Random parameters with mixers as they are born."""
+    params = dict(random(config))
+    for slot, (_, head_dim, _) in config.projection.streams(D).items():
+        if f"{slot}_mixer" in params:
+            mixer = getattr(config, slot).build(head_dim, Numerics(dtype="float32"), name=None)
+            params[f"{slot}_mixer"] = nn.unbox(mixer.init(jax.random.key(0), jnp.zeros((1, head_dim))))["params"]
+    return params
 
 
+@functools.cache
 def random(config, seed=1):
     """Parameters of order one, so that nothing is small enough to hide."""
-    leaves, tree = jax.tree.flatten(initial(config))
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return tree.unflatten([x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+    draw, shapes = np.random.default_rng(seed), jax.eval_shape(lambda: built(config)[0].init(jax.random.key(0), inputs(), jnp.asarray(POSITIONS)))
+    about = lambda path: 1.0 if path[-1].key == "scale" else 0.0  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda p, z: jnp.float32(about(p) + 0.3 * draw.normal(size=z.shape)), nn.unbox(shapes)["params"])
 
 
 def for_reference(name, params, slots):
@@ -112,10 +142,28 @@ def test_agrees_with_the_oracle(name, kind, slots):
     assert relative_error(built(config)[1](params, inputs()), expected) < 1e-5
 
 
+def decoding_differs(case):
+    """Latents are decoded without their mixers' activations, so every place counts there; elsewhere all of them at once do."""
+    name, _, slots = case.values
+    return isinstance(PROJECTIONS[name], Latent) or len(slots) != 1
+
+
+@pytest.mark.parametrize(("name", "kind", "slots"), [case for case in CASES if decoding_differs(case)])
+def test_cached_decoding_agrees_with_the_oracle_at_every_position(name, kind, slots):
+    config = attention(name, kind, slots)
+    params = random(config)
+    layer, parameters, settings = for_reference(name, params, slots)
+    decoded = cached(config)(params, inputs())
+    for row, pad in enumerate(PAD):
+        x, positions = inputs()[row : row + 1, pad:], np.arange(T - pad)[None]
+        expected = reference.ATTENTION[layer](*reference.float64((x, parameters)), positions, np.zeros_like(positions), settings)
+        assert relative_error(decoded[row, pad:], expected[0]) < 1e-5
+
+
 @pytest.mark.parametrize(("name", "kind", "slots"), [case for case in CASES if case.values[2]])
 def test_a_fresh_mixer_changes_no_bit(name, kind, slots):
     config, base = attention(name, kind, slots), attention(name, None, ())
-    params = initial(config)
+    params = fresh(config)
     stripped = {key: leaf for key, leaf in params.items() if not key.endswith("_mixer")}
     assert len(params) - len(stripped) == len(slots)
     np.testing.assert_array_equal(built(config)[1](params, inputs()), built(base)[1](stripped, inputs()))
@@ -143,7 +191,7 @@ def test_absorbing_linear_mixers_changes_nothing(name, parameterization):
     params = random(config)
     baseline, folded = absorb(config, params)
     assert baseline == attention(name, None, ()) and not any(key.endswith("_mixer") for key in folded)
-    chex.assert_trees_all_equal_shapes(folded, initial(baseline))
+    chex.assert_trees_all_equal_shapes(folded, random(baseline))
     before, after = built(config)[1](params, inputs()), built(baseline)[1](folded, inputs())
     assert relative_error(after, np.asarray(before, np.float64)) < 1e-5
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
@@ -170,7 +218,7 @@ def test_causal_and_packed(name):
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_parameters_are_those_of_the_accounting(name):
     config = attention(name, None, ())
-    assert sum(leaf.size for leaf in jax.tree.leaves(initial(config))) == config.parameters(D)
+    assert sum(leaf.size for leaf in jax.tree.leaves(random(config))) == config.parameters(D)
 
 
 @pytest.mark.parametrize(
@@ -210,3 +258,42 @@ def test_one_group_is_mla_and_a_mixer_costs_its_rows_on_weights():
     assert auto.on_weights(rows=1536, tokens=32768) and not auto.on_weights(rows=1536, tokens=1024)
     assert auto.flops(4, 128, 1536, 32768) == 2 * 4 * 128**2 * 1536 / 32768
     assert KnockingMLP().flops(4, 128, 1536, 32768) == 2 * 4 * 3 * 128**2
+
+
+HEAD_AXES = {  # the axis of each parameter that runs over query heads, or over key/value heads and those they serve
+    GroupedQuery: ({"query": 1}, {"key": 1, "value": 1}), GroupedTied: ({"query": 1}, {"state": 1}),
+    Latent: ({"query": 1, "query_rope": 1}, {"key_up": 2, "value_up": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [None, "linear", "gate", "mlp"])
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_knocking_commutes_with_any_permutation_of_the_heads(name, kind):
+    """Nothing is summed over heads: moving whole heads moves nothing else. Heads x heads matrices would fail here."""
+    projection = PROJECTIONS[name]
+    slots = tuple(slot for slot in SLOTS if kind and projection.refusal(slot, MIXERS[kind]) is None)
+    if kind and not slots:
+        pytest.skip("refused: " + projection.refusal("value", MIXERS[kind]))
+    config = attention(name, kind, slots)
+    params = random(config)
+    groups = projection.groups if isinstance(projection, Latent) else 1
+    shared = projection.query_heads // groups if isinstance(projection, Latent) else projection.kv_heads
+    order = np.arange(shared)[::-1]  # of the key/value heads, or of the heads within each latent group
+    each = projection.query_heads // groups // shared
+    query = np.concatenate([g * projection.query_heads // groups + each * k + np.arange(each) for g in range(groups) for k in order])
+    over_query, over_shared = HEAD_AXES[type(projection)]
+    moved = {n: jnp.take(params["projection"][n], query, axis) for n, axis in over_query.items()}
+    moved |= {n: jnp.take(params["projection"][n], order, axis) for n, axis in over_shared.items()}
+    permuted = {**params, "projection": {**params["projection"], **moved}, "output": params["output"][query]}
+    run = built(config)[1]
+    assert relative_error(run(permuted, inputs()), np.asarray(run(params, inputs()), np.float64)) < 1e-5
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_a_scaled_query_shows_unless_a_norm_follows(name):
+    """T = 4 I is undone by a q/k norm, which therefore comes after the mixer; projections without one have to show it."""
+    config = attention(name, "linear", ("query",))
+    run, params = built(config)[1], random(config)
+    one, four = (run({**params, "query_mixer": {"kernel": c * jnp.eye(8)}}, inputs()) for c in (1.0, 4.0))
+    normalised = isinstance(PROJECTIONS[name], GroupedQuery) and PROJECTIONS[name].qk_norm == "rms"
+    assert np.allclose(one, four, rtol=1e-3, atol=1e-4) == normalised

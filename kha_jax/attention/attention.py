@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 
 from kha_jax.attention.mixers import STREAM_MIXERS, NoMixer, StreamMixer
-from kha_jax.attention.projections import PROJECTIONS, GroupedQuery, Projection
+from kha_jax.attention.projections import PROJECTIONS, GroupedQuery, Projection, State
 from kha_jax.config import Config, choice
 from kha_jax.ops.attention import attention
 from kha_jax.ops.linear import linear
@@ -77,9 +77,30 @@ class Attention(Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The attention output [B, T, D] and named metrics."""
+        return self.prefill(x_BTD, positions_BT, segment_ids_BT)[0], {}
+
+    def prefill(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, State]:
+        """The attention output [B, T, D] and the state that a decoder caches."""
         with jax.named_scope("project"):
             q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
             k_BSKH, v_BSKU = self.projection.keys_and_values(state, self.mixers)
         o_BTNU = attention(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, kernel=self.config.kernel)
         with jax.named_scope("output"):
-            return linear(o_BTNU, self.output, contract=2), {}
+            return linear(o_BTNU, self.output, contract=2), state
+
+    def extend(
+        self, x_B1D: jax.Array, positions_B1: jax.Array, cache: State, slot: jax.Array, visible_BS: jax.Array
+    ) -> tuple[jax.Array, State]:
+        """One more token: its output [B, 1, D] and the cache with its state written at `slot`.
+
+        cache: a state with room for S tokens. visible_BS: the cached tokens, this one included, that each row may see.
+        """
+        with jax.named_scope("project"):
+            q_B1NH, state = self.projection(x_B1D, positions_B1, self.mixers)
+            cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], state[name], slot, axis=1) for name in cache}
+        with jax.named_scope("attention_cached"):
+            o_B1NU = self.projection.attend(q_B1NH, cache, self.mixers, visible_BS)
+        with jax.named_scope("output"):
+            return linear(o_B1NU, self.output, contract=2), cache

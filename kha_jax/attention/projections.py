@@ -6,6 +6,7 @@ state: the arrays that a decoder would cache for every token.
 Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads, H head width.
 """
 
+import math
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from kha_jax.attention.mixers import Mixer, StreamMixer
 from kha_jax.config import Config
 from kha_jax.ops import rope
+from kha_jax.ops.attention import cached_attention
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Module, RMSNorm
 from kha_jax.sharding import constrain
@@ -136,6 +138,10 @@ class GroupedQueryProjection(Module):
         """Keys and values for the score kernel."""
         return state["key"], state["value"]
 
+    def attend(self, q_B1NH: jax.Array, cache: State, mixers: Mixers, visible_BS: jax.Array) -> jax.Array:
+        """What one token's queries read from the cache, [B, 1, N, H]."""
+        return cached_attention([(q_B1NH, cache["key"])], cache["value"], visible_BS)
+
 
 class GroupedTied(Projection):
     """One tied state serves as value and as the unrotated half of the key (GTA, arXiv 2505.21487).
@@ -207,6 +213,12 @@ class GroupedTiedProjection(Module):
         tied, half = state["tied"], self.config.head_dim // 2
         rotary = jnp.broadcast_to(state["rotary_key"], (*tied.shape[:3], half))
         return jnp.concatenate([tied[..., :half], rotary], axis=-1), tied
+
+    def attend(self, q_B1NH: jax.Array, cache: State, mixers: Mixers, visible_BS: jax.Array) -> jax.Array:
+        """What one token's queries read from the tied states, [B, 1, N, H]; the keys are not put together for it."""
+        half, tied = self.config.head_dim // 2, cache["tied"]
+        parts = [(q_B1NH[..., :half], tied[..., :half]), (q_B1NH[..., half:], cache["rotary_key"])]
+        return cached_attention(parts, tied, visible_BS)
 
 
 class Latent(Projection):
@@ -311,6 +323,22 @@ class LatentProjection(Module):
         rotary = jnp.broadcast_to(state["rotary_key"], (*nope.shape[:3], self.config.rope_dim))
         k_BSNH = constrain(jnp.concatenate([nope, rotary], axis=-1), "batch", "length", "heads", None)
         return k_BSNH, constrain(v_BSNU, "batch", "length", "heads", None)
+
+    def attend(self, q_B1NH: jax.Array, cache: State, mixers: Mixers, visible_BS: jax.Array) -> jax.Array:
+        """What one token's queries read from the latents, [B, 1, N, U].
+
+        (c W_UK) . q = c . (q W_UK^T) and p (c W_UV) = (p c) W_UV: queries go into the latent and come back from it, so that
+        nothing is expanded per cached token. The mixers, which are linear, act on the up-projections.
+        """
+        c = self.config
+        nope, rotated = q_B1NH[..., : c.head_dim], q_B1NH[..., c.head_dim :]
+        key_up, value_up = mixers["key"](self.key_up), mixers["value"](self.value_up)
+        grouped = (*nope.shape[:2], c.groups, -1)
+        q_latent = jnp.einsum("BTgnH,gCnH->BTgnC", nope.reshape(*grouped, c.head_dim), key_up)
+        parts = [(q_latent.reshape(*nope.shape[:3], c.kv_lora), cache["latent"]), (rotated, cache["rotary_key"])]
+        o_latent = cached_attention(parts, cache["latent"], visible_BS, scale=1 / math.sqrt(q_B1NH.shape[-1]))
+        o = jnp.einsum("BTgnC,gCnU->BTgnU", o_latent.reshape(*grouped, c.kv_lora), value_up)
+        return o.reshape(*nope.shape[:3], c.value_dim)
 
 
 PROJECTIONS = {"grouped_query": GroupedQuery, "grouped_tied": GroupedTied, "latent": Latent}

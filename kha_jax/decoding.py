@@ -1,0 +1,210 @@
+"""Generation: prefill, then a compiled loop that appends one token at a time to a preallocated cache.
+
+The cache is what the projection calls its state: transformed keys and values, GTA's tied states, the latents of MLA and GLA. Ragged
+prompts are padded on the left, so that every row writes to the same slot; `pad` counts the padding of each row.
+
+Legend: B batch, T prompt length with padding, S slots of the cache, V vocabulary.
+"""
+
+from typing import Any, Iterator, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kha_jax.attention.absorb import absorb
+from kha_jax.attention.projections import State
+from kha_jax.config import Config
+from kha_jax.model import Block, ModelConfig
+from kha_jax.ops.attention import MASKED
+
+PROMPT_MULTIPLE = 32  # prompts are padded to multiples of it, so that few lengths compile
+Cache = list[State]
+
+
+class Sampling(Config):
+    """temperature: 0 takes the likeliest token. top_k: draw among that many likeliest tokens. top_p: draw among the likeliest
+    tokens that together have this probability (nucleus sampling, arXiv 1904.09751)."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def validate(self):
+        self.at_least(0, "temperature")
+        self.at_least(1, "top_k")
+        self.require(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], found {self.top_p}")
+        for field, idle in (("top_k", self.top_k is None), ("top_p", self.top_p == 1.0)):
+            problem = f"does nothing with temperature=0, found {getattr(self, field)}; set a temperature"
+            self.require(idle or self.temperature > 0, field, problem)
+
+
+def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """Token ids [B] drawn from the logits."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k is not None:
+        least = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < least, MASKED, logits_BV)
+    if sampling.top_p < 1:
+        descending = -jnp.sort(-logits_BV, axis=-1)
+        p = jax.nn.softmax(descending, axis=-1)
+        chosen = jnp.cumsum(p, axis=-1) - p < sampling.top_p  # those before a token leave it room, so one always stays
+        least = jnp.min(jnp.where(chosen, descending, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least, MASKED, logits_BV)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+
+
+class Weights(NamedTuple):
+    """Parameters as decoding reads them: outside the layers, and layer by layer, so that no step slices a stack."""
+
+    outer: dict[str, Any]
+    layers: list[Any]
+
+
+def unstack(model: ModelConfig, params: dict[str, Any]) -> Weights:
+    """The parameters of a trained model, one tree a layer."""
+    stacked = params["layers"]
+    layers = jax.jit(lambda tree: [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(model.layers)])(stacked)
+    return Weights({name: leaf for name, leaf in params.items() if name != "layers"}, layers)
+
+
+def absorb_model(model: ModelConfig, params: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """The baseline model and parameters that compute the same logits; see attention.absorb."""
+    attention, folded = absorb(model.attention, params["layers"]["attention"])
+    return model.replace(attention=attention), {**params, "layers": {**params["layers"], "attention": folded}}
+
+
+def prefill(model: ModelConfig, weights: Weights, tokens_BT: jax.Array, pad_B: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] after the last token of each row, and a cache of `slots` that holds the rows in its first T.
+
+    tokens_BT: row b begins with pad_B[b] tokens that nothing looks at.
+    """
+    column = jnp.arange(tokens_BT.shape[1])
+    positions_BT = jnp.maximum(column - pad_B[:, None], 0)
+    real_BT = (column >= pad_B[:, None]).astype(jnp.int32)  # as segment ids: padding is a document of its own
+    transformer, block = model.build(), Block(config=model, numerics=model.numerics)
+    x_BTD, cache = transformer.apply({"params": weights.outer}, tokens_BT, method="embed"), []
+    for layer in weights.layers:
+        x_BTD, state = block.apply({"params": layer}, x_BTD, positions_BT, real_BT, method="prefill")
+        room = lambda z: jnp.pad(z, [(0, 0), (0, slots - z.shape[1])] + [(0, 0)] * (z.ndim - 2))  # noqa: E731
+        cache.append(jax.tree.map(room, state))
+    return transformer.apply({"params": weights.outer}, x_BTD[:, -1], method="next_token_logits"), cache
+
+
+def extend(
+    model: ModelConfig, weights: Weights, cache: Cache, tokens_B: jax.Array, slot: jax.Array, pad_B: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] after one more token in every row, and the cache with it at `slot`."""
+    column = jnp.arange(jax.tree.leaves(cache)[0].shape[1])
+    visible_BS = (column >= pad_B[:, None]) & (column <= slot)
+    positions_B1 = (slot - pad_B)[:, None]
+    transformer, block = model.build(), Block(config=model, numerics=model.numerics)
+    x_B1D, extended = transformer.apply({"params": weights.outer}, tokens_B[:, None], method="embed"), []
+    for layer, state in zip(weights.layers, cache):
+        x_B1D, state = block.apply({"params": layer}, x_B1D, positions_B1, state, slot, visible_BS, method="extend")
+        extended.append(state)
+    return transformer.apply({"params": weights.outer}, x_B1D[:, 0], method="next_token_logits"), extended
+
+
+class Progress(NamedTuple):
+    """Where a batch of generations stands. token_B: the last token of each row, not yet in the cache; slot: where it goes."""
+
+    cache: Cache
+    token_B: jax.Array
+    slot: jax.Array
+    pad_B: jax.Array
+    done_B: jax.Array
+    key: jax.Array
+
+
+class Decoder:
+    """Generates from one model on this process's default device.
+
+    Args:
+        model: its config; scores of the prompt are computed by the platform's best kernel whatever it says.
+        params: as trained. Linear mixers are best absorbed before (`absorb_model`); every other model works as it is.
+    """
+
+    def __init__(self, model: ModelConfig, params: dict[str, Any]):
+        self.model = model.replace(attention=model.attention.replace(kernel="auto"))
+        self.weights = unstack(model, params)
+        self._start = jax.jit(self._start_, static_argnames=("sampling", "slots", "end"))
+        self._advance = jax.jit(self._advance_, static_argnames=("sampling", "count", "end"), donate_argnums=1)
+
+    def _start_(self, weights, tokens_BT, pad_B, key, *, sampling, slots, end) -> Progress:
+        logits_BV, cache = prefill(self.model, weights, tokens_BT, pad_B, slots)
+        key, now = jax.random.split(key)
+        token_B = sample(logits_BV, now, sampling)
+        return Progress(cache, token_B, jnp.int32(tokens_BT.shape[1]), pad_B, _is(token_B, end), key)
+
+    def _advance_(self, weights, progress, *, sampling, count, end) -> tuple[Progress, jax.Array]:
+        """Up to `count` more tokens in every row; stops early once all rows are done."""
+
+        def going(carry):
+            i, progress, _ = carry
+            return (i < count) & ~jnp.all(progress.done_B)
+
+        def one(carry):
+            i, p, out_BC = carry
+            logits_BV, cache = extend(self.model, weights, p.cache, p.token_B, p.slot, p.pad_B)
+            key, now = jax.random.split(p.key)
+            token_B = sample(logits_BV, now, sampling)
+            token_B = token_B if end is None else jnp.where(p.done_B, end, token_B)
+            done_B = p.done_B | _is(token_B, end)
+            return i + 1, Progress(cache, token_B, p.slot + 1, p.pad_B, done_B, key), out_BC.at[:, i].set(token_B)
+
+        filler = jnp.full((progress.token_B.shape[0], count), 0 if end is None else end, jnp.int32)
+        _, progress, out_BC = jax.lax.while_loop(going, one, (0, progress, filler))
+        return progress, out_BC
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], tokens: int, *, sampling: Sampling = Sampling(), seed: int = 0,
+        end: int | None = None, chunk: int = 8,
+    ) -> Iterator[np.ndarray]:  # fmt: skip
+        """Yields the new tokens, [B, at most `chunk`] at a time.
+
+        Args:
+            prompts: token ids of each row, of any lengths from one.
+            tokens: new tokens per row.
+            end: the id that ends a row; what follows it in the row is `end` again, and a batch stops once all rows have ended.
+
+        Raises:
+            ValueError: an empty prompt, an id outside the vocabulary, or no tokens to make.
+        """
+        _check(prompts, tokens, self.model.vocabulary_size)
+        longest = max(map(len, prompts))
+        length = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        pad = np.array([length - len(prompt) for prompt in prompts], np.int32)
+        padded = np.stack([np.pad(np.asarray(prompt, np.int32), (p, 0)) for prompt, p in zip(prompts, pad)])
+        slots = length + -(-tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        progress = self._start(self.weights, padded, pad, jax.random.key(seed), sampling=sampling, slots=slots, end=end)
+        yield np.asarray(progress.token_B)[:, None]
+        left = tokens - 1
+        while left > 0 and not np.all(progress.done_B):
+            progress, out = self._advance(self.weights, progress, sampling=sampling, count=min(chunk, tokens - 1), end=end)
+            yield np.asarray(out)[:, :left]
+            left -= chunk
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int, **settings: Any) -> list[list[int]]:
+        """The new tokens of each row, without the `end` that stopped it; see `stream`, whose settings it takes."""
+        rows = np.concatenate(list(self.stream(prompts, tokens, **{"chunk": tokens, **settings})), axis=1).tolist()
+        end = settings.get("end")
+        return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def _is(token_B: jax.Array, end: int | None) -> jax.Array:
+    return jnp.zeros(token_B.shape, bool) if end is None else token_B == end
+
+
+def _check(prompts: Sequence[Sequence[int]], tokens: int, vocabulary_size: int) -> None:
+    if tokens < 1:
+        raise ValueError(f"tokens: must be at least 1, found {tokens}")
+    if not prompts:
+        raise ValueError("prompts: there is none")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompts[{row}]: is empty; begin with a token, such as the end of a document")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary_size:
+            raise ValueError(f"prompts[{row}]: ids must be in [0, {vocabulary_size}), found {min(prompt)} to {max(prompt)}")
