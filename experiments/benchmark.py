@@ -1,9 +1,11 @@
-"""Measures this machine: python -m experiments.benchmark [--suite=dense|startup]
+"""Measures this machine: python -m experiments.benchmark [--suite=dense|decode|variants|startup]
 
 dense: one training step of the peer shape (4 layers, D 256, 8 query and 4 key/value heads of 64, SwiGLU 768, vocabulary 4096,
 tied, float32, batch 8 x 256, AdamW) here and in transformers on PyTorch (extra: interop), each in a process of its own, taking
-turns, so that a noisy machine is noisy for all. startup: seconds from the command to the first step of configs/kha_tiny.py, cold
-and with a warm compilation cache. Nothing here is a test; the figures go into the README with the machine's name.
+turns, so that a noisy machine is noisy for all. decode: 128 greedy tokens after a prompt of 32, here and by transformers' generate,
+then the cost of one token against the length of the cache for every projection. variants: what each projection and mixer costs at
+the paper's 0.8B-6.6B attention, counted and not timed. startup: seconds from the command to the first step of configs/kha_tiny.py,
+cold and with a warm compilation cache. Nothing here is a test; the figures go into the README with the machine's name.
 """
 
 import json
@@ -18,107 +20,22 @@ import tempfile
 import time
 from typing import Any, Callable
 
-import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line
+from experiments import command_line, peers
 from experiments.command_line import UsageError
 
-SUITE = flags.DEFINE_enum("suite", "dense", ["dense", "startup"], "What to measure.")
+SUITE = flags.DEFINE_enum("suite", "dense", ["dense", "decode", "variants", "startup"], "What to measure.")
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Turns of each implementation.", lower_bound=1)
 TORCH_COMPILE = flags.DEFINE_bool("torch_compile", True, "Also measure torch.compile (about 30 s to compile).")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
-LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY = 4, 256, 8, 4, 64, 768, 4096
-BATCH, LENGTH = 8, 256
-CONSOLE = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 140)
-Step = Callable[[], Any]
+CONSOLE = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
-def peer_run(variant: str) -> Any:
-    """The peer shape as a RunConfig; `variant` is a key of configs.base.KNOCKING."""
-    from configs import base
-    from kha_jax.attention import AttentionConfig
-    from kha_jax.attention.projections import GroupedQuery
-    from kha_jax.feed_forward import SwiGLU
-    from kha_jax.model import LossConfig, ModelConfig
-    from kha_jax.parameters import Numerics
-    from kha_jax.training import RunConfig
-
-    attention = AttentionConfig(projection=GroupedQuery(query_heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM))
-    model = ModelConfig(
-        layers=LAYERS, width=WIDTH, vocabulary_size=VOCABULARY, attention=base.with_knocking(attention, variant),
-        feed_forward=SwiGLU(width=FEED_FORWARD), numerics=Numerics(dtype="float32"), loss=LossConfig(chunk_tokens=512),
-    )  # fmt: skip
-    return RunConfig(batch_size=BATCH, seq_len=LENGTH, model=model)
-
-
-def tokens() -> np.ndarray:
-    """The same [B, T + 1] ids for every implementation."""
-    return np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, LENGTH + 1))
-
-
-def kha_jax_step(variant: str) -> Step:
-    """The trainer's own step, compiled, with its state donated."""
-    import jax
-
-    from kha_jax import sharding
-    from kha_jax.training import make_trainer
-
-    config = peer_run(variant)
-    trainer = make_trainer(config, sharding.make_mesh(config.mesh))
-    box = [jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(0))]
-    ids = tokens().astype(np.int32)
-    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
-    batch = {
-        "tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": positions, "segment_ids": np.zeros_like(positions),
-        "weights": np.ones((BATCH, LENGTH), np.float32),
-    }  # fmt: skip
-    compiled = jax.jit(trainer.train_step, donate_argnums=0)
-
-    def step():
-        state, metrics = compiled(box.pop(), batch)
-        box.append(jax.block_until_ready(state))
-
-    return step
-
-
-def transformers_step(compiled: bool) -> Step:
-    """Qwen3 of the same shape in transformers: loss, backward, clipping and AdamW, as its Trainer does them."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.set_num_threads(os.cpu_count())
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=True, use_cache=False,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config).float()
-    forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=7.5e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    ids = torch.from_numpy(tokens()[:, :-1].copy())
-
-    def step():
-        forward(input_ids=ids, labels=ids).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def matmul_step(size: int = 2048) -> Step:
-    """One square float32 product in JAX, for the machine's matmul rate."""
-    import jax
-    import jax.numpy as jnp
-
-    x, product = jnp.ones((size, size)), jax.jit(jnp.matmul)
-    return lambda: product(x, x).block_until_ready()
-
-
-def _serve(connection: Any, make: Callable[..., Step], arguments: tuple) -> None:
+def _serve(connection: Any, make: Callable[..., peers.Step], arguments: tuple) -> None:
     """A worker: makes the step, then times it once for every message; (wall seconds, CPU seconds) each."""
     try:
         began = time.perf_counter()
@@ -167,17 +84,19 @@ def dense() -> dict[str, Any]:
     """See the module's docstring."""
     from kha_jax.accounting import account
 
+    variants = {"baseline": "baseline", "KHA-MLP on v": "mlp", "KHA-Linear on q, k, v": "linear"}
     makers = {
-        "matmul 2048^3": (matmul_step,), "baseline": (kha_jax_step, "baseline"), "KHA-MLP on v": (kha_jax_step, "mlp"),
-        "KHA-Linear on q, k, v": (kha_jax_step, "linear"), "transformers eager": (transformers_step, False),
+        "matmul 2048^3": (peers.matmul_step,), **{name: (peers.kha_jax_step, v) for name, v in variants.items()},
+        "transformers eager": (peers.transformers_step, False),
     }  # fmt: skip
     if TORCH_COMPILE.value:
-        makers["transformers torch.compile"] = (transformers_step, True)
+        makers["transformers torch.compile"] = (peers.transformers_step, True)
     results = interleave(makers, ROUNDS.value)
     matmul = results.pop("matmul 2048^3")
     rate = 2 * 2048**3 / matmul["median"]
-    flops = {name: account(peer_run(v).model, LENGTH, tokens=BATCH * LENGTH).training_flops * BATCH * LENGTH for name, v in
-             {"baseline": "baseline", "KHA-MLP on v": "mlp", "KHA-Linear on q, k, v": "linear"}.items()}  # fmt: skip
+    tokens = peers.BATCH * peers.LENGTH
+    cost = lambda variant: account(peers.peer_run(variant).model, peers.LENGTH, tokens=tokens)  # noqa: E731
+    flops = {name: cost(variant).training_flops * tokens for name, variant in variants.items()}
     table = Table(title=f"training step, peer shape, {machine()}; matmul rate {rate / 1e9:.0f} GFLOP/s")
     for column in ("", "median ms", "minimum ms", "CPU ms", "first step s", "GFLOP/s", "of matmul rate", "time / baseline"):
         table.add_column(column, justify="right")
@@ -188,6 +107,118 @@ def dense() -> dict[str, Any]:
         table.add_row(name, *cells, f"{row['first']:.1f}", f"{row['gflops']:.0f}", f"{row['matmul_share']:.0%}", f"{row['ratio']:.3f}")
     CONSOLE.print(table)
     return {"matmul_gflops": rate / 1e9, **results}
+
+
+def decode() -> dict[str, Any]:
+    """See the module's docstring."""
+    out: dict[str, Any] = {}
+    for batch in (1, 8):
+        makers = {
+            "baseline": (peers.kha_jax_generation, "baseline", batch), "KHA-Linear on q, k, v": (peers.kha_jax_generation, "linear", batch),
+            "KHA-MLP on v": (peers.kha_jax_generation, "mlp", batch),
+            **{f"transformers, {c} cache": (peers.transformers_generation, c, batch) for c in ("dynamic", "static")},
+        }  # fmt: skip
+        results = interleave(makers, ROUNDS.value)
+        theirs = [row["median"] for name, row in results.items() if name.startswith("transformers")]
+        table = Table(title=f"greedy decoding, prompt {peers.PROMPT}, {peers.NEW} new, batch {batch}, {machine()}")
+        for column in ("", "new tokens/s", "best tokens/s", "times the faster generate"):
+            table.add_column(column, justify="right")
+        for name, row in results.items():
+            row["tokens_per_second"], best = batch * peers.NEW / row["median"], batch * peers.NEW / row["minimum"]
+            ratio = f"{min(theirs) / row['median']:.2f}" if theirs else "?"
+            table.add_row(name, f"{row['tokens_per_second']:.0f}", f"{best:.0f}", ratio)
+        CONSOLE.print(table)
+        out[f"batch {batch}"] = results
+    return {**out, "cache": cache_lengths()}
+
+
+def cache_lengths(lengths: tuple[int, ...] = (256, 1024, 4096, 16384), batch: int = 8) -> dict[str, Any]:
+    """Milliseconds of one token in every row of a batch, by projection and length of the cache."""
+    from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
+
+    H, N = peers.HEAD_DIM, peers.HEADS
+    projections = {
+        "MHA 8/8": GroupedQuery(query_heads=N, kv_heads=N, head_dim=H), "GQA 8/4": GroupedQuery(query_heads=N, kv_heads=4, head_dim=H),
+        "MQA 8/1": GroupedQuery(query_heads=N, kv_heads=1, head_dim=H), "GTA 8/4": GroupedTied(query_heads=N, kv_heads=4, head_dim=H),
+        "MLA 4H": Latent(query_heads=N, head_dim=H, value_dim=H, rope_dim=H // 2, kv_lora=4 * H),
+        "GLA 2 x 2H": Latent(query_heads=N, head_dim=H, value_dim=H, rope_dim=H // 2, kv_lora=2 * H, groups=2),
+    }  # fmt: skip
+    table = Table(title=f"ms for one token in each of {batch} rows, float32, against the cached tokens, {machine()}")
+    for column in ("", "floats cached per token and layer", *map(str, lengths)):
+        table.add_column(column, justify="right")
+    out: dict[str, list[float]] = {name: [] for name in projections}
+    for length in lengths:
+        steps = {name: peers.one_more_token(projection, length, batch) for name, projection in projections.items()}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(2 + ROUNDS.value):
+            for name, step in steps.items():
+                began = time.perf_counter()
+                step()
+                times[name] += [time.perf_counter() - began] if turn >= 2 else []
+        for name in steps:
+            out[name].append(statistics.median(times[name]) * 1e3)
+    for name, projection in projections.items():
+        table.add_row(name, str(projection.cache_floats()), *[f"{ms:.2f}" for ms in out[name]])
+    CONSOLE.print(table)
+    return out
+
+
+def variants() -> dict[str, Any]:
+    """See the module's docstring."""
+    import jax.numpy as jnp
+
+    from kha_jax.attention import AttentionConfig
+    from kha_jax.attention.mixers import STREAM_MIXERS
+    from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
+    from kha_jax.ops.attention import best_kernel
+
+    width, layers, length, step = 1536, 18, 4096, 32768
+    latent = {"query_heads": 32, "head_dim": 128, "value_dim": 128, "rope_dim": 64, "q_lora": 1024}
+    projections = {
+        "MHA 16/16": GroupedQuery(query_heads=16, kv_heads=16, head_dim=128), "GQA 32/4": GroupedQuery(query_heads=32, kv_heads=4, head_dim=128),
+        "MQA 32/1": GroupedQuery(query_heads=32, kv_heads=1, head_dim=128), "GTA 32/4": GroupedTied(query_heads=32, kv_heads=4, head_dim=128),
+        "MLA 512": Latent(kv_lora=512, **latent), "GLA 2 x 256": Latent(kv_lora=256, groups=2, **latent),
+    }  # fmt: skip
+
+    def fused(config: AttentionConfig, platform: str) -> str:
+        key_width = config.projection.score_flops(1) / 2 / config.projection.output_shape()[0] - config.projection.output_shape()[1]
+        kernel = best_kernel(platform, jnp.bfloat16, length, int(key_width), config.projection.output_shape()[1])
+        return "-" if kernel == "chunked" else kernel
+
+    table = Table(title=f"one attention layer of width {width}, {length} visible tokens at most; {layers} layers of cache in bf16")
+    columns = ("", "parameters, M", "forward MFLOP per token", "cache, bytes per token", "takes", "of them fold", "fused on TPU", "on GPU")
+    for column in columns:
+        table.add_column(column, justify="right")
+    out: dict[str, Any] = {}
+    for name, projection in projections.items():
+        config = AttentionConfig(projection=projection)
+        cost = {
+            "parameters": config.parameters(width), "flops": config.flops(width, (length + 1) / 2, step),
+            "cache_bytes": 2 * layers * projection.cache_floats(),
+        }  # fmt: skip
+        fits = [kind for kind, mixer in STREAM_MIXERS.items() if kind != "none" and projection.refusal("value", mixer()) is None]
+        folds = [kind for kind in fits if STREAM_MIXERS[kind].linear]
+        row = (f"{cost['parameters'] / 1e6:.2f}", f"{cost['flops'] / 1e6:.1f}", f"{cost['cache_bytes']:,}")
+        table.add_row(name, *row, ", ".join(fits), ", ".join(folds), fused(config, "tpu"), fused(config, "gpu"))
+        out[name] = cost
+    CONSOLE.print(table)
+
+    plain = AttentionConfig(projection=projections["GQA 32/4"])
+    table = Table(title=f"mixers on GQA 32/4, a step of {step:,} tokens: added to the layer above")
+    for column in ("", "parameters", "forward FLOPs", "of the attention", "folds", "decoding FLOPs"):
+        table.add_column(column, justify="right")
+    for kind, mixer in STREAM_MIXERS.items():
+        for places in (("value",), ("query", "key", "value")) if kind != "none" else ():
+            config = plain.replace(**{slot: mixer() for slot in places})
+            more = config.flops(width, (length + 1) / 2, step) - plain.flops(width, (length + 1) / 2, step)
+            one = 0 if mixer.linear else config.flops(width, 1, 1) - plain.flops(width, 1, 1)
+            share = more / plain.flops(width, (length + 1) / 2, step)
+            label = f"{kind} on {', '.join(slot[0] for slot in places)}"
+            added = config.parameters(width) - plain.parameters(width)
+            table.add_row(label, f"{added:,}", f"{more:,.0f}", f"{share:.3%}", "yes" if mixer.linear else "no", f"{one:,.0f}")
+            out[label] = {"parameters": added, "flops": more, "decoding_flops": one}
+    CONSOLE.print(table)
+    return out
 
 
 def startup() -> dict[str, Any]:
@@ -218,7 +249,7 @@ def machine() -> str:
 
 def main() -> None:
     """Runs one suite."""
-    figures = {"dense": dense, "startup": startup}[SUITE.value]()
+    figures = {"dense": dense, "decode": decode, "variants": variants, "startup": startup}[SUITE.value]()
     if JSON.value:
         try:
             with open(JSON.value, "w") as file:

@@ -84,8 +84,8 @@ def parse_config(cls: type, holder: Any) -> Any:
         raise UsageError(str(error)) from None
 
 
-def _parse_flags(argv: list[str]) -> None:
-    """absl's parser, with every complaint turned into one line."""
+def _parse_flags(argv: list[str], words: int) -> list[str]:
+    """absl's parser, with every complaint turned into one line; returns the words that are no flags, `words` of them at most."""
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -93,13 +93,49 @@ def _parse_flags(argv: list[str]) -> None:
         raise UsageError(f"--{error.flagname} is not a known flag; {near(error.flagname, ['config', *known])}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from None
-    if len(rest) > 1:
-        raise UsageError(f"{rest[1]!r} is not understood; flags have the form --name=value")
+    if len(rest) > words + 1:
+        raise UsageError(f"{rest[words + 1]!r} is not understood; flags have the form --name=value")
+    return rest[1:]
 
 
 def read_config(path: Path, cls: type) -> Any:
     """A config from the config.json of a run folder."""
     return from_dict(cls, json.loads(path.read_text()))
+
+
+def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, dict[str, Any]]:
+    """(RunConfig, step, variables) of a checkpoint in a run folder, on one device; by default of the newest good one.
+
+    Raises:
+        UsageError: there is no such run or step.
+        CheckpointError: the checkpoint is damaged.
+    """
+    import jax
+
+    from kha_jax import sharding
+    from kha_jax.checkpoint import Checkpoints, verify
+    from kha_jax.training import RunConfig, make_trainer
+
+    if workdir is None:
+        raise UsageError("--workdir: is required; name the folder of a run, such as runs/kha_tiny")
+    folder = Path(workdir)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--workdir={workdir}: no run there; it holds no config.json")
+    config = read_config(folder / "config.json", RunConfig).replace(mesh=sharding.MeshConfig())
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, {})
+    try:
+        if step is None:
+            step = checkpoints.newest_good(set_aside=False)
+        elif step not in checkpoints.steps():
+            raise UsageError(f"--step={step}: not kept; {workdir} has {checkpoints.steps()}")
+        else:
+            verify(checkpoints.folder / f"{step:08d}")
+        if step is None:
+            raise UsageError(f"--workdir={workdir}: holds no checkpoint yet")
+        state = make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1])).abstract
+        return config, step, checkpoints.restore_part(step, {"params": state.params})
+    finally:
+        checkpoints.close()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
@@ -115,8 +151,11 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> dic
     return out
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses the flags, calls main and leaves with the contract's exit code; expected errors are one line on stderr."""
+def run(main: Callable[..., int | None], words: int = 0) -> None:
+    """Parses the flags, calls main and leaves with the contract's exit code; expected errors are one line on stderr.
+
+    words: how many arguments that are not flags main takes, at most.
+    """
     from kha_jax.checkpoint import CheckpointError
     from kha_jax.data import DataError
 
@@ -126,8 +165,7 @@ def run(main: Callable[[], int | None]) -> None:
     log.addHandler(logging.StreamHandler(sys.stderr))
     codes = {UsageError: USAGE, ConfigError: USAGE, DataError: DATA, CheckpointError: STORAGE}
     try:
-        _parse_flags(sys.argv)
-        code = main() or DONE
+        code = main(*_parse_flags(sys.argv, words)) or DONE
     except tuple(codes) as error:
         print(f"error: {error}", file=sys.stderr)
         code = codes[type(error)]

@@ -135,19 +135,21 @@ class Checkpoints:
             self.background.shutdown()
             self.checkpointer.close()
 
-    def newest_good(self) -> int | None:
+    def newest_good(self, set_aside: bool = True) -> int | None:
         """The newest step whose files verify, logging each one that is passed over; None when there is no checkpoint yet.
+
+        set_aside: damaged ones that are newer no longer count from here on, as a writer needs; a reader changes nothing.
 
         Raises:
             CheckpointError: there are checkpoints, but none is good. Training never restarts from scratch over them.
         """
         if jax.process_count() > 1:
-            found = self._newest_good() if jax.process_index() == 0 else 0
+            found = self._newest_good(set_aside) if jax.process_index() == 0 else 0
             step = int(multihost_utils.broadcast_one_to_all(np.int64(-1 if found is None else found)))
             return None if step < 0 else step
-        return self._newest_good()
+        return self._newest_good(set_aside)
 
-    def _newest_good(self) -> int | None:
+    def _newest_good(self, set_aside: bool) -> int | None:
         for leftover in sorted(p for p in self.folder.glob("*") if not (p / MANIFEST).exists()):
             log.warning("passed over %s: no %s; the save was interrupted", leftover, MANIFEST)
         steps = self.steps()
@@ -157,7 +159,7 @@ class Checkpoints:
             except CheckpointError as error:
                 log.warning("passed over checkpoint %d: %s", step, error)
                 continue
-            for rejected in (s for s in steps if s > step):
+            for rejected in (s for s in steps if set_aside and s > step):
                 # It stays for whoever wants to look, but retention must not count it.
                 path = self.folder / f"{rejected:08d}" / MANIFEST
                 path.rename(path.with_suffix(".rejected"))
@@ -179,3 +181,18 @@ class Checkpoints:
             raise CheckpointError(f"{path} does not hold the state of this config: {error}") from error
         self.saved_step = step
         return state
+
+    def restore_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Some fields of the state saved at `step`, such as {"params": ...}, without reading the others.
+
+        Raises:
+            CheckpointError: the files do not hold them.
+        """
+        path = self.folder / f"{step:08d}" / "state"
+        placed = ocp.checkpoint_utils.construct_restore_args(abstract)
+        arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=placed, partial_restore=True)
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                return reader.restore(path, args=arguments)
+        except Exception as error:
+            raise CheckpointError(f"{path} does not hold {', '.join(abstract)} of this config: {error}") from error

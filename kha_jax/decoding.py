@@ -20,6 +20,7 @@ from kha_jax.ops.attention import MASKED
 
 PROMPT_MULTIPLE = 32  # prompts are padded to multiples of it, so that few lengths compile
 Cache = list[State]
+Variables = dict[str, Any]  # by collection: params, and balance where there is one
 
 
 class Sampling(Config):
@@ -57,17 +58,18 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
 
 
 class Weights(NamedTuple):
-    """Parameters as decoding reads them: outside the layers, and layer by layer, so that no step slices a stack."""
+    """Variables as decoding reads them: outside the layers, and layer by layer, so that no step slices a stack."""
 
-    outer: dict[str, Any]
-    layers: list[Any]
+    outer: Variables
+    layers: list[Variables]
 
 
-def unstack(model: ModelConfig, params: dict[str, Any]) -> Weights:
-    """The parameters of a trained model, one tree a layer."""
-    stacked = params["layers"]
+def unstack(model: ModelConfig, variables: Variables) -> Weights:
+    """The variables of a trained model, one tree a layer."""
+    stacked = {name: tree["layers"] for name, tree in variables.items() if "layers" in tree}
     layers = jax.jit(lambda tree: [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(model.layers)])(stacked)
-    return Weights({name: leaf for name, leaf in params.items() if name != "layers"}, layers)
+    outer = {name: {key: leaf for key, leaf in tree.items() if key != "layers"} for name, tree in variables.items()}
+    return Weights(outer, layers)
 
 
 def absorb_model(model: ModelConfig, params: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
@@ -85,12 +87,11 @@ def prefill(model: ModelConfig, weights: Weights, tokens_BT: jax.Array, pad_B: j
     positions_BT = jnp.maximum(column - pad_B[:, None], 0)
     real_BT = (column >= pad_B[:, None]).astype(jnp.int32)  # as segment ids: padding is a document of its own
     transformer, block = model.build(), Block(config=model, numerics=model.numerics)
-    x_BTD, cache = transformer.apply({"params": weights.outer}, tokens_BT, method="embed"), []
+    x_BTD, cache = transformer.apply(weights.outer, tokens_BT, method="embed"), []
     for layer in weights.layers:
-        x_BTD, state = block.apply({"params": layer}, x_BTD, positions_BT, real_BT, method="prefill")
-        room = lambda z: jnp.pad(z, [(0, 0), (0, slots - z.shape[1])] + [(0, 0)] * (z.ndim - 2))  # noqa: E731
-        cache.append(jax.tree.map(room, state))
-    return transformer.apply({"params": weights.outer}, x_BTD[:, -1], method="next_token_logits"), cache
+        x_BTD, state = block.apply(layer, x_BTD, positions_BT, real_BT, method="prefill")
+        cache.append(jax.tree.map(lambda z: jnp.pad(z, [(0, 0), (0, slots - z.shape[1]), (0, 0)]), state))
+    return transformer.apply(weights.outer, x_BTD[:, -1], method="next_token_logits"), cache
 
 
 def extend(
@@ -101,11 +102,11 @@ def extend(
     visible_BS = (column >= pad_B[:, None]) & (column <= slot)
     positions_B1 = (slot - pad_B)[:, None]
     transformer, block = model.build(), Block(config=model, numerics=model.numerics)
-    x_B1D, extended = transformer.apply({"params": weights.outer}, tokens_B[:, None], method="embed"), []
+    x_B1D, extended = transformer.apply(weights.outer, tokens_B[:, None], method="embed"), []
     for layer, state in zip(weights.layers, cache):
-        x_B1D, state = block.apply({"params": layer}, x_B1D, positions_B1, state, slot, visible_BS, method="extend")
+        x_B1D, state = block.apply(layer, x_B1D, positions_B1, state, slot, visible_BS, method="extend")
         extended.append(state)
-    return transformer.apply({"params": weights.outer}, x_B1D[:, 0], method="next_token_logits"), extended
+    return transformer.apply(weights.outer, x_B1D[:, 0], method="next_token_logits"), extended
 
 
 class Progress(NamedTuple):
@@ -124,12 +125,12 @@ class Decoder:
 
     Args:
         model: its config; scores of the prompt are computed by the platform's best kernel whatever it says.
-        params: as trained. Linear mixers are best absorbed before (`absorb_model`); every other model works as it is.
+        variables: as trained, {"params": ...}. Linear mixers are best absorbed before (`absorb_model`); any model works as it is.
     """
 
-    def __init__(self, model: ModelConfig, params: dict[str, Any]):
+    def __init__(self, model: ModelConfig, variables: Variables):
         self.model = model.replace(attention=model.attention.replace(kernel="auto"))
-        self.weights = unstack(model, params)
+        self.weights = unstack(model, variables)
         self._start = jax.jit(self._start_, static_argnames=("sampling", "slots", "end"))
         self._advance = jax.jit(self._advance_, static_argnames=("sampling", "count", "end"), donate_argnums=1)
 

@@ -68,7 +68,7 @@ def cached(config):
         bound = lambda method, *arguments: module.apply({"params": params}, *arguments, method=method)  # noqa: E731
         positions = jnp.maximum(jnp.arange(T) - PAD[:, None], 0)
         first, state = bound("prefill", x[:, :4], positions[:, :4], (jnp.arange(4) >= PAD[:, None]).astype(jnp.int32))
-        cache = jax.tree.map(lambda z: jnp.pad(z, [(0, 0), (0, T - 4)] + [(0, 0)] * (z.ndim - 2), constant_values=7.0), state)
+        cache = jax.tree.map(lambda z: jnp.pad(z, [(0, 0), (0, T - 4), (0, 0)], constant_values=7.0), state)
 
         def one(cache, slot):
             visible = (jnp.arange(T) >= PAD[:, None]) & (jnp.arange(T) <= slot)

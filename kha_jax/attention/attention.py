@@ -4,6 +4,7 @@ Legend: B batch, T query position, S key position, D model width, N query heads,
 U value width.
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -82,25 +83,30 @@ class Attention(Module):
     def prefill(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
     ) -> tuple[jax.Array, State]:
-        """The attention output [B, T, D] and the state that a decoder caches."""
+        """The attention output [B, T, D] and what a decoder caches: the projection's state as [B heads, S, width]."""
         with jax.named_scope("project"):
             q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
             k_BSKH, v_BSKU = self.projection.keys_and_values(state, self.mixers)
         o_BTNU = attention(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, kernel=self.config.kernel)
         with jax.named_scope("output"):
-            return linear(o_BTNU, self.output, contract=2), state
+            return linear(o_BTNU, self.output, contract=2), _as_cache(state)
 
     def extend(
         self, x_B1D: jax.Array, positions_B1: jax.Array, cache: State, slot: jax.Array, visible_BS: jax.Array
     ) -> tuple[jax.Array, State]:
         """One more token: its output [B, 1, D] and the cache with its state written at `slot`.
 
-        cache: a state with room for S tokens. visible_BS: the cached tokens, this one included, that each row may see.
+        cache: as from `prefill`, with room for S tokens. visible_BS: the cached tokens, this one included, that each row may see.
         """
         with jax.named_scope("project"):
             q_B1NH, state = self.projection(x_B1D, positions_B1, self.mixers)
-            cache = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], state[name], slot, axis=1) for name in cache}
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
+            cache = jax.tree.map(write, cache, _as_cache(state))
         with jax.named_scope("attention_cached"):
             o_B1NU = self.projection.attend(q_B1NH, cache, self.mixers, visible_BS)
         with jax.named_scope("output"):
             return linear(o_B1NU, self.output, contract=2), cache
+
+
+def _as_cache(state: State) -> State:
+    return jax.tree.map(lambda z: z.swapaxes(1, 2).reshape(-1, z.shape[1], z.shape[3]), state)

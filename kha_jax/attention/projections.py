@@ -216,9 +216,10 @@ class GroupedTiedProjection(Module):
 
     def attend(self, q_B1NH: jax.Array, cache: State, mixers: Mixers, visible_BS: jax.Array) -> jax.Array:
         """What one token's queries read from the tied states, [B, 1, N, H]; the keys are not put together for it."""
-        half, tied = self.config.head_dim // 2, cache["tied"]
-        parts = [(q_B1NH[..., :half], tied[..., :half]), (q_B1NH[..., half:], cache["rotary_key"])]
-        return cached_attention(parts, tied, visible_BS)
+        half = self.config.head_dim // 2
+        unrotated = q_B1NH.at[..., half:].set(0)  # reads the tied state whole, which is cheaper than cutting the cache in half
+        parts = [(unrotated, cache["tied"]), (q_B1NH[..., half:], cache["rotary_key"])]
+        return cached_attention(parts, cache["tied"], visible_BS, scale=1 / math.sqrt(self.config.head_dim))
 
 
 class Latent(Projection):

@@ -28,6 +28,10 @@ class PythonSource(Config):
         """Ids are below this."""
         return ByteTokenizer.vocabulary_size
 
+    def tokenizer(self) -> ByteTokenizer:
+        """Between text and ids; data that is not text has none."""
+        return ByteTokenizer()
+
     def open(self, split: str, seq_len: int, seed: int) -> TokenWindows:
         """Windows of the `train` or `validation` modules; tokenised on first use. The seed has no part in real text.
 
@@ -46,7 +50,7 @@ class PythonSource(Config):
         folder = base / f"python_source-{key}" / split
         if not (folder / "meta.json").exists():
             chosen = [p for p, name in zip(paths, names) if self._is_held_out(name) == (split == "validation")]
-            write_stream(folder, (p.read_bytes() for p in chosen), ByteTokenizer())
+            write_stream(folder, (p.read_bytes() for p in chosen), self.tokenizer())
         return TokenWindows(folder, seq_len)
 
     def _is_held_out(self, name: str) -> bool:

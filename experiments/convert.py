@@ -1,0 +1,98 @@
+"""Turns one run folder into another: python -m experiments.convert absorb --workdir=runs/linear --out=runs/linear_absorbed
+
+absorb: folds linear mixers into the weights around them in float32, compares the logits of both models on random tokens, prints the
+largest change, and writes a baseline run (config.json and a checkpoint of the same step) that every command reads. The optimiser's
+moments start anew in it; its schedule does not.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import command_line
+from experiments.command_line import UsageError
+from kha_jax import sharding
+from kha_jax.attention.absorb import foldable
+from kha_jax.checkpoint import Checkpoints
+from kha_jax.config import ConfigError, near, to_dict
+from kha_jax.decoding import absorb_model
+from kha_jax.model import ModelConfig
+from kha_jax.training import RunConfig, TrainState, make_trainer
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
+OUT = flags.DEFINE_string("out", None, "Run folder to write; must not hold checkpoints.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
+TOLERANCE = flags.DEFINE_float("tolerance", 1e-3, "Largest accepted change, relative to the largest logit.", lower_bound=0)
+
+log = logging.getLogger("kha_jax")
+
+
+def logit_change(before: tuple[ModelConfig, Any], after: tuple[ModelConfig, Any], seq_len: int) -> tuple[float, float]:
+    """(largest change, largest logit) over two rows of random tokens, both models computed in float32."""
+    ids = np.random.default_rng(0).integers(0, before[0].vocabulary_size, (2, min(seq_len, 256))).astype(np.int32)
+
+    def logits(model, variables):
+        exact = model.replace(numerics=model.numerics.replace(dtype="float32"))
+        return np.asarray(jax.jit(exact.build().apply)(variables, jnp.asarray(ids)))
+
+    first, second = logits(*before), logits(*after)
+    return float(np.abs(first - second).max()), float(np.abs(first).max())
+
+
+def write_run(folder: Path, config: RunConfig, step: int, variables: dict[str, Any], source: str) -> None:
+    """A run folder with one checkpoint, whose optimiser has no moments yet."""
+    trainer = make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    fresh = jax.jit(trainer.init)(jax.random.key(config.seed)).optimizer
+    schedule = fresh[-1]._replace(count=jnp.int32(step))
+    state = TrainState(step=jnp.int32(step), optimizer=(*fresh[:-1], schedule), **variables)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    except OSError as error:
+        raise UsageError(f"--out={folder} cannot be written: {error.strerror}") from None
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, {"converted_from": source, "jax": jax.__version__})
+    checkpoints.save(step, state)
+    checkpoints.close()
+
+
+def absorb() -> None:
+    """See the module's docstring."""
+    if OUT.value is None:
+        raise UsageError("--out: is required; name a new run folder")
+    out = Path(OUT.value)
+    if any((out / "checkpoints").glob("*")):
+        raise UsageError(f"--out={out}: already holds checkpoints; name another folder")
+    config, step, variables = command_line.read_run(WORKDIR.value, STEP.value)
+    try:
+        slots = foldable(config.model.attention)
+    except ConfigError as error:
+        raise UsageError(str(error.under("config.model.attention"))) from None
+    if not slots:
+        raise UsageError(f"--workdir={WORKDIR.value}: nothing to fold; the model has no mixers")
+    model, params = absorb_model(config.model, variables["params"])
+    folded = {**variables, "params": params}
+    change, largest = logit_change((config.model, variables), (model, folded), config.seq_len)
+    if not change <= TOLERANCE.value * largest:
+        raise UsageError(f"--tolerance={TOLERANCE.value}: folding changes a logit by {change:.3g} of {largest:.3g}; nothing written")
+    write_run(out, config.replace(model=model), step, folded, f"{WORKDIR.value} step {step}")
+    print(f"folded {', '.join(slots)}: largest logit change {change:.3g} of {largest:.3g}, in float32; {out} is a baseline at step {step}")
+
+
+COMMANDS = {"absorb": absorb}
+
+
+def main(command: str = "") -> None:
+    """Runs one command."""
+    if command not in COMMANDS:
+        raise UsageError(f"{command or 'no command'!r}: is not a command; {near(command, COMMANDS)}")
+    COMMANDS[command]()
+
+
+if __name__ == "__main__":
+    command_line.run(main, words=1)

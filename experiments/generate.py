@@ -1,0 +1,97 @@
+"""Continues text with a trained model: python -m experiments.generate --workdir=runs/kha_tiny --prompt='def main('
+
+Reads the run's newest checkpoint, folds linear mixers into the weights and samples. One prompt is streamed to the terminal; several,
+of any lengths, are decoded as one batch and printed one after another. A row stops at the end of its document.
+"""
+
+import logging
+import sys
+import time
+
+import jax
+from absl import flags
+
+from experiments import command_line
+from experiments.command_line import UsageError
+from kha_jax.attention.absorb import foldable
+from kha_jax.config import ConfigError
+from kha_jax.data.tokens import cache_folder
+from kha_jax.decoding import Decoder, Sampling, absorb_model
+from kha_jax.model import ModelConfig
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeat the flag for a batch. \\n and \\t are understood.")
+TOKENS = flags.DEFINE_integer("tokens", 200, "New tokens at most.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Draw among that many likeliest tokens.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens that together have this probability.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0)
+ABSORB = flags.DEFINE_bool("absorb", True, "Fold linear mixers into the weights first.")
+
+log = logging.getLogger("kha_jax")
+
+
+def absorbed(model: ModelConfig, variables: dict) -> tuple[ModelConfig, dict]:
+    """The model with its linear mixers folded; as it is when it has none, or one that does not fold."""
+    try:
+        slots = foldable(model.attention)
+    except ConfigError as error:
+        log.info("not folded: %s", error)
+        return model, variables
+    if not slots:
+        return model, variables
+    log.info("folded linear mixers of %s into the weights", ", ".join(slots))
+    model, params = absorb_model(model, variables["params"])
+    return model, {**variables, "params": params}
+
+
+def main() -> None:
+    """See the module's docstring."""
+    sampling = Sampling(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value)
+    if not PROMPT.value:
+        raise UsageError("--prompt: is required; write --prompt='text to continue'")
+    config, step, variables = command_line.read_run(WORKDIR.value, STEP.value)
+    if not hasattr(config.data, "tokenizer"):
+        raise UsageError(f"--workdir={WORKDIR.value}: was trained on {type(config.data).__name__}, which is not text")
+    tokenizer = config.data.tokenizer()
+    if not all(PROMPT.value):
+        raise UsageError("--prompt: is empty; give at least one character")
+    prompts = [tokenizer.encode(text.encode()).tolist() for text in PROMPT.value]
+    longest = max(map(len, prompts)) + TOKENS.value
+    if longest > config.seq_len:
+        log.warning("up to %d tokens with the prompt; the model was trained on %d", longest, config.seq_len)
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
+    model, variables = absorbed(config.model, variables) if ABSORB.value else (config.model, variables)
+    decoder = Decoder(model, variables)
+    settings = {"sampling": sampling, "seed": SEED.value, "end": tokenizer.end_of_document}
+    began = time.perf_counter()
+    if len(prompts) == 1:
+        made = stream(decoder, tokenizer, prompts[0], settings)
+    else:
+        rows = decoder.generate(prompts, TOKENS.value, **settings)
+        for prompt, row in zip(prompts, rows):
+            print(f"--- {tokenizer.decode(prompt)!r}\n{tokenizer.decode([*prompt, *row])}")
+        made = sum(map(len, rows))
+    log.info("step %d: %d new tokens in %.1f s with compilation", step, made, time.perf_counter() - began)
+
+
+def stream(decoder: Decoder, tokenizer, prompt: list[int], settings: dict) -> int:
+    """Prints the prompt and its continuation as it comes; the number of new tokens."""
+    made, shown = [], tokenizer.decode(prompt)
+    sys.stdout.write(shown)
+    for part in decoder.stream([prompt], TOKENS.value, **settings):
+        made += part[0].tolist()
+        if settings["end"] in made:
+            made = made[: made.index(settings["end"])]
+        text = tokenizer.decode([*prompt, *made]).rstrip("\ufffd")  # half a character: the next part may bring the rest
+        sys.stdout.write(text[len(shown) :])
+        sys.stdout.flush()
+        shown = text if len(text) > len(shown) else shown
+    sys.stdout.write(tokenizer.decode([*prompt, *made])[len(shown) :] + "\n")
+    return len(made)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,157 @@
+"""What the benchmark times, here and in the peers: each function makes a step that is called again and again.
+
+The peer shape is the small transformer of LAYERS, WIDTH, ... below in float32; its figures are in the README.
+"""
+
+import os
+from typing import Any, Callable
+
+import numpy as np
+
+LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY = 4, 256, 8, 4, 64, 768, 4096
+BATCH, LENGTH = 8, 256
+Step = Callable[[], Any]
+
+
+def peer_run(variant: str) -> Any:
+    """The peer shape as a RunConfig; `variant` is a key of configs.base.KNOCKING."""
+    from configs import base
+    from kha_jax.attention import AttentionConfig
+    from kha_jax.attention.projections import GroupedQuery
+    from kha_jax.feed_forward import SwiGLU
+    from kha_jax.model import LossConfig, ModelConfig
+    from kha_jax.parameters import Numerics
+    from kha_jax.training import RunConfig
+
+    attention = AttentionConfig(projection=GroupedQuery(query_heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM))
+    model = ModelConfig(
+        layers=LAYERS, width=WIDTH, vocabulary_size=VOCABULARY, attention=base.with_knocking(attention, variant),
+        feed_forward=SwiGLU(width=FEED_FORWARD), numerics=Numerics(dtype="float32"), loss=LossConfig(chunk_tokens=512),
+    )  # fmt: skip
+    return RunConfig(batch_size=BATCH, seq_len=LENGTH, model=model)
+
+
+def tokens() -> np.ndarray:
+    """The same [B, T + 1] ids for every implementation."""
+    return np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, LENGTH + 1))
+
+
+def kha_jax_step(variant: str) -> Step:
+    """The trainer's own step, compiled, with its state donated."""
+    import jax
+
+    from kha_jax import sharding
+    from kha_jax.training import make_trainer
+
+    config = peer_run(variant)
+    trainer = make_trainer(config, sharding.make_mesh(config.mesh))
+    box = [jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(0))]
+    ids = tokens().astype(np.int32)
+    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
+    batch = {
+        "tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": positions, "segment_ids": np.zeros_like(positions),
+        "weights": np.ones((BATCH, LENGTH), np.float32),
+    }  # fmt: skip
+    compiled = jax.jit(trainer.train_step, donate_argnums=0)
+
+    def step():
+        state, metrics = compiled(box.pop(), batch)
+        box.append(jax.block_until_ready(state))
+
+    return step
+
+
+def transformers_model() -> Any:
+    """Qwen3 of the peer shape in transformers, on all cores."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.set_num_threads(os.cpu_count())
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=True, use_cache=False, eos_token_id=None,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).float()
+
+
+def transformers_step(compiled: bool) -> Step:
+    """The same in transformers: loss, backward, clipping and AdamW, as its Trainer does them."""
+    import torch
+
+    model = transformers_model()
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=7.5e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    ids = torch.from_numpy(tokens()[:, :-1].copy())
+
+    def step():
+        forward(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def matmul_step(size: int = 2048) -> Step:
+    """One square float32 product in JAX, for the machine's matmul rate."""
+    import jax
+    import jax.numpy as jnp
+
+    x, product = jnp.ones((size, size)), jax.jit(jnp.matmul)
+    return lambda: product(x, x).block_until_ready()
+
+
+PROMPT, NEW = 32, 128
+
+
+def prompts(batch: int) -> np.ndarray:
+    """The same [batch, PROMPT] ids for every implementation."""
+    return np.random.default_rng(1).integers(0, VOCABULARY, (batch, PROMPT))
+
+
+def kha_jax_generation(variant: str, batch: int) -> Step:
+    """NEW greedy tokens after a prompt by kha_jax.decoding, linear mixers absorbed."""
+    import jax
+    from flax import linen as nn
+
+    from experiments.generate import absorbed
+    from kha_jax.decoding import Decoder
+
+    model = peer_run(variant).model
+    variables = nn.unbox(jax.jit(model.build().init)(jax.random.key(0), np.zeros((1, 8), np.int32)))
+    decoder, rows = Decoder(*absorbed(model, variables)), prompts(batch).tolist()
+    return lambda: decoder.generate(rows, NEW)
+
+
+def transformers_generation(cache: str, batch: int) -> Step:
+    """The same by transformers' generate with one of its caches."""
+    import torch
+
+    model, ids = transformers_model().eval(), torch.from_numpy(prompts(batch))
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "cache_implementation": cache, "use_cache": True}
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
+
+
+def one_more_token(projection: Any, slots: int, batch: int) -> Step:
+    """One decoding step of the peer shape with this projection, whose cache of `slots` is full but for one."""
+    import jax
+    import jax.numpy as jnp
+    from flax import linen as nn
+
+    from kha_jax import decoding
+
+    model = peer_run("baseline").model
+    model = model.replace(attention=model.attention.replace(projection=projection, kernel="chunked"))
+    variables = nn.unbox(jax.jit(model.build().init)(jax.random.key(0), np.zeros((1, 8), np.int32)))
+    weights, pad = decoding.unstack(model, variables), jnp.zeros((batch,), jnp.int32)
+    ids = jax.ShapeDtypeStruct((batch, 8), jnp.int32)
+    _, shapes = jax.eval_shape(lambda w, t, p: decoding.prefill(model, w, t, p, slots), weights, ids, pad)
+    box = [jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), shapes)]
+    extend = jax.jit(lambda w, cache, t, slot, p: decoding.extend(model, w, cache, t, slot, p), donate_argnums=1)
+
+    def step():
+        logits, cache = extend(weights, box.pop(), pad, jnp.int32(slots - 1), pad)
+        box.append(cache)
+        logits.block_until_ready()
+
+    return step
