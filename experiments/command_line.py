@@ -114,7 +114,7 @@ def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, di
 
     from kha_jax import sharding
     from kha_jax.checkpoint import Checkpoints, verify
-    from kha_jax.training import RunConfig, make_trainer
+    from kha_jax.training import RunConfig, make_trainer, variables
 
     if workdir is None:
         raise UsageError("--workdir: is required; name the folder of a run, such as runs/kha_tiny")
@@ -133,7 +133,7 @@ def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, di
         if step is None:
             raise UsageError(f"--workdir={workdir}: holds no checkpoint yet")
         state = make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1])).abstract
-        return config, step, checkpoints.restore_part(step, {"params": state.params})
+        return config, step, checkpoints.restore_part(step, variables(state))
     finally:
         checkpoints.close()
 

@@ -59,8 +59,10 @@ class Progress:
             self.latest = {name: value for name, value in self.latest.items() if not name.startswith("val_")}
 
     def _line(self, values: dict[str, Any]) -> str:
+        worst = {"worst_violation": max(values["max_violation"])} if "max_violation" in values else {}
+        values = {**values, **worst}
         shown = (
-            ("loss", "loss {:.3f}"), ("grad_norm", "grad {:.2f}"), ("tokens_per_second", "{:,.0f} tok/s"),
+            ("loss", "loss {:.3f}"), ("grad_norm", "grad {:.2f}"), ("worst_violation", "MaxVio {:.2f}"), ("tokens_per_second", "{:,.0f} tok/s"),
             ("model_flops_utilization", "MFU {:.1%}"), ("val_loss", "| val loss {:.3f}"),
             ("val_bits_per_byte", "{:.3f} bits/byte"), ("val_accuracy", "accuracy {:.1%}"),
         )  # fmt: skip

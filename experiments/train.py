@@ -101,12 +101,12 @@ def _keep_config(path: Path, config: RunConfig) -> None:
     path.write_text(json.dumps(new, indent=1) + "\n")
 
 
-def evaluate(step_function, params, source, config: RunConfig, mesh) -> dict[str, float]:
+def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str, float]:
     """Loss, accuracy and, for text, bits per byte over the first validation batches."""
     rows, placement = sharding.local_rows(mesh, config.batch_size), sharding.batch_sharding(mesh)
     wanted = min(config.evaluation.batches, max(1, len(source) // config.batch_size))
     reader = data.batches(source, batch_size=config.batch_size, rows=rows, seed=0, start=0, stop=wanted, shuffle=False)
-    sums = [step_function(params, to_device(batch, placement, config.batch_size)) for batch in reader]
+    sums = [step_function(state, to_device(batch, placement, config.batch_size)) for batch in reader]
     total = jax.tree.map(lambda *parts: float(np.sum([np.asarray(part, np.float64) for part in parts])), *sums)
     tokens = max(total.tokens, 1.0)
     values = {"val_loss": total.loss / tokens, "val_accuracy": total.correct / tokens}
@@ -193,7 +193,7 @@ def main() -> int:
         nonlocal nonfinite
         if pending is None:
             return
-        values = {name: float(value) for name, value in jax.device_get(pending[1]).items()}
+        values = {name: value.tolist() for name, value in jax.device_get(pending[1]).items()}
         nonfinite = nonfinite + 1 if values["nonfinite"] else 0
         if nonfinite:
             found = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
@@ -205,7 +205,7 @@ def main() -> int:
         return config.evaluation.every > 0 and (step == config.steps or step % config.evaluation.every == 0)
 
     def evaluate_and_report(step: int) -> None:
-        report(step, evaluate(evaluation_step, state.params, validation_source, config, mesh))
+        report(step, evaluate(evaluation_step, state, validation_source, config, mesh))
 
     if jax.process_count() == 1 and first_step and evaluation_due(first_step) and "val_loss" not in sinks[0].last:
         evaluate_and_report(first_step)  # the run was stopped before it could

@@ -46,15 +46,16 @@ def account(model: ModelConfig, seq_len: int, causal: bool = True, tokens: float
     applied to the weights cost the same whatever it is, so their share of a token vanishes as it grows (the default).
     """
     D, layers = model.width, model.layers
-    attention, feed_forward = model.attention, model.feed_forward
+    attention, segments = model.attention, model.feed_forward.segments(layers)
     tables = (1 if model.embeddings == "tied" else 2) * model.vocabulary_size * D
     outside = tables + D
     per_layer = attention.parameters(D) + 2 * D
     context = (seq_len + 1) / 2 if causal else seq_len
-    forward = layers * (attention.flops(D, context, tokens) + feed_forward.flops(D)) + 2 * model.vocabulary_size * D
+    over_layers = lambda count: sum(n * count(feed_forward) for _, n, feed_forward in segments)  # noqa: E731
+    forward = layers * attention.flops(D, context, tokens) + over_layers(lambda f: f.flops(D)) + 2 * model.vocabulary_size * D
     return Accounting(
-        parameters=outside + layers * (per_layer + feed_forward.parameters(D)),
-        active=outside + layers * (per_layer + feed_forward.active_parameters(D)),
+        parameters=outside + layers * per_layer + over_layers(lambda f: f.parameters(D)),
+        active=outside + layers * per_layer + over_layers(lambda f: f.active_parameters(D)),
         knocking=layers * attention.mixer_parameters(D),
         forward_flops=forward,
         training_flops=3 * forward,

@@ -66,16 +66,29 @@ class Weights(NamedTuple):
 
 def unstack(model: ModelConfig, variables: Variables) -> Weights:
     """The variables of a trained model, one tree a layer."""
-    stacked = {name: tree["layers"] for name, tree in variables.items() if "layers" in tree}
-    layers = jax.jit(lambda tree: [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(model.layers)])(stacked)
-    outer = {name: {key: leaf for key, leaf in tree.items() if key != "layers"} for name, tree in variables.items()}
+    segments = {name: count for name, count, _ in model.feed_forward.segments(model.layers)}
+    pick = jax.jit(lambda tree, count: [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(count)], static_argnums=1)
+    layers = []
+    for name, count in segments.items():
+        layers += pick({collection: tree[name] for collection, tree in variables.items() if name in tree}, count)
+    outer = {c: {key: leaf for key, leaf in tree.items() if key not in segments} for c, tree in variables.items()}
     return Weights(outer, layers)
+
+
+def blocks(model: ModelConfig) -> list[Block]:
+    """The module of each layer."""
+    segments = model.feed_forward.segments(model.layers)
+    make = lambda feed_forward: Block(config=model, feed_forward_config=feed_forward, numerics=model.numerics)  # noqa: E731
+    return [make(feed_forward) for _, count, feed_forward in segments for _ in range(count)]
 
 
 def absorb_model(model: ModelConfig, params: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
     """The baseline model and parameters that compute the same logits; see attention.absorb."""
-    attention, folded = absorb(model.attention, params["layers"]["attention"])
-    return model.replace(attention=attention), {**params, "layers": {**params["layers"], "attention": folded}}
+    attention, folded = model.attention, dict(params)
+    for name, _, _ in model.feed_forward.segments(model.layers):
+        attention, layers = absorb(model.attention, params[name]["attention"])
+        folded[name] = {**params[name], "attention": layers}
+    return model.replace(attention=attention), folded
 
 
 def prefill(model: ModelConfig, weights: Weights, tokens_BT: jax.Array, pad_B: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
@@ -86,9 +99,9 @@ def prefill(model: ModelConfig, weights: Weights, tokens_BT: jax.Array, pad_B: j
     column = jnp.arange(tokens_BT.shape[1])
     positions_BT = jnp.maximum(column - pad_B[:, None], 0)
     real_BT = (column >= pad_B[:, None]).astype(jnp.int32)  # as segment ids: padding is a document of its own
-    transformer, block = model.build(), Block(config=model, numerics=model.numerics)
+    transformer = model.build()
     x_BTD, cache = transformer.apply(weights.outer, tokens_BT, method="embed"), []
-    for layer in weights.layers:
+    for block, layer in zip(blocks(model), weights.layers):
         x_BTD, state = block.apply(layer, x_BTD, positions_BT, real_BT, method="prefill")
         cache.append(jax.tree.map(lambda z: jnp.pad(z, [(0, 0), (0, slots - z.shape[1]), (0, 0)]), state))
     return transformer.apply(weights.outer, x_BTD[:, -1], method="next_token_logits"), cache
@@ -101,9 +114,9 @@ def extend(
     column = jnp.arange(jax.tree.leaves(cache)[0].shape[1])
     visible_BS = (column >= pad_B[:, None]) & (column <= slot)
     positions_B1 = (slot - pad_B)[:, None]
-    transformer, block = model.build(), Block(config=model, numerics=model.numerics)
+    transformer = model.build()
     x_B1D, extended = transformer.apply(weights.outer, tokens_B[:, None], method="embed"), []
-    for layer, state in zip(weights.layers, cache):
+    for block, layer, state in zip(blocks(model), weights.layers, cache):
         x_B1D, state = block.apply(layer, x_B1D, positions_B1, state, slot, visible_BS, method="extend")
         extended.append(state)
     return transformer.apply(weights.outer, x_B1D[:, 0], method="next_token_logits"), extended

@@ -32,6 +32,10 @@ class SwiGLU(Config):
         """Forward FLOPs per token and layer."""
         return 2 * self.active_parameters(model_width)
 
+    def segments(self, layers: int) -> list[tuple[str, int, Config]]:
+        """(name, layers, feed-forward) of the runs of equal layers, first to last: each is one scan."""
+        return [("layers", layers, self)]
+
     def build(self, **arguments: Any) -> "SwiGLULayer":
         return SwiGLULayer(config=self, **arguments)
 
@@ -50,6 +54,3 @@ class SwiGLULayer(Module):
         up_BTF = linear(x_BTD, self.weight("up", embed=D, feed_forward=F))
         h_BTF = constrain(swiglu(gate_BTF, up_BTF), "batch", "length", "feed_forward")
         return linear(h_BTF, self.weight("down", feed_forward=F, embed=D)), {}
-
-
-FEED_FORWARDS = {"swiglu": SwiGLU}

@@ -70,6 +70,8 @@ class TensorBoard:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
+            for layer, number in enumerate(value) if isinstance(value, list) else ():
+                self.writer.add_scalar(f"{name}/layer_{layer:02d}", number, step)
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(name, value, step)
 

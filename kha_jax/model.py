@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.projections import State
-from kha_jax.config import Config, choice
-from kha_jax.feed_forward import FEED_FORWARDS, SwiGLU
+from kha_jax.config import Config, ConfigError, choice
+from kha_jax.feed_forward import SwiGLU
+from kha_jax.moe import MoE
 from kha_jax.ops import losses
 from kha_jax.parameters import Module, Numerics, RMSNorm
 from kha_jax.sharding import constrain
@@ -22,6 +23,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+FEED_FORWARDS = {"swiglu": SwiGLU, "moe": MoE}
 Batch = dict[str, jax.Array]
 
 
@@ -58,6 +60,10 @@ class ModelConfig(Config):
     def validate(self):
         self.at_least(1, "layers", "width")
         self.at_least(2, "vocabulary_size")
+        try:
+            self.feed_forward.segments(self.layers)
+        except ConfigError as error:
+            raise error.under("feed_forward") from None
 
     def build(self) -> "Transformer":
         return Transformer(config=self, numerics=self.numerics)
@@ -67,13 +73,14 @@ class Block(Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     config: ModelConfig
+    feed_forward_config: Config
 
     def setup(self):
         c, D = self.config, self.config.width
         norm = functools.partial(RMSNorm, numerics=self.numerics, axis="embed")
         self.attention_norm, self.feed_forward_norm = norm(), norm()
         self.attention = c.attention.build(width=D, numerics=self.numerics)
-        self.feed_forward = c.feed_forward.build(model_width=D, numerics=self.numerics)
+        self.feed_forward = self.feed_forward_config.build(model_width=D, numerics=self.numerics)
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None):
         """The block's output and named metrics."""
@@ -110,15 +117,17 @@ class Transformer(Module):
         block = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=c.stack == "unroll")
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.layers,
-            unroll=c.layers if c.stack == "unroll" else 1,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config=c, numerics=self.numerics)
+        for name, length, feed_forward in c.feed_forward.segments(c.layers):
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0, "balance": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=length,
+                unroll=length if c.stack == "unroll" else 1,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            setattr(self, name, layers(config=c, feed_forward_config=feed_forward, numerics=self.numerics))
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Embedded tokens [B, T, D]."""
@@ -127,7 +136,10 @@ class Transformer(Module):
 
     def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None):
         """Final normalised hidden states [B, T, D] and metrics stacked over layers."""
-        x_BTD, aux = self.layers(self.embed(tokens_BT), positions_BT, segment_ids_BT)
+        x_BTD, aux = self.embed(tokens_BT), {}
+        for name, _, _ in self.config.feed_forward.segments(self.config.layers):
+            x_BTD, more = getattr(self, name)(x_BTD, positions_BT, segment_ids_BT)
+            aux |= more
         return self.final_norm(x_BTD), aux
 
     def output_table(self) -> jax.Array:
@@ -156,4 +168,6 @@ class Transformer(Module):
         objective, sums = losses.cross_entropy(
             x_BTD, self.output_table(), batch["targets"], batch["weights"], z_loss=c.z_loss, chunk_tokens=c.chunk_tokens
         )
+        if "router_loss" in aux:
+            objective += jnp.sum(aux["router_loss"]) * sums.tokens
         return objective, (sums, aux)

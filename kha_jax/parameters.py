@@ -32,12 +32,12 @@ class Module(nn.Module):
 
     numerics: Numerics
 
-    def weight(self, name: str, init: Callable | None = None, **axes: int) -> jax.Array:
-        """A parameter with one `logical axis=size` per dimension, cast to the compute dtype; normal(init_std) by default."""
+    def weight(self, name: str, init: Callable | None = None, dtype: str | None = None, **axes: int) -> jax.Array:
+        """A parameter with one `logical axis=size` per dimension, normal(init_std) by default, cast to `dtype` or the compute dtype."""
         init = nn.initializers.normal(self.numerics.init_std) if init is None else init
         boxed_init = nn.with_logical_partitioning(init, tuple(axes))
         parameter = self.param(name, boxed_init, tuple(axes.values()), jnp.dtype(self.numerics.param_dtype))
-        return parameter.astype(self.numerics.dtype)
+        return parameter.astype(dtype or self.numerics.dtype)
 
 
 class RMSNorm(Module):

@@ -31,6 +31,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "knock_in": None,
     "knock_out": None,
     "expert": "expert",
+    "router": None,
     # either
     "vocabulary": "model",
     "heads": "model",
@@ -87,6 +88,11 @@ def using(mesh: Mesh) -> Iterator[None]:
         yield
     finally:
         _mesh.reset(token)
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh of the enclosing `using`, or None outside of one."""
+    return _mesh.get()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kha_jax import data, optimizer
+from kha_jax import data, moe, optimizer
 from kha_jax.config import Config, choice
 from kha_jax.model import Batch, ModelConfig, Transformer
 from kha_jax.ops.losses import TokenSums
@@ -87,10 +87,14 @@ class RunConfig(Config):
 
 
 class TrainState(NamedTuple):
-    """All that changes while training. step counts batches; the optimiser counts the updates that were applied."""
+    """All that changes while training. step counts batches; the optimiser counts the updates that were applied.
+
+    balance: the routers' biases, which no gradient reaches; empty without them.
+    """
 
     step: jax.Array
     params: Any
+    balance: Any
     optimizer: Any
 
 
@@ -100,15 +104,20 @@ class Trainer(NamedTuple):
     model: Transformer
     init: Callable[[jax.Array], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-    evaluation_step: Callable[[Any, Batch], TokenSums]
+    evaluation_step: Callable[[TrainState, Batch], TokenSums]
     abstract: TrainState
     shardings: TrainState
 
 
-def _boxed_params(model: Transformer, key: jax.Array) -> Any:
+def variables(state: TrainState) -> dict[str, Any]:
+    """What the model is applied with."""
+    return {"params": state.params, "balance": state.balance}
+
+
+def _boxed_variables(model: Transformer, key: jax.Array) -> dict[str, Any]:
     ids, ones = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.float32)
     batch = {"tokens": ids, "targets": ids, "positions": ids, "segment_ids": ids, "weights": ones}
-    return model.init(key, batch, method="loss")["params"]
+    return {"balance": {}, **model.init(key, batch, method="loss")}
 
 
 def _is_boxed(leaf: Any) -> bool:
@@ -119,7 +128,7 @@ def _initial_knocking(model: Transformer, axes: Any) -> Any:
     """The parameters' tree with the initial value of knocking matrices and zeros elsewhere; they use no randomness."""
     keep = jax.tree.map(lambda role: role == "knocking", optimizer.roles(axes))
     take = lambda keep, leaf: leaf if keep else jnp.zeros(())  # noqa: E731
-    return jax.jit(lambda: jax.tree.map(take, keep, nn.unbox(_boxed_params(model, jax.random.key(0)))))()
+    return jax.jit(lambda: jax.tree.map(take, keep, nn.unbox(_boxed_variables(model, jax.random.key(0))["params"])))()
 
 
 def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
@@ -131,15 +140,15 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     model = config.model.build()
     # Parameters do not depend on the kernel, and not every kernel runs on the one token that they are made with.
     any_length = config.model.replace(attention=config.model.attention.replace(kernel="reference")).build()
-    boxed = jax.eval_shape(lambda key: _boxed_params(any_length, key), jax.random.key(0))
+    boxed = jax.eval_shape(lambda key: _boxed_variables(any_length, key), jax.random.key(0))["params"]
     axes = jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=_is_boxed)
     needs_initial = config.optimizer.knocking.decay == "to_identity"
     initial = _initial_knocking(any_length, axes) if needs_initial else None
     tx = optimizer.make(config.optimizer, config.steps, axes, initial)
 
     def boxed_init(key: jax.Array) -> TrainState:
-        params = _boxed_params(any_length, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        born = _boxed_variables(any_length, key)
+        return TrainState(jnp.zeros((), jnp.int32), born["params"], born["balance"], tx.init(born["params"]))
 
     def init(key: jax.Array) -> TrainState:
         return nn.unbox(boxed_init(key))
@@ -151,8 +160,8 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         return _train_step(config, model, tx, state, batch)
 
-    def evaluation_step(params: Any, batch: Batch) -> TokenSums:
-        return model.apply({"params": params}, batch, method="loss")[1][0]
+    def evaluation_step(state: TrainState, batch: Batch) -> TokenSums:
+        return model.apply(variables(state), batch, method="loss")[1][0]
 
     return Trainer(model, init, _on(mesh, train_step), _on(mesh, evaluation_step), abstract, shardings)
 
@@ -175,7 +184,7 @@ def _train_step(config, model, tx, state, batch):
     """
 
     def objective(params, micro_batch):
-        return model.apply({"params": params}, micro_batch, method="loss")
+        return model.apply(variables(state._replace(params=params)), micro_batch, method="loss")
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
@@ -193,20 +202,33 @@ def _train_step(config, model, tx, state, batch):
         (value, (sums, _)), grads = shapes
         zero = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), (value, sums, grads))
         (value, sums, grads), aux = jax.lax.scan(accumulate, zero, micro_batches)
+        aux = {name: jnp.sum(z, axis=0) if name == "expert_counts" else jnp.mean(z, axis=0) for name, z in aux.items()}
 
     tokens = jnp.maximum(sums.tokens, 1)
     grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
     updates, optimizer_state = tx.update(grads, state.optimizer, state.params)
-    updated = optax.apply_updates(state.params, updates), optimizer_state
-    params, optimizer_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.optimizer))
+    balance, load = _rebalance(config.model.feed_forward, state.balance, aux.pop("expert_counts", None))
+    updated = TrainState(state.step, optax.apply_updates(state.params, updates), balance, optimizer_state)
+    updated = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     metrics = {
         "loss": sums.loss / tokens,
         "grad_norm": norm,
         "learning_rate": optimizer.learning_rate(config.optimizer, config.steps, state.optimizer),
         "nonfinite": 1 - finite.astype(jnp.int32),
         **({"z_loss": sums.z_loss / tokens} if config.model.loss.z_loss else {}),
-        **jax.tree.map(lambda z: jnp.mean(z.astype(jnp.float32)), aux),
+        **aux,
+        **load,
     }
-    return TrainState(state.step + 1, params, optimizer_state), metrics
+    return updated._replace(step=state.step + 1), metrics
+
+
+def _rebalance(feed_forward, balance, counts_LE):
+    """The routers' biases after a step with these assignments, and the metrics of their load."""
+    if counts_LE is None:
+        return balance, {}
+    if not balance:
+        return balance, moe.load_metrics(counts_LE, None)
+    moved = jax.tree.map(lambda bias_LE: moe.update_bias(feed_forward, bias_LE, counts_LE), balance)
+    return moved, moe.load_metrics(counts_LE, jax.tree.leaves(moved)[0])

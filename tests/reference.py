@@ -283,3 +283,20 @@ def transformer(tokens_BT, parameters, positions_BT, segment_ids_BT, settings):
     for layer in p["layers"]:
         x_BTD = block(x_BTD, layer, positions_BT, segment_ids_BT, settings)
     return rms_norm(x_BTD, p["final_norm"], settings.get("eps", 1e-6)) @ p["embedding"].T
+
+
+def mixture(x, parameters, bias, settings):
+    """(output, assignments of each expert) of a mixture of SwiGLU experts, token by token and choice by choice."""
+    logits = x @ parameters["router"]
+    scores = 1 / (1 + np.exp(-logits)) if settings["scores"] == "sigmoid" else softmax(logits)
+    y, counts = np.zeros_like(x), np.zeros(logits.shape[-1])
+    swiglu = lambda z, gate, up, down: ((z @ gate) / (1 + np.exp(-(z @ gate))) * (z @ up)) @ down  # noqa: E731
+    for token in np.ndindex(x.shape[:-1]):
+        chosen = np.argsort(-(scores[token] + bias))[: settings["top_k"]]
+        for e in chosen:
+            weight = settings["scaling"] * scores[token][e] / scores[token][chosen].sum()
+            y[token] += weight * swiglu(x[token], *(parameters[name][e] for name in ("gate", "up", "down")))
+            counts[e] += 1
+        if "shared" in parameters:
+            y[token] += swiglu(x[token], *(parameters["shared"][name] for name in ("gate", "up", "down")))
+    return y, counts

@@ -1,0 +1,93 @@
+"""Dropless mixtures of feed-forward experts: every assignment is computed, whatever the load.
+
+KERNELS holds the implementations; `auto` takes the platform's best. All of them compute the same sum, with gradients of x, the weights
+of the assignments and the experts.
+
+Legend: N tokens, K experts a token, M = N K assignments sorted by expert, E experts, D model width, F expert width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kha_jax.ops.experts_cpu import blocked
+from kha_jax.ops.gating import swiglu
+
+
+def experts(
+    x_ND: jax.Array, chosen_NK: jax.Array, weights_NK: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array,
+    kernel: str = "auto",
+) -> jax.Array:  # fmt: skip
+    """y_n = sum over k of weights_nk * SwiGLU_(chosen_nk)(x_n), [N, D] in the dtype of x.
+
+    chosen_NK: expert ids; an id outside [0, E) contributes nothing, so that a device may hold a part of the experts.
+    """
+    kernel = best_kernel(jax.default_backend()) if kernel == "auto" else kernel
+    E = gate_EDF.shape[0]
+    held_NK = (chosen_NK >= 0) & (chosen_NK < E)
+    chosen_NK, weights_NK = jnp.where(held_NK, chosen_NK, E), jnp.where(held_NK, weights_NK, 0).astype(x_ND.dtype)
+    with jax.named_scope(f"experts_{kernel}"):
+        return KERNELS[kernel](x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD)
+
+
+def best_kernel(platform: str) -> str:
+    """The kernel that `auto` stands for: on a CPU jax's ragged_dot multiplies every row with every expert."""
+    return "blocked" if platform == "cpu" else "ragged"
+
+
+def _loop(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
+    """Every token through every expert, one expert after the other: the formula as written."""
+    y_ND = jnp.zeros_like(x_ND)
+    for e in range(gate_EDF.shape[0]):
+        weight_N = jnp.sum(jnp.where(chosen_NK == e, weights_NK, 0), axis=-1)
+        y_ND += weight_N[:, None] * (swiglu(x_ND @ gate_EDF[e], x_ND @ up_EDF[e]) @ down_EFD[e])
+    return y_ND
+
+
+def _ragged(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
+    """Rows sorted by expert and jax's grouped matrix product, which TPU and GPU have kernels for."""
+    K, E = chosen_NK.shape[1], gate_EDF.shape[0]
+    order_M = jnp.argsort(chosen_NK.reshape(-1), stable=True)
+    row_NK = jnp.argsort(order_M).reshape(-1, K)
+    sizes_E = jnp.sum(jax.nn.one_hot(chosen_NK, E, dtype=jnp.int32), axis=(0, 1))
+    x_MD = _dispatch(x_ND, order_M // K, row_NK)
+    h_MF = swiglu(jax.lax.ragged_dot(x_MD, gate_EDF, sizes_E), jax.lax.ragged_dot(x_MD, up_EDF, sizes_E))
+    y_MD = jax.lax.ragged_dot(h_MF, down_EFD, sizes_E)
+    y_MD = jnp.where((jnp.arange(y_MD.shape[0]) < jnp.sum(sizes_E))[:, None], y_MD, 0)  # rows of experts held elsewhere
+    return _combine(y_MD, weights_NK, order_M, row_NK)
+
+
+@jax.custom_vjp
+def _dispatch(x_ND, token_M, row_NK):
+    """x[token]; the gradient gathers as well, where that of indexing would scatter."""
+    return x_ND[token_M]
+
+
+def _dispatch_backward(row_NK, dx_MD):
+    return sum(dx_MD[row_NK[:, k]] for k in range(row_NK.shape[1])), None, None
+
+
+_dispatch.defvjp(lambda x_ND, token_M, row_NK: (x_ND[token_M], row_NK), _dispatch_backward)
+
+
+@jax.custom_vjp
+def _combine(y_MD, weights_NK, order_M, row_NK):
+    """sum over k of weights_nk y[row_nk], accumulated in float32."""
+    y_ND = sum(weights_NK[:, k, None].astype(jnp.float32) * y_MD[row_NK[:, k]] for k in range(weights_NK.shape[1]))
+    return y_ND.astype(y_MD.dtype)
+
+
+def _combine_forward(y_MD, weights_NK, order_M, row_NK):
+    return _combine(y_MD, weights_NK, order_M, row_NK), (y_MD, weights_NK, order_M, row_NK)
+
+
+def _combine_backward(saved, dy_ND):
+    y_MD, weights_NK, order_M, row_NK = saved
+    dy_MD = dy_ND[order_M // weights_NK.shape[1]]
+    dw_M = jnp.sum(y_MD.astype(jnp.float32) * dy_MD, axis=-1)
+    scaled_MD = dy_MD * weights_NK.reshape(-1)[order_M, None]
+    return scaled_MD.astype(y_MD.dtype), dw_M[row_NK].astype(weights_NK.dtype), None, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+KERNELS = {"loop": _loop, "ragged": _ragged, "blocked": blocked}

@@ -1,0 +1,273 @@
+"""Mixture of experts: kernels against a plain loop, the layer against the float64 oracle, balancing and its five known bugs, meshes."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kha_jax import checkpoint, sharding
+from kha_jax.accounting import account
+from kha_jax.config import ConfigError
+from kha_jax.feed_forward import SwiGLU
+from kha_jax.moe import MoE, load_metrics, update_bias
+from kha_jax.ops import experts_cpu
+from kha_jax.ops.experts import KERNELS, experts
+from kha_jax.parameters import Numerics
+from kha_jax.sharding import MeshConfig
+from kha_jax.training import make_trainer
+from tests import reference
+from tests.test_training import RUN, random_batch, to_device, trained
+
+D, F = 16, 8
+
+
+def expert_weights(E, seed=0):
+    draw = np.random.default_rng(seed)
+    return tuple(jnp.float32(draw.normal(size=shape) * 0.3) for shape in ((E, D, F), (E, D, F), (E, F, D)))
+
+
+def routed(kind, N, E, K):
+    draw = np.random.default_rng(1)
+    chosen = np.argsort(draw.random((N, E)), axis=1)[:, :K]
+    if kind == "idle":  # nobody chooses expert 2
+        chosen = np.argsort(draw.random((N, E)) - 9.0 * (np.arange(E) == 2), axis=1)[:, ::-1][:, :K].copy()
+    if kind == "crowded":  # everybody chooses expert 1 first
+        chosen[:, 0], chosen[:, 1:] = 1, np.where(chosen[:, 1:] == 1, 0, chosen[:, 1:])
+    if kind == "elsewhere":  # half of the experts are on another device
+        chosen = chosen - E // 2
+    return jnp.asarray(chosen), jnp.float32(draw.random((N, K)))
+
+
+@functools.cache
+def kernel_step(kernel):
+    """Value, and gradients of x, the weights of the assignments and the experts."""
+
+    def value(x, weights, matrices, chosen, cotangent):
+        y = experts(x, chosen, weights, *matrices, kernel=kernel)
+        return jnp.vdot(y, cotangent), y
+
+    return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))
+
+
+@pytest.mark.parametrize(("N", "E", "K"), [(160, 4, 2), (3, 8, 2)], ids=["slots", "decoding"])
+@pytest.mark.parametrize("kind", ["random", "idle", "crowded", "elsewhere"])
+@pytest.mark.parametrize("kernel", sorted(set(KERNELS) - {"loop"}))
+def test_kernels_agree_with_a_loop_over_experts(kernel, kind, N, E, K):
+    chosen, weights = routed(kind, N, E, K)
+    if kind == "crowded" and N == 160:  # more than the slots of an expert, and of more than one block
+        assert np.bincount(np.asarray(chosen).reshape(-1)).max() - experts_cpu._slots(N * K, E) > experts_cpu.BLOCK - 32
+    x, cotangent = (jnp.float32(np.random.default_rng(s).normal(size=(N, D))) for s in (2, 3))
+    ours, theirs = (kernel_step(k)(x, weights, expert_weights(E), chosen, cotangent) for k in (kernel, "loop"))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max() + 1e-6))
+
+
+LAYERS = {
+    "sigmoid": MoE(experts=6, top_k=2, width=F),
+    "softmax": MoE(experts=6, top_k=3, width=F, scores="softmax", balancing="none"),
+    "scaled": MoE(experts=6, top_k=2, width=F, routed_scaling=2.5, shared_experts=2),
+    "one": MoE(experts=6, top_k=1, width=F, balancing="sign"),
+}
+
+
+@functools.cache
+def layer(config):
+    return config.build(model_width=D, numerics=Numerics(dtype="float32"))
+
+
+def variables_of(config, bias=None):
+    shapes = jax.eval_shape(layer(config).init, jax.random.key(0), jnp.zeros((1, 2, D)))
+    draw = np.random.default_rng(5)
+    filled = jax.tree.map(lambda z: jnp.float32(0.4 * draw.normal(size=z.shape)), nn.unbox(shapes))
+    return {**filled, "balance": {"bias": jnp.float32(bias)}} if bias is not None else filled
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_layer_agrees_with_the_oracle(name):
+    config = LAYERS[name]
+    bias = None if config.balancing == "none" else np.array([0.3, 0, -0.2, 0.1, 0, 0.25])
+    variables, x = variables_of(config, bias), jnp.float32(np.random.default_rng(6).normal(size=(2, 7, D)))
+    y, aux = jax.jit(layer(config).apply)(variables, x)
+    settings = {"top_k": config.top_k, "scores": config.scores, "scaling": config.routed_scaling}
+    expected, counts = reference.mixture(*reference.float64((x, variables["params"])), np.zeros(6) if bias is None else bias, settings)
+    assert np.abs(y - expected).max() < 1e-5 * np.abs(expected).max()
+    np.testing.assert_array_equal(aux["expert_counts"], counts)
+
+
+def test_the_bias_chooses_but_does_not_weigh():
+    """An equal bias for all changes nothing; one that keeps the choice changes nothing either; no gradient reaches it."""
+    config = LAYERS["sigmoid"]
+    x = jnp.float32(np.random.default_rng(6).normal(size=(1, 3, D)))
+    run = jax.jit(lambda bias: layer(config).apply({**variables_of(config), "balance": {"bias": bias}}, x)[0])
+    np.testing.assert_array_equal(run(jnp.zeros(6)), run(jnp.full(6, 0.37)))
+    assert np.abs(run(jnp.zeros(6)) - run(jnp.float32([9, 9, 0, 0, 0, 0]))).max() > 1e-3
+    np.testing.assert_array_equal(jax.jit(jax.grad(lambda bias: run(bias).sum()))(jnp.zeros(6)), 0)
+
+
+def test_the_auxiliary_loss_and_the_z_loss_are_their_formulas():
+    config = MoE(experts=6, top_k=2, width=F, balancing="auxiliary", router_z_loss=0.1)
+    variables, x = variables_of(config), jnp.float32(np.random.default_rng(6).normal(size=(2, 7, D)))
+    assert "balance" not in variables
+    loss = layer(config).apply(variables, x)[1]["router_loss"]
+    logits = np.asarray(x, np.float64) @ np.asarray(variables["params"]["router"], np.float64)
+    scores = 1 / (1 + np.exp(-logits))
+    counts = np.bincount(np.argsort(-scores, axis=-1)[..., :2].reshape(-1), minlength=6)
+    share = (scores / scores.sum(-1, keepdims=True)).mean((0, 1))
+    expected = 0.01 * 6 * np.sum(counts / counts.sum() * share) + 0.1 * np.mean(np.log(np.exp(logits).sum(-1)) ** 2)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "moved"),
+    [  # counts 6, 2, 0, 0: F - Q = 1/2, 0, -1/4, -1/4 with RMS sqrt(3/32)
+        ("rms", np.array([-0.5, 0, 0.25, 0.25]) / np.sqrt(0.09375)),
+        ("sign", np.array([-1, 0, 1, 1])),
+        ("sign_centred", np.array([-1.25, -0.25, 0.75, 0.75])),
+    ],
+)
+def test_each_rule_on_a_worked_example(rule, moved):
+    config = MoE(experts=4, top_k=2, balancing=rule, balancing_rate=0.01)
+    bias = jnp.float32([[0.1, 0.2, 0.3, 0.4]] * 2)
+    counts = jnp.float32([[6, 2, 0, 0], [2, 2, 2, 2]])
+    np.testing.assert_allclose(update_bias(config, bias, counts), bias + 0.01 * np.stack([moved, np.zeros(4)]), rtol=1e-6)
+
+
+def test_load_metrics_on_a_worked_example():
+    metrics = load_metrics(jnp.float32([[6, 2, 0, 0], [2, 2, 2, 2]]), jnp.float32([[0.1, 0.2, 0.3, 0.45], [0, 0, 0, 0]]))
+    np.testing.assert_allclose(metrics["max_violation"], [2, 0])
+    np.testing.assert_allclose(metrics["smallest_load"], [0, 1])
+    np.testing.assert_allclose(metrics["largest_load"], [3, 1])
+    np.testing.assert_allclose(metrics["bias_range"], [0.35, 0], atol=1e-6)
+    np.testing.assert_allclose(metrics["load_entropy"], [-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4), 1], rtol=1e-6)
+
+
+MIXTURE = RUN.replace(model=RUN.model.replace(feed_forward=MoE(experts=8, top_k=2, width=16, balancing_rate=0.01)))
+
+
+def bias_of(state):
+    return np.asarray(state.balance["layers"]["feed_forward"]["bias"])
+
+
+def one_step(config, devices=1):
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    trainer = make_trainer(config, mesh)
+    state = jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(0))
+    return jax.jit(trainer.train_step)(state, to_device(random_batch(0), sharding.batch_sharding(mesh), 8))
+
+
+@functools.cache
+def stepped(**changes):
+    model = MIXTURE.model.replace(**{k: changes.pop(k) for k in ("remat", "stack") if k in changes})
+    return one_step(MIXTURE.replace(model=model, **changes))
+
+
+def test_the_bias_moves_once_a_step_however_many_micro_batches():
+    """Bug classes: updated per micro-batch; counts of the last micro-batch only."""
+    whole, parts = stepped()[0], stepped(accumulation=4)[0]
+    np.testing.assert_allclose(bias_of(whole), bias_of(parts), atol=1e-7)
+    np.testing.assert_allclose(np.sqrt(np.mean(bias_of(whole) ** 2, axis=-1)), 0.01, rtol=1e-5)  # one rms move of every layer
+
+
+def test_the_bias_does_not_notice_remat():
+    """Bug class: counts doubled because the forward pass runs twice. rms would hide it, the metrics do not."""
+    (plain, metrics), (full, again) = stepped(), stepped(remat="full")
+    np.testing.assert_array_equal(bias_of(plain), bias_of(full))
+    counted = metrics["largest_load"]
+    np.testing.assert_array_equal(counted, again["largest_load"])
+
+
+def test_every_layer_has_a_bias_that_moves():
+    """Bug class: layers skipped."""
+    bias = bias_of(stepped()[0])
+    assert bias.shape == (2, 8) and (np.abs(bias).max(axis=-1) > 0).all()
+    assert not np.array_equal(bias[0], bias[1])
+    np.testing.assert_array_equal(bias, bias_of(stepped(stack="unroll")[0]))
+
+
+def test_the_bias_is_no_parameter():
+    """Bug class: a bias that the optimiser trains or decays."""
+    state = stepped()[0]
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state.params)}
+    assert "bias" not in names and bias_of(state).dtype == np.float32
+    moments = jax.tree_util.tree_leaves_with_path(state.optimizer)
+    assert moments and not any("bias" in jax.tree_util.keystr(path) for path, _ in moments)
+
+
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (8, 1, 1), (2, 2, 2)])
+def test_meshes_train_as_one_device(mesh):
+    """Bug class: counts of one device instead of all. expert=4, data=2 exchanges tokens; (2, 2, 2) splits the expert width too."""
+    _, one, one_metrics = trained(MIXTURE)
+    sizes = dict(zip(sharding.MESH_AXES, mesh))
+    _, eight, eight_metrics = trained(MIXTURE.replace(mesh=MeshConfig(**sizes)), devices=8)
+    for a, b in zip(one_metrics, eight_metrics):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+        np.testing.assert_allclose(a["largest_load"], b["largest_load"], rtol=1e-6)
+    np.testing.assert_allclose(bias_of(one), bias_of(eight), atol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(one.params), jax.device_get(eight.params), atol=5e-4)
+
+
+def test_evaluation_and_a_non_finite_step_leave_the_bias_and_a_checkpoint_keeps_it(tmp_path):
+    trainer, state, _ = trained(MIXTURE)
+    before = bias_of(state)
+    sums = jax.jit(trainer.evaluation_step)(state, random_batch(3))
+    assert np.isfinite(sums.loss) and np.array_equal(before, bias_of(state))
+    broken = state._replace(params={**state.params, "embedding": state.params["embedding"] * np.nan})
+    after, metrics = jax.jit(trainer.train_step)(broken, random_batch(3))
+    assert metrics["nonfinite"] == 1 and np.array_equal(before, bias_of(after))
+    store = checkpoint.Checkpoints(tmp_path / "checkpoints", 2, {})
+    store.save(3, state)
+    store.close()
+    restored = checkpoint.Checkpoints(tmp_path / "checkpoints", 2, {}).restore(3, trainer.abstract)
+    np.testing.assert_array_equal(bias_of(restored), before)
+    assert np.abs(before).max() > 0
+
+
+@pytest.mark.parametrize("balancing", ["auxiliary", "none"])
+def test_models_without_a_bias_train(balancing):
+    feed_forward = MoE(experts=8, top_k=2, width=16, balancing=balancing)
+    state, metrics = one_step(MIXTURE.replace(model=MIXTURE.model.replace(feed_forward=feed_forward)))
+    assert not jax.tree.leaves(state.balance) and np.isfinite(metrics["loss"]) and "bias_range" not in metrics
+
+
+SEGMENTED = MIXTURE.model.replace(
+    layers=3, feed_forward=MoE(experts=8, top_k=2, width=16, shared_experts=1, dense_layers=1, dense_width=48)
+)
+
+
+def test_first_dense_layers_are_a_segment_of_their_own():
+    ids = jnp.zeros((1, 8), jnp.int32)
+    shapes = jax.eval_shape(SEGMENTED.build().init, jax.random.key(0), ids)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == account(SEGMENTED, 64).parameters
+    params = nn.unbox(shapes["params"])
+    assert params["dense_layers"]["feed_forward"]["up"].shape == (1, 32, 48)
+    assert params["layers"]["feed_forward"]["up"].shape == (2, 8, 32, 16)
+    state, metrics = one_step(MIXTURE.replace(model=SEGMENTED))
+    assert metrics["max_violation"].shape == (2,) and bias_of(state).shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 17}, "top_k: must be at most experts=16, found 17"), ({"experts": 0}, "experts: must be at least 1"),
+        ({"balancing": "none", "balancing_rate": 0.1}, "balancing_rate: does nothing"), ({"dense_layers": 1}, "dense_width: is needed"),
+        ({"dense_width": 64}, "dense_width: is needed for dense_layers=0"), ({"balancing": "signn"}, "did you mean 'sign'"),
+        ({"routed_scaling": 0.0}, "routed_scaling: must be positive"),
+    ],
+)  # fmt: skip
+def test_mixtures_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        MoE(**settings)
+
+
+def test_more_dense_layers_than_layers_are_refused_by_name():
+    with pytest.raises(ConfigError, match="feed_forward.dense_layers: must be below layers=2, found 2"):
+        MIXTURE.model.replace(feed_forward=MoE(dense_layers=2, dense_width=8))
+
+
+def test_shared_feed_forward_counts_as_active():
+    plain, shared = MoE(experts=8, top_k=2, width=F), MoE(experts=8, top_k=2, width=F, shared_experts=2)
+    assert shared.active_parameters(D) - plain.active_parameters(D) == SwiGLU(width=2 * F).parameters(D)
