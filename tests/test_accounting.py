@@ -12,6 +12,7 @@ from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
+from kha_jax.moe import MoE
 from kha_jax.parameters import Numerics
 
 PAPER_ATTENTION = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_heads=4, head_dim=128))
@@ -60,6 +61,36 @@ def test_dense_sizes_are_the_papers(layers, width, feed_forward, printed):
 )
 def test_parameters_equal_what_init_makes(model):
     assert account(model, 128).parameters == initialised_size(model)
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "experts", "active", "total"),
+    [
+        (12, 1152, MoE(experts=64, top_k=4, width=768), 436.8, 2348),
+        (18, 1536, MoE(experts=64, top_k=4, width=1152), 880.3, 6613),
+        (23, 2048, MoE(experts=64, top_k=4, width=1536), 1627, 14651),
+        (18, 2048, MoE(experts=128, top_k=8, width=384), 1006.2, 6102),
+    ],
+)
+def test_mixture_sizes_are_the_papers(layers, width, experts, active, total):
+    """Tables 3 and 5, in millions to the digits that they print."""
+    cost = account(dense(layers, width, 1).replace(feed_forward=experts), 4096)
+    assert abs(cost.active / 1e6 - active) < (0.05 if active % 1 else 0.5) and round(cost.parameters / 1e6) == total
+    matmuls = cost.active - width * (2 * layers + 1) - 2 * 128 * layers  # without norms; the tied table counts once, as the output
+    assert account(dense(layers, width, 1).replace(feed_forward=experts), 0).forward_flops == 2 * matmuls + 2 * layers * 4096
+
+
+@pytest.mark.parametrize(
+    ("projection", "active"),
+    [
+        (GroupedQuery(query_heads=16, kv_heads=8, head_dim=128), 795.3), (GroupedQuery(query_heads=16, kv_heads=16, head_dim=128), 852.0),
+        (GroupedQuery(query_heads=32, kv_heads=1, head_dim=128), 859.0), (GroupedTied(query_heads=32, kv_heads=4, head_dim=128), 867.9),
+        (Latent(query_heads=32, head_dim=128, value_dim=128, rope_dim=64, kv_lora=512, q_lora=1024), 971.7),
+    ],
+)  # fmt: skip
+def test_active_sizes_of_table_3(projection, active):
+    model = dense(18, 1536, 1).replace(feed_forward=MoE(experts=64, top_k=4, width=1152), attention=AttentionConfig(projection=projection))
+    assert abs(account(model, 4096).active / 1e6 - active) < 0.06
 
 
 def test_knocking_parameters_are_the_difference():

@@ -22,6 +22,7 @@ from kha_jax.config import ConfigError
 from kha_jax.decoding import Decoder, Sampling, absorb_model, extend, prefill, sample, unstack
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
+from kha_jax.moe import MoE
 from kha_jax.parameters import Numerics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,12 +33,18 @@ ATTENTION = {
     "gta": AttentionConfig(projection=GroupedTied(query_heads=4, kv_heads=2, head_dim=8), value=KnockingMLP()),
     "gla": AttentionConfig(projection=Latent(query_heads=4, head_dim=8, value_dim=8, rope_dim=4, kv_lora=12, groups=2), **LINEAR),
 }
+MODELS = {name: {} for name in ATTENTION} | {"moe": {"layers": 3, "feed_forward": MoE(experts=8, top_k=2, width=8, dense_layers=1, dense_width=24)}}
+ATTENTION["moe"] = ATTENTION["gqa"]
 PROMPTS = [[5, 17, 3], [1], [9, 9, 2, 40, 41, 7, 7]]
 
 
 def model(attention, **changes):
     fields = {"layers": 2, "width": 16, "vocabulary_size": V, "feed_forward": SwiGLU(width=24), "numerics": Numerics(dtype="float32")}
     return ModelConfig(attention=attention, **{**fields, **changes})
+
+
+def named(name):
+    return model(ATTENTION[name], **MODELS[name])
 
 
 @functools.cache
@@ -51,7 +58,7 @@ def random(config):
 
 @functools.cache
 def decoder(name):
-    return Decoder(model(ATTENTION[name]), random(model(ATTENTION[name])))
+    return Decoder(named(name), random(named(name)))
 
 
 def greedy(config, prompt, count):
@@ -66,7 +73,7 @@ def greedy(config, prompt, count):
 @pytest.mark.parametrize("name", ATTENTION)
 def test_ragged_greedy_decoding_is_that_of_whole_forward_passes(name):
     rows = decoder(name).generate(PROMPTS, 12)
-    assert rows == [greedy(model(ATTENTION[name]), prompt, 12) for prompt in PROMPTS]
+    assert rows == [greedy(named(name), prompt, 12) for prompt in PROMPTS]
 
 
 def test_streaming_yields_the_same_tokens_in_pieces():
@@ -120,7 +127,7 @@ def test_prompts_that_cannot_be_decoded_are_refused(prompts, count, message):
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_the_cache_holds_what_the_accounting_says(name):
-    config = model(ATTENTION[name])
+    config = named(name)
     cost, slots = account(config, 64), 32
     tokens, pad = jax.ShapeDtypeStruct((3, 8), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32)
     weights = jax.eval_shape(functools.partial(unstack, config), random(config))

@@ -145,17 +145,20 @@ def test_load_metrics_on_a_worked_example():
     np.testing.assert_allclose(metrics["load_entropy"], [-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4), 1], rtol=1e-6)
 
 
-MIXTURE = RUN.replace(model=RUN.model.replace(feed_forward=MoE(experts=8, top_k=2, width=16, balancing_rate=0.01)))
+EXPERTS = MoE(experts=8, top_k=2, width=16, balancing_rate=0.01, kernel="ragged")  # the kernel that compiles fastest
+MIXTURE = RUN.replace(model=RUN.model.replace(feed_forward=EXPERTS))
 
 
 def bias_of(state):
     return np.asarray(state.balance["layers"]["feed_forward"]["bias"])
 
 
-def one_step(config, devices=1):
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    trainer = make_trainer(config, mesh)
-    state = jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(0))
+def one_step(config):
+    """(state, metrics) after a step on one device from random parameters, which NumPy draws faster than XLA compiles."""
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    trainer, draw = make_trainer(config, mesh), np.random.default_rng(0)
+    state = jax.tree.map(lambda z: np.zeros(z.shape, z.dtype), trainer.abstract)
+    state = state._replace(params=jax.tree.map(lambda z: np.float32(0.1 * draw.normal(size=z.shape)), state.params))
     return jax.jit(trainer.train_step)(state, to_device(random_batch(0), sharding.batch_sharding(mesh), 8))
 
 
@@ -197,12 +200,13 @@ def test_the_bias_is_no_parameter():
     assert moments and not any("bias" in jax.tree_util.keystr(path) for path, _ in moments)
 
 
-@pytest.mark.parametrize("mesh", [(2, 4, 1), (8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2)])
 def test_meshes_train_as_one_device(mesh):
     """Bug class: counts of one device instead of all. expert=4, data=2 exchanges tokens; (2, 2, 2) splits the expert width too."""
-    _, one, one_metrics = trained(MIXTURE)
+    config = MIXTURE.replace(model=MIXTURE.model.replace(feed_forward=EXPERTS.replace(kernel="auto")))
+    _, one, one_metrics = trained(config)
     sizes = dict(zip(sharding.MESH_AXES, mesh))
-    _, eight, eight_metrics = trained(MIXTURE.replace(mesh=MeshConfig(**sizes)), devices=8)
+    _, eight, eight_metrics = trained(config.replace(mesh=MeshConfig(**sizes)), devices=8)
     for a, b in zip(one_metrics, eight_metrics):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
         np.testing.assert_allclose(a["largest_load"], b["largest_load"], rtol=1e-6)
@@ -228,13 +232,13 @@ def test_evaluation_and_a_non_finite_step_leave_the_bias_and_a_checkpoint_keeps_
 
 @pytest.mark.parametrize("balancing", ["auxiliary", "none"])
 def test_models_without_a_bias_train(balancing):
-    feed_forward = MoE(experts=8, top_k=2, width=16, balancing=balancing)
+    feed_forward = EXPERTS.replace(balancing=balancing, balancing_rate=None)
     state, metrics = one_step(MIXTURE.replace(model=MIXTURE.model.replace(feed_forward=feed_forward)))
     assert not jax.tree.leaves(state.balance) and np.isfinite(metrics["loss"]) and "bias_range" not in metrics
 
 
 SEGMENTED = MIXTURE.model.replace(
-    layers=3, feed_forward=MoE(experts=8, top_k=2, width=16, shared_experts=1, dense_layers=1, dense_width=48)
+    layers=3, feed_forward=EXPERTS.replace(shared_experts=1, dense_layers=1, dense_width=48)
 )
 
 
