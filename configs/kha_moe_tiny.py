@@ -4,7 +4,7 @@
 
 Variants as in kha_tiny. The progress line shows MaxVio, the largest excess load over the mean in any layer: all tokens crowd on the same four
 experts at first (MaxVio 3), and the default balancing brings it under 0.2 within 300 steps. To compare:
---config.model.feed_forward.balancing=sign (sign_centred, auxiliary, none). Rows are shorter and more than in kha_tiny, so that the
+--config.model.feed_forward.balancing=sign (sign_centred; none with --config.model.feed_forward.balancing_rate=0). Rows are shorter and more than in kha_tiny, so that the
 load of a step is less at the mercy of its documents, and the bias moves three times as far a step as in runs of usual length.
 """
 

@@ -1,8 +1,9 @@
-"""Measures this machine: python -m experiments.benchmark [--suite=dense|decode|variants|startup]
+"""Measures this machine: python -m experiments.benchmark [--suite=dense|moe|decode|variants|startup]
 
 dense: one training step of the peer shape (4 layers, D 256, 8 query and 4 key/value heads of 64, SwiGLU 768, vocabulary 4096,
 tied, float32, batch 8 x 256, AdamW) here and in transformers on PyTorch (extra: interop), each in a process of its own, taking
-turns, so that a noisy machine is noisy for all. decode: 128 greedy tokens after a prompt of 32, here and by transformers' generate,
+turns, so that a noisy machine is noisy for all. moe: the same with 16 experts of 192, 4 active, then the expert computation alone
+against one dense feed-forward on the same rows. decode: 128 greedy tokens after a prompt of 32, here and by transformers' generate,
 then the cost of one token against the length of the cache for every projection. variants: what each projection and mixer costs at
 the paper's 0.8B-6.6B attention, counted and not timed. startup: seconds from the command to the first step of configs/kha_tiny.py,
 cold and with a warm compilation cache. Nothing here is a test; the figures go into the README with the machine's name.
@@ -27,7 +28,7 @@ from rich.table import Table
 from experiments import command_line, peers
 from experiments.command_line import UsageError
 
-SUITE = flags.DEFINE_enum("suite", "dense", ["dense", "decode", "variants", "startup"], "What to measure.")
+SUITE = flags.DEFINE_enum("suite", "dense", ["dense", "moe", "decode", "variants", "startup"], "What to measure.")
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Turns of each implementation.", lower_bound=1)
 TORCH_COMPILE = flags.DEFINE_bool("torch_compile", True, "Also measure torch.compile (about 30 s to compile).")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
@@ -80,22 +81,22 @@ def interleave(makers: dict[str, tuple], rounds: int) -> dict[str, dict[str, flo
     return out
 
 
-def dense() -> dict[str, Any]:
-    """See the module's docstring."""
+def dense(mixture: bool = False) -> dict[str, Any]:
+    """See the module's docstring; its `moe` with `mixture`."""
     from kha_jax.accounting import account
 
     variants = {"baseline": "baseline", "KHA-MLP on v": "mlp", "KHA-Linear on q, k, v": "linear"}
     makers = {
-        "matmul 2048^3": (peers.matmul_step,), **{name: (peers.kha_jax_step, v) for name, v in variants.items()},
-        "transformers eager": (peers.transformers_step, False),
+        "matmul 2048^3": (peers.matmul_step,), **{name: (peers.kha_jax_step, v, mixture) for name, v in variants.items()},
+        "transformers eager": (peers.transformers_step, False, mixture),
     }  # fmt: skip
     if TORCH_COMPILE.value:
-        makers["transformers torch.compile"] = (peers.transformers_step, True)
+        makers["transformers torch.compile"] = (peers.transformers_step, True, mixture)
     results = interleave(makers, ROUNDS.value)
     matmul = results.pop("matmul 2048^3")
     rate = 2 * 2048**3 / matmul["median"]
     tokens = peers.BATCH * peers.LENGTH
-    cost = lambda variant: account(peers.peer_run(variant).model, peers.LENGTH, tokens=tokens)  # noqa: E731
+    cost = lambda variant: account(peers.peer_run(variant, mixture).model, peers.LENGTH, tokens=tokens)  # noqa: E731
     flops = {name: cost(variant).training_flops * tokens for name, variant in variants.items()}
     table = Table(title=f"training step, peer shape, {machine()}; matmul rate {rate / 1e9:.0f} GFLOP/s")
     for column in ("", "median ms", "minimum ms", "CPU ms", "first step s", "GFLOP/s", "of matmul rate", "time / baseline"):
@@ -107,6 +108,25 @@ def dense() -> dict[str, Any]:
         table.add_row(name, *cells, f"{row['first']:.1f}", f"{row['gflops']:.0f}", f"{row['matmul_share']:.0%}", f"{row['ratio']:.3f}")
     CONSOLE.print(table)
     return {"matmul_gflops": rate / 1e9, **results}
+
+
+def expert_kernels() -> dict[str, Any]:
+    """Median time of each kernel over that of one dense feed-forward on the same rows."""
+    table = Table(title=f"experts, forward and backward, times one dense feed-forward on the same rows, {machine()}")
+    out: dict[str, Any] = {}
+    for column in ("experts, active", "dense ms", "blocked ms", "blocked", "its minimum", "ragged"):
+        table.add_column(column, justify="right")
+    for E, K in ((16, 4), (64, 4), (128, 8)):
+        makers = {kernel: (peers.expert_step, kernel, E, K) for kernel in ("dense", "blocked")}
+        rows = interleave(makers, ROUNDS.value)
+        slow = interleave({"ragged": (peers.expert_step, "ragged", E, K)}, 1)  # minutes at 128 experts: one turn says enough
+        base = rows["dense"]
+        ratios = [f"{rows['blocked'][key] / base[key]:.2f}" for key in ("median", "minimum")]
+        times = [f"{rows[name]['median'] * 1e3:.0f}" for name in ("dense", "blocked")]
+        table.add_row(f"{E}, {K}", *times, *ratios, f"{slow['ragged']['median'] / base['median']:.0f}")
+        out[f"{E}, {K}"] = {**rows, **slow}
+    CONSOLE.print(table)
+    return out
 
 
 def decode() -> dict[str, Any]:
@@ -249,7 +269,7 @@ def machine() -> str:
 
 def main() -> None:
     """Runs one suite."""
-    figures = {"dense": dense, "decode": decode, "variants": variants, "startup": startup}[SUITE.value]()
+    figures = {"dense": dense, "moe": lambda: {**dense(mixture=True), "experts": expert_kernels()}, "decode": decode, "variants": variants, "startup": startup}[SUITE.value]()
     if JSON.value:
         try:
             with open(JSON.value, "w") as file:

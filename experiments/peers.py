@@ -9,24 +9,26 @@ from typing import Any, Callable
 import numpy as np
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY = 4, 256, 8, 4, 64, 768, 4096
+EXPERTS, TOP_K, EXPERT_WIDTH = 16, 4, 192
 BATCH, LENGTH = 8, 256
 Step = Callable[[], Any]
 
 
-def peer_run(variant: str) -> Any:
-    """The peer shape as a RunConfig; `variant` is a key of configs.base.KNOCKING."""
+def peer_run(variant: str, mixture: bool = False) -> Any:
+    """The peer shape as a RunConfig; `variant` is a key of configs.base.KNOCKING. mixture: 16 experts of 192, 4 active."""
     from configs import base
     from kha_jax.attention import AttentionConfig
     from kha_jax.attention.projections import GroupedQuery
     from kha_jax.feed_forward import SwiGLU
     from kha_jax.model import LossConfig, ModelConfig
+    from kha_jax.moe import MoE
     from kha_jax.parameters import Numerics
     from kha_jax.training import RunConfig
 
     attention = AttentionConfig(projection=GroupedQuery(query_heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM))
     model = ModelConfig(
         layers=LAYERS, width=WIDTH, vocabulary_size=VOCABULARY, attention=base.with_knocking(attention, variant),
-        feed_forward=SwiGLU(width=FEED_FORWARD), numerics=Numerics(dtype="float32"), loss=LossConfig(chunk_tokens=512),
+        feed_forward=MoE(experts=EXPERTS, top_k=TOP_K, width=EXPERT_WIDTH) if mixture else SwiGLU(width=FEED_FORWARD), numerics=Numerics(dtype="float32"), loss=LossConfig(chunk_tokens=512),
     )  # fmt: skip
     return RunConfig(batch_size=BATCH, seq_len=LENGTH, model=model)
 
@@ -36,14 +38,14 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, LENGTH + 1))
 
 
-def kha_jax_step(variant: str) -> Step:
+def kha_jax_step(variant: str, mixture: bool = False) -> Step:
     """The trainer's own step, compiled, with its state donated."""
     import jax
 
     from kha_jax import sharding
     from kha_jax.training import make_trainer
 
-    config = peer_run(variant)
+    config = peer_run(variant, mixture)
     trainer = make_trainer(config, sharding.make_mesh(config.mesh))
     box = [jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(0))]
     ids = tokens().astype(np.int32)
@@ -61,24 +63,28 @@ def kha_jax_step(variant: str) -> Step:
     return step
 
 
-def transformers_model() -> Any:
-    """Qwen3 of the peer shape in transformers, on all cores."""
+def transformers_model(mixture: bool = False) -> Any:
+    """Qwen3 of the peer shape in transformers, or Qwen3-MoE with grouped_mm experts, on all cores."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     torch.set_num_threads(os.cpu_count())
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=True, use_cache=False, eos_token_id=None,
+    shape = dict(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=True, use_cache=False, eos_token_id=None,
     )  # fmt: skip
-    return Qwen3ForCausalLM(config).float()
+    if not mixture:
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape)).float()
+    experts = dict(num_experts=EXPERTS, num_experts_per_tok=TOP_K, moe_intermediate_size=EXPERT_WIDTH, norm_topk_prob=True)
+    config = transformers.Qwen3MoeConfig(**shape, **experts, experts_implementation="grouped_mm")
+    return transformers.Qwen3MoeForCausalLM(config).float()
 
 
-def transformers_step(compiled: bool) -> Step:
+def transformers_step(compiled: bool, mixture: bool = False) -> Step:
     """The same in transformers: loss, backward, clipping and AdamW, as its Trainer does them."""
     import torch
 
-    model = transformers_model()
+    model = transformers_model(mixture)
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=7.5e-4, betas=(0.9, 0.95), weight_decay=0.1)
     ids = torch.from_numpy(tokens()[:, :-1].copy())
@@ -99,6 +105,29 @@ def matmul_step(size: int = 2048) -> Step:
 
     x, product = jnp.ones((size, size)), jax.jit(jnp.matmul)
     return lambda: product(x, x).block_until_ready()
+
+
+def expert_step(kernel: str, E: int, K: int) -> Step:
+    """Forward and backward of `ops.experts` on 2048 tokens with an even random choice, in float32; `dense` is one feed-forward of an
+    expert's width on as many rows."""
+    import jax
+    import jax.numpy as jnp
+
+    from kha_jax.ops.experts import experts
+    from kha_jax.ops.gating import swiglu
+
+    N, D, F = BATCH * LENGTH, WIDTH, EXPERT_WIDTH
+    draw = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(draw.normal(size=shape) * 0.05, jnp.float32)  # noqa: E731
+    chosen = jnp.asarray(np.argsort(draw.random((N, E)), axis=1)[:, :K])
+    if kernel == "dense":
+        arguments = normal(N * K, D), normal(D, F), normal(D, F), normal(F, D)
+        value = lambda x, gate, up, down: jnp.sum(swiglu(x @ gate, x @ up) @ down)  # noqa: E731
+    else:
+        arguments = normal(N, D), normal(N, K), normal(E, D, F), normal(E, D, F), normal(E, F, D)
+        value = lambda x, weights, *matrices: jnp.sum(experts(x, chosen, weights, *matrices, kernel=kernel))  # noqa: E731
+    step = jax.jit(jax.value_and_grad(value, argnums=tuple(range(len(arguments)))))
+    return lambda: jax.block_until_ready(step(*arguments))
 
 
 PROMPT, NEW = 32, 128

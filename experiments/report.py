@@ -24,8 +24,19 @@ def read_metrics(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def smoothed(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """(steps, exponential moving averages over about ten steps) of the rows that have the key."""
+    steps, values = [], []
+    for row in rows:
+        if key in row:
+            last = values[-1] if values else row[key]
+            steps.append(row["step"])
+            values.append(last + (row[key] - last) * 0.1)
+    return steps, values
+
+
 def main() -> None:
-    """Left: training loss, smoothed. Right: validation bits per byte (or loss, for data without bytes)."""
+    """Training loss, smoothed; validation bits per byte (or loss, for data without bytes); for mixtures the worst layer's MaxVio."""
     if not WORKDIRS.value:
         raise UsageError("--workdirs: name at least one run folder")
     try:
@@ -36,20 +47,23 @@ def main() -> None:
     except ImportError:
         raise UsageError("this command needs the extra: pip install -e '.[plots]'") from None
     runs = {Path(name): read_metrics(Path(name)) for name in WORKDIRS.value}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    balanced = any("max_violation" in row for rows in runs.values() for row in rows)
+    figure, axes = pyplot.subplots(1, 3 if balanced else 2, figsize=(13 if balanced else 9, 3.4), layout="constrained")
+    left, right = axes[:2]
     for workdir, rows in runs.items():
-        training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-        smooth, mean = [], training[0][1]
-        for step, loss in training:
-            mean += (loss - mean) * 0.1
-            smooth.append((step, mean))
-        left.plot(*zip(*smooth), label=workdir.name, linewidth=1.2)
+        left.plot(*smoothed(rows, "loss"), label=workdir.name, linewidth=1.2)
+        if any("max_violation" in row for row in rows):
+            worst = [{"step": row["step"], "worst": max(row["max_violation"])} for row in rows if "max_violation" in row]
+            axes[2].plot(*smoothed(worst, "worst"), label=workdir.name, linewidth=1.2)
         key = "val_bits_per_byte" if any("val_bits_per_byte" in row for row in rows) else "val_loss"
         points = [(row["step"], row[key]) for row in rows if key in row]
         right.plot(*zip(*points), marker="o", markersize=3, label=f"{workdir.name}: {points[-1][1]:.3f}", linewidth=1.2)
         right.set_ylabel({"val_bits_per_byte": "validation bits per byte", "val_loss": "validation loss"}[key])
     left.set_ylabel("training loss (nats per token)")
-    for axis in (left, right):
+    if balanced:
+        axes[2].axhline(0.2, color="grey", linewidth=0.8, linestyle="--")
+        axes[2].set(yscale="log", ylabel="MaxVio of the worst layer")
+    for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)

@@ -47,20 +47,19 @@ class MoE(Config):
 
     def validate(self):
         self.at_least(1, "experts", "top_k", "width", "dense_width")
-        self.at_least(0, "shared_experts", "dense_layers", "router_z_loss")
+        self.at_least(0, "shared_experts", "dense_layers", "router_z_loss", "balancing_rate")
         problem = f"must be at most experts={self.experts}, found {self.top_k}"
         self.require(self.top_k <= self.experts, "top_k", problem)
         self.require(self.routed_scaling > 0, "routed_scaling", f"must be positive, found {self.routed_scaling}")
-        rate = self.balancing_rate
-        self.require(rate is None or rate > 0, "balancing_rate", f"must be positive, found {rate}")
-        problem = f"does nothing with balancing='none', found {rate}"
-        self.require(rate is None or self.balancing != "none", "balancing_rate", problem)
+        problem = f"does nothing with balancing='none', found {self.balancing_rate}; set it to 0"
+        self.require(not self.balancing_rate or self.balancing != "none", "balancing_rate", problem)
         problem = f"is needed for dense_layers={self.dense_layers}, and only then; found {self.dense_width}"
         self.require((self.dense_width is not None) == (self.dense_layers > 0), "dense_width", problem)
 
     def rate(self) -> float:
         """balancing_rate, or the default of the balancing."""
-        return self.balancing_rate or (0.01 if self.balancing == "auxiliary" else 1e-3)
+        default = 0.01 if self.balancing == "auxiliary" else 1e-3
+        return default if self.balancing_rate is None else self.balancing_rate
 
     def segments(self, layers: int) -> list[tuple[str, int, Config]]:
         """(name, layers, feed-forward) of the runs of equal layers."""

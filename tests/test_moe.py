@@ -1,6 +1,9 @@
 """Mixture of experts: kernels against a plain loop, the layer against the float64 oracle, balancing and its five known bugs, meshes."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import chex
 import flax.linen as nn
@@ -251,6 +254,32 @@ def test_first_dense_layers_are_a_segment_of_their_own():
     assert params["layers"]["feed_forward"]["up"].shape == (2, 8, 32, 16)
     state, metrics = one_step(MIXTURE.replace(model=SEGMENTED))
     assert metrics["max_violation"].shape == (2,) and bias_of(state).shape == (2, 8)
+
+
+TPU_LAYER = """
+import jax, jax.numpy as jnp, flax.linen as nn
+from jax.experimental import topologies
+from kha_jax.moe import MoE
+from kha_jax.parameters import Numerics
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
+config = MoE(experts=128, top_k=8, width=384, kernel="ragged")
+layer, x = config.build(model_width=2048, numerics=Numerics()), jax.ShapeDtypeStruct((1, 8192, 2048), jnp.bfloat16)
+place = lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+variables = jax.tree.map(place, nn.unbox(jax.eval_shape(layer.init, jax.random.key(0), x)))
+value = lambda params, x: jnp.sum(layer.apply({**variables, "params": params, "balance": {"bias": jnp.zeros(128)}}, x)[0].astype(jnp.float32))
+compiled = jax.jit(jax.grad(value, argnums=(0, 1))).lower(variables["params"], place(x)).compile()
+print(compiled.cost_analysis()["flops"] / (3 * config.flops(2048) * 8192))
+"""
+
+
+@pytest.mark.slow
+def test_the_layer_of_the_main_model_costs_its_active_parameters_on_a_tpu():
+    """The 6.1B shape, compiled ahead of time for v5p: forward and backward, by XLA's count."""
+    pytest.importorskip("libtpu", reason="needs the extra: pip install -e '.[plan]'")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", TPU_LAYER], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 1 <= float(done.stdout.split()[-1]) < 1.1
 
 
 @pytest.mark.parametrize(
