@@ -4,6 +4,7 @@ Legend: B batch, T position, D model width, V vocabulary.
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from kha_jax.feed_forward import SwiGLU
 from kha_jax.moe import MoE
 from kha_jax.ops import losses
 from kha_jax.parameters import Module, Numerics, RMSNorm
-from kha_jax.sharding import constrain
+from kha_jax.sharding import MESH_AXES, axis_size, constrain, current_mesh, per_device
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -164,10 +165,21 @@ class Transformer(Module):
     def loss(self, batch: Batch) -> tuple[jax.Array, tuple[losses.TokenSums, dict[str, Any]]]:
         """The objective summed over the batch's weighted tokens, the token sums, and the layers' metrics."""
         x_BTD, aux = self.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
-        c = self.config.loss
-        objective, sums = losses.cross_entropy(
-            x_BTD, self.output_table(), batch["targets"], batch["weights"], z_loss=c.z_loss, chunk_tokens=c.chunk_tokens
-        )
+        objective, sums = self._cross_entropy(x_BTD, batch["targets"], batch["weights"])
         if "router_loss" in aux:
             objective += jnp.sum(aux["router_loss"]) * sums.tokens
         return objective, (sums, aux)
+
+    def _cross_entropy(self, x_BTD, targets_BT, weights_BT):
+        """Each device takes its own tokens, split over all mesh axes, through the whole table, whose gradient is summed once."""
+        c, tokens = self.config.loss, ("batch", "loss_length")
+
+        def local(x_BTD, table_VD, targets_BT, weights_BT):
+            sums = losses.cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, z_loss=c.z_loss, chunk_tokens=chunk)
+            return jax.tree.map(lambda z: jax.lax.psum(z, axes), sums) if axes else sums
+
+        axes = () if current_mesh() is None or current_mesh().size == 1 else MESH_AXES
+        chunk = max(1, c.chunk_tokens // (math.prod(map(axis_size, MESH_AXES)) if axes else 1))
+        scalars = ((), losses.TokenSums((), (), (), ()))
+        each = per_device(local, ((*tokens, None), (None, None), tokens, tokens), scalars)
+        return each(x_BTD, self.output_table(), targets_BT, weights_BT)

@@ -8,13 +8,12 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from kha_jax.config import Config
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.ops import experts
 from kha_jax.parameters import Module
-from kha_jax.sharding import constrain, current_mesh, spec
+from kha_jax.sharding import axis_size, constrain, per_device, platform
 
 BIAS_RULES = ("rms", "sign", "sign_centred")
 
@@ -108,8 +107,8 @@ class MoELayer(Module):
             weights_BTK *= c.routed_scaling / jnp.maximum(jnp.sum(weights_BTK, axis=-1, keepdims=True), 1e-20)
             counts_E = jnp.sum(jax.nn.one_hot(chosen_BTK, c.experts, dtype=jnp.float32), axis=(0, 1, 2))
         weights = (
-            self.weight("gate", expert=c.experts, embed=D, feed_forward=F), self.weight("up", expert=c.experts, embed=D, feed_forward=F),
-            self.weight("down", expert=c.experts, feed_forward=F, embed=D),
+            self.weight("gate", expert=c.experts, expert_embed=D, feed_forward=F), self.weight("up", expert=c.experts, expert_embed=D, feed_forward=F),
+            self.weight("down", expert=c.experts, feed_forward=F, expert_embed=D),
         )  # fmt: skip
         y_BTD = exchange(x_BTD, chosen_BTK, weights_BTK, weights, c.kernel)
         if c.shared_experts:
@@ -138,28 +137,23 @@ def exchange(x_BTD: jax.Array, chosen_BTK: jax.Array, weights_BTK: jax.Array, we
     load, an all-to-all has to make room for every token at every expert group, top_k times over, so this moves the fewest bytes.
     The expert width is split over `model`; what the weights have on `data` (FSDP) is gathered before.
     """
-    mesh = current_mesh()
 
     def local(x, chosen, gates, gate, up, down):
         B, T, D = x.shape
-        if mesh is not None and mesh.shape["expert"] > 1:
+        groups = axis_size("expert")
+        if groups > 1:
             x, chosen, gates = (jax.lax.all_gather(z, "expert", axis=0, tiled=True) for z in (x, chosen, gates))
             chosen = chosen - jax.lax.axis_index("expert") * gate.shape[0]
         K = chosen.shape[-1]
-        y = experts.experts(x.reshape(-1, D), chosen.reshape(-1, K), gates.reshape(-1, K), gate, up, down, kernel)
+        y = experts.experts(x.reshape(-1, D), chosen.reshape(-1, K), gates.reshape(-1, K), gate, up, down, kernel, platform())
         y = y.reshape(-1, T, D)
-        if mesh is not None and mesh.shape["model"] > 1:
+        if axis_size("model") > 1:
             y = jax.lax.psum(y, "model")
-        if mesh is not None and mesh.shape["expert"] > 1:
-            y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
-        return y
+        return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True) if groups > 1 else y
 
-    if mesh is None or mesh.size == 1:
-        return local(x_BTD, chosen_BTK, weights_BTK, *weights)
-    tokens, narrow = spec(("batch", "length", None)), PartitionSpec("expert", None, "model")
-    specs = (tokens, tokens, tokens, narrow, narrow, PartitionSpec("expert", "model", None))
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=tokens, check_vma=False)
-    return sharded(x_BTD, chosen_BTK, weights_BTK, *weights)
+    tokens, wide = ("batch", "length", None), ("expert", None, "feed_forward")
+    in_axes = (tokens, tokens, tokens, wide, wide, ("expert", "feed_forward", None))
+    return per_device(local, in_axes, tokens)(x_BTD, chosen_BTK, weights_BTK, *weights)
 
 
 def update_bias(config: MoE, bias_LE: jax.Array, counts_LE: jax.Array) -> jax.Array:

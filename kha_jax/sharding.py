@@ -1,14 +1,14 @@
 """The mesh, and the one table that maps logical array axes to it.
 
 Parameters and activations name their axes once, beside their shapes; RULES says which mesh axis each name uses. The batch is
-split over `data` and `expert`; parameters and optimiser state are split over `data` too (FSDP); heads, the feed-forward width
-and the vocabulary are split over `model`.
+split over `data` and `expert`; parameters and optimiser state are split over both too (FSDP), those of experts over `data` since
+`expert` splits them already; heads, the feed-forward width and the vocabulary are split over `model`.
 """
 
 import contextlib
 import contextvars
 import math
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import flax.linen as nn
 import jax
@@ -21,10 +21,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "expert"),
     "length": None,
+    "loss_length": "model",
     "features": None,
     # parameters
     "layers": None,
-    "embed": "data",
+    "embed": ("data", "expert"),
+    "expert_embed": "data",
     "head_dim": None,
     "latent": None,
     "groups": None,
@@ -99,6 +101,32 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation to the mesh by logical axis names; does nothing outside `using`."""
     mesh = _mesh.get()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
+
+
+def platform() -> str:
+    """Where the computation will run: the platform of the enclosing mesh, which may be described and not present, or jax's default."""
+    mesh = current_mesh()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def per_device(function: Callable, in_axes: tuple, out_axes: Any) -> Callable:
+    """The function on each device's part of its arguments, cut by logical axis names; the function itself outside of a mesh.
+
+    in_axes: one tuple of names for each argument; mesh axes that they do not use are gathered. out_axes: the same for the result,
+    whose parts must agree along the mesh axes that it does not use.
+    """
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return function
+    is_axes = lambda axes: isinstance(axes, tuple) and all(a is None or isinstance(a, str) for a in axes)  # noqa: E731
+    in_specs, out_specs = jax.tree.map(spec, (in_axes, out_axes), is_leaf=is_axes)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def axis_size(name: str) -> int:
+    """Devices along an axis of the enclosing mesh."""
+    mesh = current_mesh()
+    return 1 if mesh is None else mesh.shape[name]
 
 
 def spec(axes: tuple[str | None, ...], where: str = "array") -> PartitionSpec:

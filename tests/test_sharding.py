@@ -36,10 +36,10 @@ def test_the_tests_have_eight_devices():
 
 
 def test_spec_follows_the_rules():
-    assert spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, "data", "model", None)
-    assert spec(("vocabulary", "embed")) == PartitionSpec("model", "data")
+    assert spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, ("data", "expert"), "model", None)
+    assert spec(("vocabulary", "embed")) == PartitionSpec("model", ("data", "expert"))
     assert spec(("batch", "length", None)) == PartitionSpec(("data", "expert"), None, None)
-    assert spec(("expert", "embed", "feed_forward")) == PartitionSpec("expert", "data", "model")
+    assert spec(("expert", "expert_embed", "feed_forward")) == PartitionSpec("expert", "data", "model")
     assert spec(()) == PartitionSpec()
 
 

@@ -117,7 +117,7 @@ def test_the_loss_falls_on_one_batch():
 
 def test_evaluation_sums_agree_with_training_loss():
     trainer, state, _ = trained(RUN)
-    sums = jax.jit(trainer.evaluation_step)(state.params, random_batch(3))
+    sums = jax.jit(trainer.evaluation_step)(state, random_batch(3))
     _, metrics = jax.jit(trainer.train_step)(state, random_batch(3))
     np.testing.assert_allclose(sums.loss / sums.tokens, metrics["loss"], rtol=1e-6)
 

@@ -15,6 +15,7 @@ from kha_jax.config import Config, choice
 from kha_jax.ops.attention import attention
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Module
+from kha_jax.sharding import per_device, platform
 
 SLOTS = ("query", "key", "value")
 
@@ -87,9 +88,17 @@ class Attention(Module):
         with jax.named_scope("project"):
             q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
             k_BSKH, v_BSKU = self.projection.keys_and_values(state, self.mixers)
-        o_BTNU = attention(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, kernel=self.config.kernel)
+        o_BTNU = self._scores(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT)
         with jax.named_scope("output"):
             return linear(o_BTNU, self.output, contract=2), _as_cache(state)
+
+    def _scores(self, q_BTNH, k_BSKH, v_BSKU, segment_ids_BT):
+        """Heads never meet here, so every device computes its rows and heads: fused kernels need not know of the mesh."""
+        heads, rows = ("batch", "length", "heads", None), ("batch", "length")
+        kernel = functools.partial(attention, kernel=self.config.kernel, platform=platform())
+        if segment_ids_BT is None:
+            return per_device(kernel, (heads,) * 3, heads)(q_BTNH, k_BSKH, v_BSKU)
+        return per_device(kernel, (*(heads,) * 3, rows), heads)(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT)
 
     def extend(
         self, x_B1D: jax.Array, positions_B1: jax.Array, cache: State, slot: jax.Array, visible_BS: jax.Array

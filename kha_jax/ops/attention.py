@@ -21,6 +21,7 @@ def attention(
     *,
     scale: float | None = None,
     kernel: str = "auto",
+    platform: str | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T + causal mask) v, query head n reading key/value head n // G.
 
@@ -31,6 +32,7 @@ def attention(
         segment_ids_BT: document number of every token; attention never crosses documents. None: one document.
         scale: factor on the logits, 1/sqrt(H) by default.
         kernel: a key of KERNELS, or `auto` for the platform's best.
+        platform: where this will run; jax's default backend by default.
 
     Returns:
         o_BTNU in the dtype of the queries; the softmax is float32 in every kernel.
@@ -39,10 +41,12 @@ def attention(
         ValueError: the kernel does not run on this platform or with these shapes.
     """
     scale = 1.0 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
+    platform = jax.default_backend() if platform is None else platform
     if kernel == "auto":
-        kernel = best_kernel(jax.default_backend(), q_BTNH.dtype, q_BTNH.shape[1], q_BTNH.shape[-1], v_BSKU.shape[-1])
+        kernel = best_kernel(platform, q_BTNH.dtype, q_BTNH.shape[1], q_BTNH.shape[-1], v_BSKU.shape[-1])
     with jax.named_scope(f"attention_{kernel}"):
-        return KERNELS[kernel](q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale)
+        run = functools.partial(_splash, interpret=platform != "tpu") if kernel == "splash" else KERNELS[kernel]
+        return run(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale)
 
 
 def cached_attention(
@@ -213,7 +217,7 @@ def _jax_nn(implementation):
     return kernel
 
 
-def _splash(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale):
+def _splash(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale, interpret=True):
     """The TPU flash kernel of jax.experimental.pallas; on other platforms it runs in interpret mode (slowly)."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
@@ -231,7 +235,7 @@ def _splash(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale):
     )  # fmt: skip
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T)) for _ in range(N // K)])
     make = splash_attention_kernel.make_splash_mqa_single_device
-    run = make(mask, block_sizes=sizes, interpret=jax.default_backend() != "tpu")
+    run = make(mask, block_sizes=sizes, interpret=interpret)
     q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
     ids = None if segment_ids_BT is None else splash_attention_kernel.SegmentIds(segment_ids_BT, segment_ids_BT)
     over_heads = jax.vmap(run, in_axes=(0, 0, 0, None))

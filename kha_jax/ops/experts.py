@@ -15,13 +15,14 @@ from kha_jax.ops.gating import swiglu
 
 def experts(
     x_ND: jax.Array, chosen_NK: jax.Array, weights_NK: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array,
-    kernel: str = "auto",
+    kernel: str = "auto", platform: str | None = None,
 ) -> jax.Array:  # fmt: skip
     """y_n = sum over k of weights_nk * SwiGLU_(chosen_nk)(x_n), [N, D] in the dtype of x.
 
     chosen_NK: expert ids; an id outside [0, E) contributes nothing, so that a device may hold a part of the experts.
+    platform: where this will run, for `auto`; jax's default backend by default.
     """
-    kernel = best_kernel(jax.default_backend()) if kernel == "auto" else kernel
+    kernel = best_kernel(platform or jax.default_backend()) if kernel == "auto" else kernel
     E = gate_EDF.shape[0]
     held_NK = (chosen_NK >= 0) & (chosen_NK < E)
     chosen_NK, weights_NK = jnp.where(held_NK, chosen_NK, E), jnp.where(held_NK, weights_NK, 0).astype(x_ND.dtype)
