@@ -3,7 +3,7 @@
 Legend: B batch, T position, N tokens, D model width, E experts, K experts a token, F width of one expert, L layers.
 """
 
-from typing import Any, Literal
+from typing import Any, Callable, Literal
 
 import flax.linen as nn
 import jax
@@ -28,7 +28,9 @@ class MoE(Config):
     balancing: how the load is evened out. `rms` (Su 2025), `sign` and `sign_centred` (Wang et al., arXiv 2408.15664) move the bias after
     each step (`update_bias`), at balancing_rate (1e-3 by default); `auxiliary` adds balancing_rate (0.01) * E sum_e f_e P_e to the loss,
     f the fraction of assignments and P the mean of the normalised scores (Switch, arXiv 2101.03961); `none` does nothing.
-    router_z_loss: weight of the mean squared log-sum-exp of the router's logits. kernel: `kha_jax.ops.experts.KERNELS`.
+    router_z_loss: weight of the mean squared log-sum-exp of the router's logits. kernel: `kha_jax.ops.experts.KERNELS`. chunk_tokens:
+    tokens of a device that go through the experts at once (all by default); what a chunk keeps for its gradient is recomputed, which
+    is free where the layer is rematerialised anyway.
     """
 
     experts: int = 16
@@ -43,9 +45,10 @@ class MoE(Config):
     balancing_rate: float | None = None
     router_z_loss: float = 0.0
     kernel: Literal["auto", "blocked", "ragged", "loop"] = "auto"
+    chunk_tokens: int | None = None
 
     def validate(self):
-        self.at_least(1, "experts", "top_k", "width", "dense_width")
+        self.at_least(1, "experts", "top_k", "width", "dense_width", "chunk_tokens")
         self.at_least(0, "shared_experts", "dense_layers", "router_z_loss", "balancing_rate")
         problem = f"must be at most experts={self.experts}, found {self.top_k}"
         self.require(self.top_k <= self.experts, "top_k", problem)
@@ -110,7 +113,7 @@ class MoELayer(Module):
             self.weight("gate", expert=c.experts, expert_embed=D, feed_forward=F), self.weight("up", expert=c.experts, expert_embed=D, feed_forward=F),
             self.weight("down", expert=c.experts, feed_forward=F, expert_embed=D),
         )  # fmt: skip
-        y_BTD = exchange(x_BTD, chosen_BTK, weights_BTK, weights, c.kernel)
+        y_BTD = exchange(x_BTD, chosen_BTK, weights_BTK, weights, c)
         if c.shared_experts:
             shared = SwiGLU(width=c.shared_experts * F).build(model_width=D, numerics=self.numerics, name="shared")
             y_BTD += shared(x_BTD)[0]
@@ -130,7 +133,7 @@ def router_loss(config: MoE, logits_BTE: jax.Array, scores_BTE: jax.Array, count
     return total
 
 
-def exchange(x_BTD: jax.Array, chosen_BTK: jax.Array, weights_BTK: jax.Array, weights: tuple, kernel: str) -> jax.Array:
+def exchange(x_BTD: jax.Array, chosen_BTK: jax.Array, weights_BTK: jax.Array, weights: tuple, config: MoE) -> jax.Array:
     """`ops.experts.experts` over the mesh: each device computes the tokens of its `expert` group for the experts that it holds.
 
     Tokens are gathered over `expert` and their results summed back by reduce-scatter: with no row dropped and shapes that do not depend on the
@@ -139,14 +142,12 @@ def exchange(x_BTD: jax.Array, chosen_BTK: jax.Array, weights_BTK: jax.Array, we
     """
 
     def local(x, chosen, gates, gate, up, down):
-        B, T, D = x.shape
-        groups = axis_size("expert")
+        (_, T, D), groups = x.shape, axis_size("expert")
         if groups > 1:
             x, chosen, gates = (jax.lax.all_gather(z, "expert", axis=0, tiled=True) for z in (x, chosen, gates))
             chosen = chosen - jax.lax.axis_index("expert") * gate.shape[0]
-        K = chosen.shape[-1]
-        y = experts.experts(x.reshape(-1, D), chosen.reshape(-1, K), gates.reshape(-1, K), gate, up, down, kernel, platform())
-        y = y.reshape(-1, T, D)
+        compute = lambda x, chosen, gates: experts.experts(x, chosen, gates, gate, up, down, config.kernel, platform())  # noqa: E731
+        y = in_chunks(compute, config.chunk_tokens, *(z.reshape(-1, z.shape[-1]) for z in (x, chosen, gates))).reshape(-1, T, D)
         if axis_size("model") > 1:
             y = jax.lax.psum(y, "model")
         return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True) if groups > 1 else y
@@ -154,6 +155,17 @@ def exchange(x_BTD: jax.Array, chosen_BTK: jax.Array, weights_BTK: jax.Array, we
     tokens, wide = ("batch", "length", None), ("expert", None, "feed_forward")
     in_axes = (tokens, tokens, tokens, wide, wide, ("expert", "feed_forward", None))
     return per_device(local, in_axes, tokens)(x_BTD, chosen_BTK, weights_BTK, *weights)
+
+
+def in_chunks(function: Callable, chunk_tokens: int | None, *arguments: jax.Array) -> jax.Array:
+    """function(*arguments) over rows, at most about chunk_tokens of them at once, keeping nothing but its arguments for the gradient."""
+    rows = arguments[0].shape[0]
+    if chunk_tokens is None or rows <= chunk_tokens:
+        return function(*arguments)
+    chunk = next(size for size in range(chunk_tokens, 0, -1) if rows % size == 0)
+    pieces = [z.reshape(-1, chunk, *z.shape[1:]) for z in arguments]
+    _, y = jax.lax.scan(lambda _, piece: (None, jax.checkpoint(function)(*piece)), None, tuple(pieces))
+    return y.reshape(rows, *y.shape[2:])
 
 
 def update_bias(config: MoE, bias_LE: jax.Array, counts_LE: jax.Array) -> jax.Array:

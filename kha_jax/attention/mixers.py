@@ -149,6 +149,11 @@ class MLP(KnockingModule):
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        up = linear(z, self.matrix("up", diagonal(1.0)))
-        gate = linear(z, self.matrix("gate", nn.initializers.zeros))
-        return linear(sigmoid_gate(gate, up), self.matrix("down", diagonal(1.0)))
+        up, down = (self.matrix(name, diagonal(1.0)) for name in ("up", "down"))
+        gate = self.matrix("gate", nn.initializers.zeros)
+        # Only z is kept for the gradient: the rest costs three activations of memory and next to nothing to compute again.
+        return jax.checkpoint(_mlp)(z, up, gate, down)
+
+
+def _mlp(z, up, gate, down):
+    return linear(sigmoid_gate(linear(z, gate), linear(z, up)), down)

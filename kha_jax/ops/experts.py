@@ -45,50 +45,36 @@ def _loop(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
 
 
 def _ragged(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
-    """Rows sorted by expert and jax's grouped matrix product, which TPU and GPU have kernels for."""
-    K, E = chosen_NK.shape[1], gate_EDF.shape[0]
+    """Rows sorted by expert and jax's grouped matrix product, which TPU and GPU have kernels for.
+
+    Weights multiply the F-wide hidden rows, so that neither the D-wide results nor their weighted copies are kept.
+    """
+    (N, K), E = chosen_NK.shape, gate_EDF.shape[0]
     order_M = jnp.argsort(chosen_NK.reshape(-1), stable=True)
-    row_NK = jnp.argsort(order_M).reshape(-1, K)
+    row_NK = jnp.argsort(order_M).reshape(N, K)
     sizes_E = jnp.sum(jax.nn.one_hot(chosen_NK, E, dtype=jnp.int32), axis=(0, 1))
-    x_MD = _dispatch(x_ND, order_M // K, row_NK)
+    x_MD = _spread(x_ND, order_M // K, row_NK)
+    weight_M1 = _spread(weights_NK.reshape(-1, 1), order_M, row_NK.reshape(-1, 1))
     h_MF = swiglu(jax.lax.ragged_dot(x_MD, gate_EDF, sizes_E), jax.lax.ragged_dot(x_MD, up_EDF, sizes_E))
-    y_MD = jax.lax.ragged_dot(h_MF, down_EFD, sizes_E)
-    y_MD = jnp.where((jnp.arange(y_MD.shape[0]) < jnp.sum(sizes_E))[:, None], y_MD, 0)  # rows of experts held elsewhere
-    return _combine(y_MD, weights_NK, order_M, row_NK)
+    y_MD = jax.lax.ragged_dot(h_MF * weight_M1, down_EFD, sizes_E)
+    y_MD = jnp.where((jnp.arange(N * K) < jnp.sum(sizes_E))[:, None], y_MD, 0)  # rows of experts held elsewhere
+    return _collect(y_MD, order_M // K, row_NK)
 
 
+# Each other's gradients, so that both directions gather; the gradient of plain indexing would scatter.
 @jax.custom_vjp
-def _dispatch(x_ND, token_M, row_NK):
-    """x[token]; the gradient gathers as well, where that of indexing would scatter."""
+def _spread(x_ND, token_M, row_NK):
+    """x[token]: a row for each assignment."""
     return x_ND[token_M]
 
 
-def _dispatch_backward(row_NK, dx_MD):
-    return sum(dx_MD[row_NK[:, k]] for k in range(row_NK.shape[1])), None, None
-
-
-_dispatch.defvjp(lambda x_ND, token_M, row_NK: (x_ND[token_M], row_NK), _dispatch_backward)
-
-
 @jax.custom_vjp
-def _combine(y_MD, weights_NK, order_M, row_NK):
-    """sum over k of weights_nk y[row_nk], accumulated in float32."""
-    y_ND = sum(weights_NK[:, k, None].astype(jnp.float32) * y_MD[row_NK[:, k]] for k in range(weights_NK.shape[1]))
-    return y_ND.astype(y_MD.dtype)
+def _collect(y_MD, token_M, row_NK):
+    """sum over k of y[row_nk]: a row for each token, accumulated in float32."""
+    return sum(y_MD[row_NK[:, k]].astype(jnp.float32) for k in range(row_NK.shape[1])).astype(y_MD.dtype)
 
 
-def _combine_forward(y_MD, weights_NK, order_M, row_NK):
-    return _combine(y_MD, weights_NK, order_M, row_NK), (y_MD, weights_NK, order_M, row_NK)
-
-
-def _combine_backward(saved, dy_ND):
-    y_MD, weights_NK, order_M, row_NK = saved
-    dy_MD = dy_ND[order_M // weights_NK.shape[1]]
-    dw_M = jnp.sum(y_MD.astype(jnp.float32) * dy_MD, axis=-1)
-    scaled_MD = dy_MD * weights_NK.reshape(-1)[order_M, None]
-    return scaled_MD.astype(y_MD.dtype), dw_M[row_NK].astype(weights_NK.dtype), None, None
-
-
-_combine.defvjp(_combine_forward, _combine_backward)
+_spread.defvjp(lambda x, token, row: (_spread(x, token, row), (token, row)), lambda ids, dx: (_collect(dx, *ids), None, None))
+_collect.defvjp(lambda y, token, row: (_collect(y, token, row), (token, row)), lambda ids, dy: (_spread(dy, *ids), None, None))
 
 KERNELS = {"loop": _loop, "ragged": _ragged, "blocked": blocked}
