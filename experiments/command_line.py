@@ -84,6 +84,18 @@ def parse_config(cls: type, holder: Any) -> Any:
         raise UsageError(str(error)) from None
 
 
+def load_variant(cls: type, path: str, variant: str) -> Any:
+    """The frozen config of a variant of a config file.
+
+    Raises:
+        UsageError: the file does not know the variant.
+    """
+    try:
+        return from_dict(cls, runpy.run_path(path)["get_config"](variant))
+    except ValueError as error:
+        raise UsageError(f"{path}:{variant}: {error}") from None
+
+
 def _parse_flags(argv: list[str], words: int) -> list[str]:
     """absl's parser, with every complaint turned into one line; returns the words that are no flags, `words` of them at most."""
     try:

@@ -11,7 +11,7 @@ LAYERS = {
     "parameters": 0.5,  # the base of all modules: config and ops.norm
     "data": 1, "optimizer": 1, "metrics": 1,
     "attention": 2, "feed_forward": 2, "moe": 2, "model": 2.5, "accounting": 2.6,  # what a block is made of, then the whole
-    "training": 3, "checkpoint": 3, "decoding": 3,
+    "training": 3, "checkpoint": 3, "decoding": 3, "planning": 3.5,
     "inspect": 4, "convert": 4,
 }  # fmt: skip
 ALONE = ("config", "ops")  # these import nothing of kha_jax but themselves

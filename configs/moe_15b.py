@@ -1,0 +1,18 @@
+"""A mixture of the paper's exploration (table 5): 14.6B parameters, 1.6B active, 64 experts of which 4 are active, 100B tokens.
+
+    python -m experiments.train --config=configs/moe_15b.py --workdir=FOLDER
+    python -m experiments.plan --config=configs/moe_15b.py --topology=v5p-128
+
+Variants: mlp (default: KHA-MLP on values), linear (KHA-Linear on q, k, v), gate, baseline.
+"""
+
+from configs import base
+from kha_jax.config import to_config_dict
+from kha_jax.moe import MoE
+
+
+def get_config(variant: str = "mlp"):
+    """The run; `variant` is a key of configs.base.KNOCKING."""
+    feed_forward = MoE(experts=64, top_k=4, width=1536, chunk_tokens=8192)
+    run = base.pretraining(variant, layers=23, width=2048, feed_forward=feed_forward, tokens=10**11)
+    return to_config_dict(run)

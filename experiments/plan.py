@@ -1,0 +1,116 @@
+"""Decides on a laptop whether a run fits a pod: python -m experiments.plan --config=configs/kha_moe_6b.py --topology=v5p:4x4x4
+
+Compiles the real train step for the slice, without a TPU, through libtpu (extra: plan), and prints memory per device, FLOPs, bytes
+moved, a roofline of the step, and days and chip-hours for the whole run. Without libtpu memory is estimated, and it says so.
+"""
+
+import json
+import os
+import sys
+
+# Before jax is imported: this process computes on the CPU, and libtpu must not look for chips.
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+for quiet, level in (("TPU_MIN_LOG_LEVEL", "3"), ("TF_CPP_MIN_LOG_LEVEL", "3"), ("TPU_STDERR_LOG_LEVEL", "3")):
+    os.environ.setdefault(quiet, level)
+
+from absl import flags  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from experiments import command_line  # noqa: E402
+from experiments.command_line import UsageError  # noqa: E402
+from kha_jax import planning  # noqa: E402
+from kha_jax.planning import EFFICIENCY, TOPOLOGIES, Plan  # noqa: E402
+from kha_jax.training import RunConfig  # noqa: E402
+
+CONFIG = command_line.define_config(str(command_line.REPOSITORY / "configs" / "kha_moe_6b.py"))
+TOPOLOGY = flags.DEFINE_string("topology", "v5p-128", f"KIND:SHAPE, such as v5p:4x4x4, or one of {', '.join(TOPOLOGIES)}.")
+SEQUENCES = flags.DEFINE_integer("sequences_per_device", None, "Rows on a device at once; the batch is made of micro-batches.", lower_bound=1)
+REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "Instead of the config's policy.")
+SWEEP = flags.DEFINE_list("sweep_topologies", [], "Plan for each of these slices.")
+COMPARE = flags.DEFINE_list("compare", [], "Plan these variants of the config file, such as baseline,linear,mlp, on one slice.")
+COMPILE = flags.DEFINE_bool("compile", True, "Compile for the slice; off: estimate the memory.")
+JSON = flags.DEFINE_bool("json", False, "Print the plans as JSON.")
+
+GIB = 2**30
+
+
+def plans() -> dict[str, Plan]:
+    """What the flags ask for, by name."""
+    holder = flags.FLAGS["config"]
+    config: RunConfig = command_line.parse_config(RunConfig, CONFIG)
+    runs = {holder.config_filename: config}
+    if COMPARE.value:
+        path = holder.config_filename.partition(":")[0]
+        runs = {name: command_line.load_variant(RunConfig, path, name) for name in COMPARE.value}
+    compiled = COMPILE.value and planning.has_libtpu()
+    if COMPILE.value and not compiled:
+        print("libtpu is not installed, memory is estimated; for the compiled figures: pip install -e '.[plan]'", file=sys.stderr)
+    out = {}
+    for slice_name in SWEEP.value or [TOPOLOGY.value]:
+        slice_ = planning.topology(slice_name)
+        for name, run in runs.items():
+            run = run if REMAT.value is None else run.replace(model=run.model.replace(remat=REMAT.value))
+            label = name if COMPARE.value and not SWEEP.value else f"{slice_name} {name if COMPARE.value else ''}".strip()
+            out[label] = advise(run, slice_, compiled)
+    return out
+
+
+def advise(run: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
+    """The plan; when it does not fit, the cheapest change that does is printed: full rematerialisation, then fewer sequences at once."""
+    run = planning.placed(run, slice_, SEQUENCES.value)
+    first = found = planning.plan(run, slice_, compiled)
+    change, attempt = [], run
+    while not found.fits and (attempt.model.remat != "full" or attempt.batch_size // attempt.accumulation > slice_.chips):
+        if attempt.model.remat != "full":
+            attempt = attempt.replace(model=attempt.model.replace(remat="full"))
+            change.append("config.model.remat=full")
+        else:
+            attempt = attempt.replace(accumulation=attempt.accumulation * 2)
+            change = [c for c in change if "accumulation" not in c] + [f"config.accumulation={attempt.accumulation}"]
+        found = planning.plan(attempt, slice_, compiled)
+    if not first.fits:
+        remedy = f"fits with {' and '.join(change)} at {found.peak_bytes_per_device / GIB:.1f} GiB" if found.fits and change else "use more chips"
+        print(f"{slice_.name}: {first.peak_bytes_per_device / GIB:.1f} GiB do not fit {slice_.chip.hbm_bytes / GIB:.1f}; {remedy}", file=sys.stderr)
+    return first
+
+
+def show(found: dict[str, Plan]) -> None:
+    """One column a plan."""
+    rows = {
+        "chips": lambda p: f"{p.chips} {p.topology}", "sequences x micro-batches": lambda p: f"{p.batch_size // p.accumulation} x {p.accumulation}",
+        "parameters, active": lambda p: f"{p.params_total / 1e9:.2f}B, {p.params_active / 1e9:.3f}B",
+        "GiB parameters + optimiser": lambda p: f"{p.params_bytes_per_device / GIB:.2f} + {p.optimizer_bytes_per_device / GIB:.2f}",
+        "GiB saved activations": lambda p: f"{p.activation_bytes_per_device / GIB:.2f}",
+        "GiB temporaries": lambda p: f"{p.temporary_bytes_per_device / GIB:.2f}",
+        "GiB at the peak, of": lambda p: f"{p.peak_bytes_per_device / GIB:.2f}, {p.hbm_bytes_per_device / GIB:.1f}",
+        "fits": lambda p: "yes" if p.fits else "NO", "memory is": lambda p: p.source,
+        "PFLOP a step": lambda p: f"{p.flops_per_step / 1e15:.2f}",
+        "GB moved a step": lambda p: ", ".join(f"{kind} {size / 1e9:.0f}" for kind, size in p.moved.items()),
+        "s compute / HBM / links": lambda p: f"{p.compute_seconds:.3f} / {p.hbm_seconds:.3f} / {p.link_seconds:.3f}",
+        "s a step, bound by": lambda p: f"{p.step_seconds:.4f}, {p.bound}", "planned MFU": lambda p: f"{p.mfu:.1%}",
+        "tokens a second": lambda p: f"{p.tokens_per_second:,.0f}", "days, chip-hours": lambda p: f"{p.days:.1f}, {p.chip_hours:,.0f}",
+    }  # fmt: skip
+    table = Table(title=f"roofline: matrix units at {EFFICIENCY:.0%} of their peak, memory and links at all of theirs, fully overlapped")
+    table.add_column("")
+    for name in found:
+        table.add_column(name, justify="right")
+    for label, cell in rows.items():
+        table.add_row(label, *[cell(plan) for plan in found.values()])
+    Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 60 + 44 * len(found)).print(table)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    if COMPARE.value and any(argument.startswith("--config.") for argument in sys.argv):
+        raise UsageError("--compare: takes the variants of the config file as they are; leave out --config.FIELD=VALUE")
+    found = plans()
+    if JSON.value:
+        as_dict = {name: plan._asdict() for name, plan in found.items()}
+        print(json.dumps(next(iter(as_dict.values())) if len(found) == 1 else as_dict, indent=1))
+    else:
+        show(found)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,90 @@
+"""Plans: the analytic half against the numbers it must reach, golden plans of the presets, and the compiled half where libtpu is."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kha_jax.config import ConfigError, from_dict
+from kha_jax.planning import TOPOLOGIES, placed, plan, topology
+from kha_jax.training import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+
+
+def config(variant="mlp", name="kha_moe_6b"):
+    return from_dict(RunConfig, runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](variant))
+
+
+def planned(variant="mlp", where="v5p-128", sequences=4, name="kha_moe_6b"):
+    slice_ = topology(where)
+    return plan(placed(config(variant, name), slice_, sequences), slice_, compiled=False)
+
+
+def test_the_main_run_reaches_half_of_the_peak_and_knocking_costs_next_to_nothing():
+    baseline, linear, mlp = (planned(variant) for variant in ("baseline", "linear", "mlp"))
+    assert mlp.mfu >= 0.5 and mlp.bound == "compute"
+    assert 1 < mlp.step_seconds / baseline.step_seconds <= 1.01
+    assert 1 < linear.step_seconds / baseline.step_seconds <= 1.001
+    assert mlp.peak_bytes_per_device / baseline.peak_bytes_per_device < 1.01
+    assert round(mlp.params_total / 1e9, 1) == 6.1 and mlp.fits
+
+
+def test_state_shrinks_with_the_chips_and_moves_with_the_micro_batches():
+    small, large = planned(where="v5p-64"), planned(where="v5p-128")
+    assert abs(small.params_bytes_per_device / large.params_bytes_per_device - 2) < 0.02
+    assert small.optimizer_bytes_per_device / small.params_bytes_per_device == pytest.approx(2, rel=0.01)
+    assert (small.accumulation, large.accumulation) == (4, 2)
+    assert small.moved["all-gather"] / large.moved["all-gather"] == pytest.approx(2, rel=0.03)
+    assert small.chip_hours == pytest.approx(large.chip_hours, rel=0.01)
+
+
+@pytest.mark.parametrize("where", TOPOLOGIES)
+def test_preset_matches_its_golden_plan(where):
+    text = json.dumps(planned(where=where, sequences=1)._asdict(), indent=1) + "\n"
+    golden = ROOT / "tests" / "golden" / f"plan_{where}.json"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert golden.exists(), f"{golden} is missing; write it with UPDATE_GOLDEN=1"
+    expected = json.loads(golden.read_text())
+    for key, value in json.loads(text).items():
+        assert value == (pytest.approx(expected[key]) if not isinstance(value, str) else expected[key]), f"{key}; rewrite with UPDATE_GOLDEN=1"
+
+
+def test_names_and_batches_that_do_not_work_are_refused():
+    for bad in ("v7:2x2", "v5p", "v5p:4x", "v5p-12"):
+        with pytest.raises(ConfigError, match="--topology: .*" + bad):
+            topology(bad)
+    with pytest.raises(ConfigError, match="config.batch_size: must be a multiple of 3 sequences on 64 devices, found 512"):
+        planned(sequences=3)
+
+
+def command(*flags):
+    line = [sys.executable, "-m", "experiments.plan", *flags]
+    done = subprocess.run(line, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=500)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_prints_json_and_says_what_would_fit():
+    code, out, err = command("--topology=v5e-64", "--sequences_per_device=16", "--nocompile", "--json")
+    assert code == 0 and "fits with config.accumulation=2" in err, err
+    found = json.loads(out)
+    promised = "params_total params_active peak_bytes_per_device hbm_bytes_per_device fits flops_per_step step_seconds mfu tokens_per_second"
+    assert set(promised.split()) | {"chip_hours", "source"} <= set(found)
+    assert found["source"] == "analytic" and found["fits"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "sequences", "limit"), [("v5p-64", 4, 11.0), ("v5e-64", 6, 15.75), ("v6e-64", 4, 10.0)])
+def test_the_main_run_fits_by_xlas_own_analysis(where, sequences, limit):
+    pytest.importorskip("libtpu", reason="needs the extra: pip install -e '.[plan]'")
+    slice_batch = topology(where).chips * sequences
+    code, out, err = command(f"--topology={where}", f"--sequences_per_device={sequences}", f"--config.batch_size={slice_batch}", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["source"] == "compiled" and found["peak_bytes_per_device"] <= limit * GIB
