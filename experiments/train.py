@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,41 @@ CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/NAME of the config file by default.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config and stop.")
 TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard scalars (extra: tensorboard).")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for several processes outside SLURM and TPU pods.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; with --coordinator_address.", lower_bound=1)
+PROCESS = flags.DEFINE_integer("process_id", None, "This process, from 0; with --coordinator_address.", lower_bound=0)
 ALLOW_CHANGES = flags.DEFINE_list("allow_changes", [], "Config fields that may differ from the run being resumed.")
 
 log = logging.getLogger("kha_jax")
+JOIN_SECONDS = 300
 # Fields that may change on resume: they decide what is recorded, not what is learnt.
 FREE = ("evaluation.", "checkpoint.", "profile.", "mesh.", "max_nonfinite_steps", "data.cache_dir", "model.attention.kernel")
+
+
+def join_processes() -> None:
+    """Connects the processes of a run: as the flags say, or by itself under SLURM and on TPU pods; one process needs nothing.
+
+    Raises:
+        UsageError: the flags are incomplete, or some process did not come within JOIN_SECONDS.
+    """
+    given = {"coordinator_address": COORDINATOR.value, "num_processes": PROCESSES.value, "process_id": PROCESS.value}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < 3:
+        raise UsageError(f"--{missing[0]}: is needed together with {' and '.join('--' + n for n in given if n not in missing)}")
+    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
+    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if missing and not slurm and not pod:
+        return
+    where = f"at {COORDINATOR.value}" if not missing else "that SLURM started" if slurm else "of this TPU slice"
+    hint = f"still waiting for the other processes {where}: check that each runs this command and reaches process 0"
+    timer = threading.Timer(60, log.warning, [hint])
+    timer.start()
+    try:
+        jax.distributed.initialize(**({} if missing else given), initialization_timeout=JOIN_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"the processes {where} did not come together within {JOIN_SECONDS} s: {error}") from None
+    finally:
+        timer.cancel()
 
 
 class Stop:
@@ -123,7 +154,8 @@ def main() -> int:
         print(json.dumps(to_dict(config), indent=1))
         return command_line.DONE
 
-    # ---------------------------------------------------------------- devices and folders
+    # ---------------------------------------------------------------- processes, devices and folders
+    join_processes()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
     mesh = sharding.make_mesh(config.mesh)
     ways = mesh.shape["data"] * mesh.shape["expert"]
