@@ -162,6 +162,8 @@ def main() -> int:
     if config.batch_size // config.accumulation % ways:
         found = f"found {config.batch_size} / {config.accumulation}"
         raise UsageError(f"config.batch_size: must divide by {ways} devices in each micro-batch, {found}")
+    if config.seq_len % mesh.shape["model"]:
+        raise UsageError(f"config.seq_len: must divide by mesh.model={mesh.shape['model']}, found {config.seq_len}")
     problem = unavailable(config.model.attention.kernel, jax.default_backend(), config.seq_len)
     if problem:
         raise UsageError(f"config.model.attention.kernel: {problem}")

@@ -230,8 +230,8 @@ def test_sharded_equals_unsharded():
         return jax.value_and_grad(lambda p: module.apply({"params": p}, batch, method="loss")[0])(params)
 
     mesh = mesh_of(2, 2, 2)
+    shardings = tree_shardings(boxed_shapes(config), mesh)
     with using(mesh):
-        shardings = tree_shardings(boxed_shapes(config), mesh)
         sharded = jax.jit(born, out_shardings=shardings)(jax.random.key(0))
         placed = jax.device_put(batch, batch_sharding(mesh))
         loss, grads = jax.jit(gradient, out_shardings=(None, shardings))(sharded, placed)
