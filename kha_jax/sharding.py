@@ -40,6 +40,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "model",
     "feed_forward": "model",
 }
+# Axes that are kept whole where there are fewer of them than devices: one key head serves the query heads of several devices.
+SHARED = ("kv_heads",)
 MESH_AXES = ("data", "expert", "model")
 
 
@@ -100,7 +102,13 @@ def current_mesh() -> Mesh | None:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation to the mesh by logical axis names; does nothing outside `using`."""
     mesh = _mesh.get()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes)))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(_divided(axes, x.shape, mesh))))
+
+
+def _divided(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> tuple[str | None, ...]:
+    """The axes, without those of SHARED that are fewer than their devices."""
+    whole = lambda axis, size: axis in SHARED and size < mesh.shape[RULES[axis]] and mesh.shape[RULES[axis]] % size == 0  # noqa: E731
+    return tuple(None if whole(axis, size) else axis for axis, size in zip(axes, shape))
 
 
 def platform() -> str:
@@ -159,7 +167,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, PartitionSpec())
-        partition = spec(leaf.names, name)
+        partition = spec(_divided(leaf.names, leaf.value.shape, mesh), name)
         for size, axis, part in zip(leaf.value.shape, leaf.names, partition):
             ways = math.prod(mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
             if size % ways:

@@ -10,11 +10,12 @@ import pytest
 
 from kha_jax import data, sharding
 from kha_jax.attention import AttentionConfig
-from kha_jax.attention.mixers import KnockingLinear, KnockingMLP
-from kha_jax.attention.projections import GroupedQuery
+from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
+from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.data.loader import to_device
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import LossConfig, ModelConfig
+from kha_jax.moe import MoE
 from kha_jax.optimizer import KnockingOptimizerConfig, OptimizerConfig, learning_rate, make, roles, schedule
 from kha_jax.parameters import Numerics
 from kha_jax.sharding import MeshConfig
@@ -73,6 +74,31 @@ def test_eight_devices_train_as_one(mesh):
     for a, b in zip(one_metrics, eight_metrics):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
     chex.assert_trees_all_close(jax.device_get(one.params), jax.device_get(eight.params), atol=2e-4)
+
+
+VARIANTS = {
+    "mha": (GroupedQuery(query_heads=8, kv_heads=8, head_dim=8), KnockingMLP()),
+    "gqa": (GroupedQuery(query_heads=8, kv_heads=2, head_dim=8), KnockingGate()),
+    "mqa": (GroupedQuery(query_heads=8, kv_heads=1, head_dim=8), KnockingMLP()),
+    "gta": (GroupedTied(query_heads=8, kv_heads=4, head_dim=8), KnockingMLP()),
+    "mla": (Latent(query_heads=8, head_dim=8, value_dim=8, rope_dim=4, kv_lora=16, q_lora=16), KnockingLinear()),
+    "gla": (Latent(query_heads=8, head_dim=8, value_dim=8, rope_dim=4, kv_lora=16, groups=2), KnockingLinear()),
+    "mixture": (GroupedQuery(query_heads=8, kv_heads=4, head_dim=8), KnockingLinear()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 1, 4), (2, 2, 2)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_on_every_mesh_as_on_one_device(name, mesh):
+    """The losses of 20 steps to 1e-5."""
+    projection, mixer = VARIANTS[name]
+    feed_forward = MoE(experts=8, top_k=2, width=16) if name == "mixture" else MODEL.feed_forward
+    model = MODEL.replace(attention=AttentionConfig(projection=projection, value=mixer), feed_forward=feed_forward)
+    config = RUN.replace(model=model, optimizer=OptimizerConfig(learning_rate=1e-3))
+    one = trained(config, steps=20)[2]
+    eight = trained(config.replace(mesh=MeshConfig(**dict(zip(sharding.MESH_AXES, mesh)))), devices=8, steps=20)[2]
+    np.testing.assert_allclose([m["loss"] for m in eight], [m["loss"] for m in one], rtol=1e-5)
 
 
 def test_parameters_and_optimiser_state_are_born_sharded():

@@ -8,6 +8,7 @@ import functools
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from kha_jax.attention.mixers import STREAM_MIXERS, NoMixer, StreamMixer
 from kha_jax.attention.projections import PROJECTIONS, GroupedQuery, Projection, State
@@ -15,7 +16,7 @@ from kha_jax.config import Config, choice
 from kha_jax.ops.attention import attention
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Module
-from kha_jax.sharding import per_device, platform
+from kha_jax.sharding import axis_size, per_device, platform
 
 SLOTS = ("query", "key", "value")
 
@@ -95,6 +96,8 @@ class Attention(Module):
     def _scores(self, q_BTNH, k_BSKH, v_BSKU, segment_ids_BT):
         """Heads never meet here, so every device computes its rows and heads: fused kernels need not know of the mesh."""
         heads, rows = ("batch", "length", "heads", None), ("batch", "length")
+        if k_BSKH.shape[2] < axis_size("model"):  # a copy for each device that holds some of a key head's queries
+            k_BSKH, v_BSKU = (jnp.repeat(z, axis_size("model") // z.shape[2], axis=2) for z in (k_BSKH, v_BSKU))
         kernel = functools.partial(attention, kernel=self.config.kernel, platform=platform())
         if segment_ids_BT is None:
             return per_device(kernel, (heads,) * 3, heads)(q_BTNH, k_BSKH, v_BSKU)

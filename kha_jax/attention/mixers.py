@@ -18,6 +18,7 @@ from kha_jax.config import Config
 from kha_jax.ops.gating import sigmoid_gate
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Module, Numerics
+from kha_jax.sharding import axis_size
 
 
 class StreamMixer(Config):
@@ -94,6 +95,11 @@ class KnockingMLP(StreamMixer):
 STREAM_MIXERS = {"none": NoMixer, "linear": KnockingLinear, "gate": KnockingGate, "mlp": KnockingMLP}
 
 
+def transform(z: jax.Array, T: jax.Array) -> jax.Array:
+    """z T over the last axis. Heads that are split over devices are not flattened with the rows, which would gather them."""
+    return linear(z, T) if axis_size("model") == 1 else jnp.matmul(z, T)
+
+
 def diagonal(value: float) -> Callable:
     """An initialiser for `value` times the identity."""
     return lambda key, shape, dtype: value * jnp.eye(*shape, dtype=dtype)
@@ -131,9 +137,9 @@ class Linear(KnockingModule):
     def __call__(self, z: jax.Array) -> jax.Array:
         identity = diagonal(self.config.diag_init)
         if self.config.parameterization == "direct":
-            return linear(z, self.matrix("kernel", identity))
+            return transform(z, self.matrix("kernel", identity))
         initial = identity(None, (self.head_dim, self.head_dim), z.dtype)
-        return linear(z, initial + self.matrix("residual", nn.initializers.zeros))
+        return transform(z, initial + self.matrix("residual", nn.initializers.zeros))
 
 
 class Gate(KnockingModule):
@@ -141,7 +147,7 @@ class Gate(KnockingModule):
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        return sigmoid_gate(linear(z, self.matrix("gate", nn.initializers.zeros)), z)
+        return sigmoid_gate(transform(z, self.matrix("gate", nn.initializers.zeros)), z)
 
 
 class MLP(KnockingModule):
@@ -156,4 +162,4 @@ class MLP(KnockingModule):
 
 
 def _mlp(z, up, gate, down):
-    return linear(sigmoid_gate(linear(z, gate), linear(z, up)), down)
+    return transform(sigmoid_gate(transform(z, gate), transform(z, up)), down)
