@@ -9,7 +9,7 @@ import os
 import sys
 
 # Before jax is imported: this process computes on the CPU, and libtpu must not look for chips.
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
 for quiet, level in (("TPU_MIN_LOG_LEVEL", "3"), ("TF_CPP_MIN_LOG_LEVEL", "3"), ("TPU_STDERR_LOG_LEVEL", "3")):
     os.environ.setdefault(quiet, level)
 

@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterator
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kha_jax.config import Config
@@ -75,10 +76,24 @@ class MeshConfig(Config):
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of the given devices (all by default) with the axes data, expert and model."""
+    """A mesh of the given devices (all by default) with the axes data, expert and model; of several slices `data` spans them.
+
+    Raises:
+        ConfigError: when the sizes do not multiply to the number of devices, or `data` does not divide over the slices.
+    """
     devices = jax.devices() if devices is None else devices
-    shape = config.shape(len(devices))
-    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    shape, types = config.shape(len(devices)), (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=types)
+    problem = f"must divide by the {slices} slices, which only data spans, found {shape[0]}"
+    config.require(shape[0] % slices == 0, "config.mesh.data", problem)
+    return Mesh(hybrid_devices(shape, slices, devices), MESH_AXES, axis_types=types)
+
+
+def hybrid_devices(shape: tuple[int, int, int], slices: int, devices: list[Any]) -> np.ndarray:
+    """Devices in the mesh's shape, the slow network between slices on the outer part of `data` alone."""
+    return mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
 
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)

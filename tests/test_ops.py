@@ -108,10 +108,11 @@ def test_gradients_of_kernels_agree(kernel, packed):
         np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_tpu_kernel_in_interpret_mode():
-    qkv, segments = case(128, 2, 1, 128, 128, True)
+@pytest.mark.parametrize(("key_width", "value_width"), [(128, 128), (192, 128)])
+def test_the_tpu_kernel_in_interpret_mode(key_width, value_width):
+    qkv, segments = case(128, 2, 1, key_width, value_width, True)
     ours = attention(*qkv, segments, kernel="splash")
-    np.testing.assert_allclose(ours, expected_attention(*qkv, segments, 128**-0.5), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(ours, expected_attention(*qkv, segments, key_width**-0.5), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "chunked"])
@@ -127,7 +128,7 @@ def test_bfloat16_stays_close():
     np.testing.assert_allclose(np.asarray(ours, np.float32), expected_attention(*qkv, segments, 0.25), atol=5e-2)
 
 
-@pytest.mark.parametrize("kernel", ["xla", "cudnn", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "cudnn"])
 def test_kernels_that_need_equal_widths_say_so(kernel):
     qkv, _ = case(128, 2, 2, 8, 16, False)
     with pytest.raises(ValueError, match="values as wide as keys"):
@@ -137,8 +138,8 @@ def test_kernels_that_need_equal_widths_say_so(kernel):
 @pytest.mark.parametrize(
     ("arguments", "kernel"),
     [
-        (("tpu", jnp.bfloat16, 256, 128, 128), "splash"), (("tpu", jnp.bfloat16, 256, 64, 64), "chunked"),
-        (("tpu", jnp.float32, 256, 192, 128), "chunked"), (("tpu", jnp.bfloat16, 200, 128, 128), "chunked"),
+        (("tpu", jnp.bfloat16, 256, 128, 128), "splash"), (("tpu", jnp.bfloat16, 256, 64, 64), "splash"),
+        (("tpu", jnp.float32, 256, 192, 128), "splash"), (("tpu", jnp.bfloat16, 256, 32, 32), "chunked"), (("tpu", jnp.bfloat16, 200, 128, 128), "chunked"),
         (("gpu", jnp.bfloat16, 256, 64, 64), "cudnn"), (("gpu", jnp.float32, 256, 64, 64), "chunked"),
         (("cpu", jnp.float32, 256, 64, 64), "chunked"),
     ],

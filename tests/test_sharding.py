@@ -16,7 +16,7 @@ from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
 from kha_jax.parameters import Numerics
 from kha_jax.sharding import (
-    MESH_AXES, RULES, MeshConfig, batch_sharding, constrain, local_rows, make_mesh, spec, tree_shardings,
+    MESH_AXES, RULES, MeshConfig, batch_sharding, constrain, hybrid_devices, local_rows, make_mesh, spec, tree_shardings,
     using,
 )  # fmt: skip
 
@@ -243,3 +243,18 @@ def test_sharded_equals_unsharded():
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     chex.assert_trees_all_close(grads, expected_grads, rtol=1e-3, atol=1e-4)
 
+
+
+def test_only_data_spans_slices():
+    """Sixteen stand-ins in two slices of eight: neighbours along expert and model share a slice, the halves of data do not."""
+
+    class Device:
+        platform, device_kind, process_index = "cpu", "cpu", 0
+
+        def __init__(self, number):
+            self.id, self.slice_index = number, number // 8
+
+    grid = hybrid_devices((4, 2, 2), 2, [Device(i) for i in range(16)])
+    slices = np.vectorize(lambda device: device.slice_index)(grid)
+    assert grid.shape == (4, 2, 2) and len({device.id for device in grid.flat}) == 16
+    np.testing.assert_array_equal(slices, np.repeat([0, 0, 1, 1], 4).reshape(4, 2, 2))
