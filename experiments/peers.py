@@ -28,7 +28,8 @@ def peer_run(variant: str, mixture: bool = False) -> Any:
     attention = AttentionConfig(projection=GroupedQuery(query_heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM))
     model = ModelConfig(
         layers=LAYERS, width=WIDTH, vocabulary_size=VOCABULARY, attention=base.with_knocking(attention, variant),
-        feed_forward=MoE(experts=EXPERTS, top_k=TOP_K, width=EXPERT_WIDTH) if mixture else SwiGLU(width=FEED_FORWARD), numerics=Numerics(dtype="float32"), loss=LossConfig(chunk_tokens=512),
+        feed_forward=MoE(experts=EXPERTS, top_k=TOP_K, width=EXPERT_WIDTH) if mixture else SwiGLU(width=FEED_FORWARD),
+        numerics=Numerics(dtype="float32"), loss=LossConfig(chunk_tokens=512),
     )  # fmt: skip
     return RunConfig(batch_size=BATCH, seq_len=LENGTH, model=model)
 

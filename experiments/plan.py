@@ -25,7 +25,7 @@ from kha_jax.training import RunConfig  # noqa: E402
 
 CONFIG = command_line.define_config(str(command_line.REPOSITORY / "configs" / "kha_moe_6b.py"))
 TOPOLOGY = flags.DEFINE_string("topology", "v5p-128", f"KIND:SHAPE, such as v5p:4x4x4, or one of {', '.join(TOPOLOGIES)}.")
-SEQUENCES = flags.DEFINE_integer("sequences_per_device", None, "Rows on a device at once; the batch is made of micro-batches.", lower_bound=1)
+SEQUENCES = flags.DEFINE_integer("sequences_per_device", None, "Rows of a micro-batch on a device.", lower_bound=1)
 REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "Instead of the config's policy.")
 SWEEP = flags.DEFINE_list("sweep_topologies", [], "Plan for each of these slices.")
 COMPARE = flags.DEFINE_list("compare", [], "Plan these variants of the config file, such as baseline,linear,mlp, on one slice.")
@@ -70,15 +70,17 @@ def advise(run: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
             change = [c for c in change if "accumulation" not in c] + [f"config.accumulation={attempt.accumulation}"]
         found = planning.plan(attempt, slice_, compiled)
     if not first.fits:
-        remedy = f"fits with {' and '.join(change)} at {found.peak_bytes_per_device / GIB:.1f} GiB" if found.fits and change else "use more chips"
-        print(f"{slice_.name}: {first.peak_bytes_per_device / GIB:.1f} GiB do not fit {slice_.chip.hbm_bytes / GIB:.1f}; {remedy}", file=sys.stderr)
+        peak, later, room = (size / GIB for size in (first.peak_bytes_per_device, found.peak_bytes_per_device, slice_.chip.hbm_bytes))
+        remedy = f"fits with {' and '.join(change)} at {later:.1f} GiB" if found.fits else "use more chips"
+        print(f"{slice_.name}: {peak:.1f} GiB do not fit {room:.1f}; {remedy}", file=sys.stderr)
     return first
 
 
 def show(found: dict[str, Plan]) -> None:
     """One column a plan."""
     rows = {
-        "chips": lambda p: f"{p.chips} {p.topology}", "sequences x micro-batches": lambda p: f"{p.batch_size // p.accumulation} x {p.accumulation}",
+        "chips": lambda p: f"{p.chips} {p.topology}",
+        "sequences x micro-batches": lambda p: f"{p.batch_size // p.accumulation} x {p.accumulation}",
         "parameters, active": lambda p: f"{p.params_total / 1e9:.2f}B, {p.params_active / 1e9:.3f}B",
         "GiB parameters + optimiser": lambda p: f"{p.params_bytes_per_device / GIB:.2f} + {p.optimizer_bytes_per_device / GIB:.2f}",
         "GiB saved activations": lambda p: f"{p.activation_bytes_per_device / GIB:.2f}",

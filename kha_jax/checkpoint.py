@@ -193,6 +193,10 @@ class Checkpoints:
         arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=placed, partial_restore=True)
         try:
             with ocp.PyTreeCheckpointer() as reader:
-                return reader.restore(path, args=arguments)
+                part = reader.restore(path, args=arguments)
         except Exception as error:
             raise CheckpointError(f"{path} does not hold {', '.join(abstract)} of this config: {error}") from error
+        for name, leaf in jax.tree_util.tree_leaves_with_path(part):
+            if not isinstance(leaf, jax.Array):  # orbax hands back the description of what it does not find
+                raise CheckpointError(f"{path} does not hold {jax.tree_util.keystr(name, simple=True, separator='/')}")
+        return part

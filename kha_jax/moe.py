@@ -110,7 +110,8 @@ class MoELayer(Module):
             weights_BTK *= c.routed_scaling / jnp.maximum(jnp.sum(weights_BTK, axis=-1, keepdims=True), 1e-20)
             counts_E = jnp.sum(jax.nn.one_hot(chosen_BTK, c.experts, dtype=jnp.float32), axis=(0, 1, 2))
         weights = (
-            self.weight("gate", expert=c.experts, expert_embed=D, feed_forward=F), self.weight("up", expert=c.experts, expert_embed=D, feed_forward=F),
+            self.weight("gate", expert=c.experts, expert_embed=D, feed_forward=F),
+            self.weight("up", expert=c.experts, expert_embed=D, feed_forward=F),
             self.weight("down", expert=c.experts, feed_forward=F, expert_embed=D),
         )  # fmt: skip
         y_BTD = exchange(x_BTD, chosen_BTK, weights_BTK, weights, c)
@@ -136,9 +137,9 @@ def router_loss(config: MoE, logits_BTE: jax.Array, scores_BTE: jax.Array, count
 def exchange(x_BTD: jax.Array, chosen_BTK: jax.Array, weights_BTK: jax.Array, weights: tuple, config: MoE) -> jax.Array:
     """`ops.experts.experts` over the mesh: each device computes the tokens of its `expert` group for the experts that it holds.
 
-    Tokens are gathered over `expert` and their results summed back by reduce-scatter: with no row dropped and shapes that do not depend on the
-    load, an all-to-all has to make room for every token at every expert group, top_k times over, so this moves the fewest bytes.
-    The expert width is split over `model`; what the weights have on `data` (FSDP) is gathered before.
+    Tokens are gathered over `expert` and their results summed back by reduce-scatter: with no row dropped and shapes that do not
+    depend on the load, an all-to-all has to make room for every token at every expert group, top_k times over, so this moves the
+    fewest bytes. The expert width is split over `model`; what the weights have on `data` (FSDP) is gathered before.
     """
 
     def local(x, chosen, gates, gate, up, down):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kha_jax import accounting, sharding
+from kha_jax.accounting import PEAK_FLOPS
 from kha_jax.config import ConfigError, near
 from kha_jax.training import RunConfig, make_trainer
 
@@ -30,9 +31,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
-    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 200e9),
-    "v6e": Chip(918e12, 31.25 * 2**30, 1640e9, 448e9),
+    "v5p": Chip(PEAK_FLOPS["v5p"], 95 * 2**30, 2765e9, 600e9),
+    "v5e": Chip(PEAK_FLOPS["v5e"], 15.75 * 2**30, 819e9, 200e9),
+    "v6e": Chip(PEAK_FLOPS["v6e"], 31.25 * 2**30, 1640e9, 448e9),
 }
 TOPOLOGIES = {
     "v5e-64": "v5e:8x8", "v5e-256": "v5e:16x16", "v5p-64": "v5p:4x4x2", "v5p-128": "v5p:4x4x4", "v6e-64": "v6e:8x8", "v6e-256": "v6e:16x16",
@@ -156,7 +157,10 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     moved = _moved(config, chips, cost)
     passes = 3 + again
     hbm = passes * config.accumulation * _pass_bytes(config, local_tokens, cost) + 3 * (params_bytes + optimizer_bytes)
-    times = {"compute": executed / chips / chip.flops / EFFICIENCY, "HBM": hbm / chip.hbm_bandwidth, "links": sum(moved.values()) / chip.link_bandwidth}
+    times = {
+        "compute": executed / chips / chip.flops / EFFICIENCY, "HBM": hbm / chip.hbm_bandwidth,
+        "links": sum(moved.values()) / chip.link_bandwidth,
+    }  # fmt: skip
     bound = max(times, key=times.get)
     step = times[bound]
     seconds = step * config.steps

@@ -12,6 +12,7 @@ from kha_jax import data, sharding
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
+from kha_jax.checkpoint import CheckpointError, Checkpoints
 from kha_jax.data.loader import to_device
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import LossConfig, ModelConfig
@@ -214,3 +215,23 @@ def test_learning_rate_reads_the_optimisers_own_count():
     trainer, state, metrics = trained(RUN)
     np.testing.assert_allclose(metrics[-1]["learning_rate"], schedule(RUN.optimizer, RUN.steps)(2), rtol=1e-6)
     np.testing.assert_allclose(learning_rate(RUN.optimizer, RUN.steps, state.optimizer), schedule(RUN.optimizer, RUN.steps)(3), rtol=1e-6)
+
+
+def test_a_reader_passes_over_a_damaged_checkpoint_and_changes_nothing(tmp_path):
+    """A writer sets newer damaged checkpoints aside; whoever only reads leaves the folder as it is, and takes a part of the state."""
+    state = {"params": {"w": jnp.arange(4.0)}, "other": jnp.zeros(3)}
+    writer = Checkpoints(tmp_path, 5, {})
+    for step in (1, 2):
+        writer.save(step, state)
+    writer.close()
+    manifest = tmp_path / "00000002" / "MANIFEST.json"
+    manifest.write_text("{")
+    reader = Checkpoints(tmp_path, 5, {})
+    assert reader.newest_good(set_aside=False) == 1 and manifest.exists()
+    abstract = {"params": {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))}}
+    part = reader.restore_part(1, abstract)
+    assert set(part) == {"params"}
+    np.testing.assert_array_equal(part["params"]["w"], np.arange(4.0))
+    with pytest.raises(CheckpointError, match="does not hold nothing/w"):
+        reader.restore_part(1, {"nothing": abstract["params"]})
+    assert reader.newest_good() == 1 and not manifest.exists()
