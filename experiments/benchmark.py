@@ -201,8 +201,8 @@ def variants() -> dict[str, Any]:
     }  # fmt: skip
 
     def fused(config: AttentionConfig, platform: str) -> str:
-        key_width = config.projection.score_flops(1) / 2 / config.projection.output_shape()[0] - config.projection.output_shape()[1]
-        kernel = best_kernel(platform, jnp.bfloat16, length, int(key_width), config.projection.output_shape()[1])
+        projection = config.projection
+        kernel = best_kernel(platform, jnp.bfloat16, length, projection.key_width(), projection.output_shape()[1])
         return "-" if kernel == "chunked" else kernel
 
     table = Table(title=f"one attention layer of width {width}, {length} visible tokens at most; {layers} layers of cache in bf16")

@@ -12,7 +12,39 @@ from kha_jax.parameters import Module
 from kha_jax.sharding import constrain
 
 
-class SwiGLU(Config):
+class FeedForward(Config):
+    """What the model and the accounting ask of a feed-forward layer; sizes are per layer of a model of width D."""
+
+    def parameters(self, model_width: int) -> int:
+        """Parameters of one layer."""
+        raise NotImplementedError
+
+    def active_parameters(self, model_width: int) -> int:
+        """Parameters that one token passes through."""
+        return self.parameters(model_width)
+
+    def flops(self, model_width: int) -> int:
+        """Forward FLOPs per token."""
+        return 2 * self.active_parameters(model_width)
+
+    def stream_floats(self, model_width: int) -> int:
+        """Numbers per token that the forward pass makes between the layer's input and its output."""
+        raise NotImplementedError
+
+    def tokens_at_once(self, tokens: float) -> float:
+        """How many of a device's tokens have them at the same time."""
+        return tokens
+
+    def segments(self, layers: int) -> list[tuple[str, int, "FeedForward"]]:
+        """(name, layers, feed-forward) of the runs of equal layers, first to last: each is one scan."""
+        return [("layers", layers, self)]
+
+    def build(self, **arguments: Any) -> Module:
+        """The layer as a module: x [B, T, D] -> (y [B, T, D], named metrics)."""
+        raise NotImplementedError
+
+
+class SwiGLU(FeedForward):
     """(silu(x W_gate) * (x W_up)) W_down, no biases (Shazeer, arXiv 2002.05202). width: F."""
 
     width: int = 768
@@ -20,21 +52,11 @@ class SwiGLU(Config):
     def validate(self):
         self.at_least(1, "width")
 
-    def parameters(self, model_width: int) -> int:
-        """Parameters of one layer."""
+    def parameters(self, model_width):
         return 3 * model_width * self.width
 
-    def active_parameters(self, model_width: int) -> int:
-        """Parameters that one token passes through."""
-        return self.parameters(model_width)
-
-    def flops(self, model_width: int) -> int:
-        """Forward FLOPs per token and layer."""
-        return 2 * self.active_parameters(model_width)
-
-    def segments(self, layers: int) -> list[tuple[str, int, Config]]:
-        """(name, layers, feed-forward) of the runs of equal layers, first to last: each is one scan."""
-        return [("layers", layers, self)]
+    def stream_floats(self, model_width):
+        return 3 * self.width
 
     def build(self, **arguments: Any) -> "SwiGLULayer":
         return SwiGLULayer(config=self, **arguments)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.projections import State
 from kha_jax.config import Config, ConfigError, choice
-from kha_jax.feed_forward import SwiGLU
+from kha_jax.feed_forward import FeedForward, SwiGLU
 from kha_jax.moe import MoE
 from kha_jax.ops import losses
 from kha_jax.parameters import Module, Numerics, RMSNorm
@@ -54,7 +54,7 @@ class ModelConfig(Config):
     stack: Literal["scan", "unroll"] = "scan"
     remat: Literal["none", "dots", "full"] = "none"
     attention: AttentionConfig = AttentionConfig()
-    feed_forward: SwiGLU = choice(FEED_FORWARDS, SwiGLU())
+    feed_forward: FeedForward = choice(FEED_FORWARDS, SwiGLU())
     loss: LossConfig = LossConfig()
     numerics: Numerics = Numerics()
 
@@ -74,7 +74,7 @@ class Block(Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     config: ModelConfig
-    feed_forward_config: Config
+    feed_forward_config: FeedForward
 
     def setup(self):
         c, D = self.config, self.config.width

@@ -9,8 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kha_jax.config import Config
-from kha_jax.feed_forward import SwiGLU
+from kha_jax.feed_forward import FeedForward, SwiGLU
 from kha_jax.ops import experts
 from kha_jax.parameters import Module
 from kha_jax.sharding import axis_size, constrain, per_device, platform
@@ -18,7 +17,7 @@ from kha_jax.sharding import axis_size, constrain, per_device, platform
 BIAS_RULES = ("rms", "sign", "sign_centred")
 
 
-class MoE(Config):
+class MoE(FeedForward):
     """sum over the chosen experts of weight * SwiGLU_e(x), with scores s = sigmoid(x W_R) in float32 (DeepSeek-V3, arXiv 2412.19437).
 
     The top_k experts of s + bias are chosen; weights are their s alone, divided by their sum, times routed_scaling. scores:
@@ -63,26 +62,25 @@ class MoE(Config):
         default = 0.01 if self.balancing == "auxiliary" else 1e-3
         return default if self.balancing_rate is None else self.balancing_rate
 
-    def segments(self, layers: int) -> list[tuple[str, int, Config]]:
-        """(name, layers, feed-forward) of the runs of equal layers."""
+    def segments(self, layers):
         self.require(self.dense_layers < layers, "dense_layers", f"must be below layers={layers}, found {self.dense_layers}")
         first = [("dense_layers", self.dense_layers, SwiGLU(width=self.dense_width))] if self.dense_layers else []
         return [*first, ("layers", layers - self.dense_layers, self)]
 
-    def parameters(self, model_width: int) -> int:
-        """Parameters of one layer; the bias is none."""
-        return self._parameters(model_width, self.experts)
+    def parameters(self, model_width):
+        return self._parameters(model_width, self.experts)  # the bias is none
 
-    def active_parameters(self, model_width: int) -> int:
-        """Parameters that one token passes through."""
+    def active_parameters(self, model_width):
         return self._parameters(model_width, self.top_k)
 
     def _parameters(self, model_width: int, experts: int) -> int:
         return model_width * self.experts + 3 * model_width * self.width * (experts + self.shared_experts)
 
-    def flops(self, model_width: int) -> int:
-        """Forward FLOPs per token and layer."""
-        return 2 * self.active_parameters(model_width)
+    def stream_floats(self, model_width):
+        return self.top_k * (2 * model_width + 3 * self.width) + 3 * self.width * self.shared_experts
+
+    def tokens_at_once(self, tokens):
+        return min(tokens, self.chunk_tokens or tokens)
 
     def build(self, **arguments: Any) -> "MoELayer":
         return MoELayer(config=self, **arguments)

@@ -44,6 +44,10 @@ class Projection(Config):
         """(heads, width) of what the score kernel returns and the output projection reads."""
         raise NotImplementedError
 
+    def key_width(self) -> int:
+        """Width of queries and keys in the score kernel."""
+        return self.output_shape()[1]
+
     def parameters(self, width: int) -> int:
         """Parameters, without the output projection."""
         raise NotImplementedError
@@ -54,7 +58,8 @@ class Projection(Config):
 
     def score_flops(self, context: float) -> float:
         """Forward FLOPs per token of q k^T and p v over `context` visible keys."""
-        raise NotImplementedError
+        heads, value_width = self.output_shape()
+        return 2 * heads * (self.key_width() + value_width) * context
 
     def cache_floats(self) -> int:
         """Numbers per token that a decoder keeps."""
@@ -95,9 +100,6 @@ class GroupedQuery(Projection):
 
     def flops(self, width):
         return 2 * width * (self.query_heads + 2 * self.kv_heads) * self.head_dim
-
-    def score_flops(self, context):
-        return 4 * self.query_heads * self.head_dim * context
 
     def cache_floats(self):
         return 2 * self.kv_heads * self.head_dim
@@ -176,9 +178,6 @@ class GroupedTied(Projection):
 
     def flops(self, width):
         return 2 * width * ((self.query_heads + self.kv_heads) * self.head_dim + self.head_dim // 2)
-
-    def score_flops(self, context):
-        return 4 * self.query_heads * self.head_dim * context
 
     def cache_floats(self):
         return self.kv_heads * self.head_dim + self.head_dim // 2
@@ -269,8 +268,8 @@ class Latent(Projection):
         up = self.kv_lora * self.query_heads * (self.head_dim + self.value_dim)
         return 2 * (query_weights + down + up)
 
-    def score_flops(self, context):
-        return 2 * self.query_heads * (self.head_dim + self.rope_dim + self.value_dim) * context
+    def key_width(self):
+        return self.head_dim + self.rope_dim
 
     def cache_floats(self):
         return self.groups * self.kv_lora + self.rope_dim
