@@ -1,9 +1,14 @@
 """Pieces that run configs share. Sizes are the paper's (arXiv 2510.23052, tables 3 and 5)."""
 
+from typing import Callable
+
+from ml_collections.config_dict import ConfigDict
+
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery
-from kha_jax.config import Config
+from kha_jax.config import to_config_dict
+from kha_jax.feed_forward import FeedForward
 from kha_jax.model import LossConfig, ModelConfig
 from kha_jax.optimizer import OptimizerConfig
 from kha_jax.parameters import Numerics
@@ -26,16 +31,17 @@ def with_knocking(attention: AttentionConfig, variant: str) -> AttentionConfig:
 
 
 def pretraining(
-    variant: str, *, layers: int, width: int, feed_forward: Config, tokens: int, batch_size: int = 512, seq_len: int = 4096,
+    *, layers: int, width: int, feed_forward: FeedForward, tokens: int, batch_size: int = 512, seq_len: int = 4096,
     learning_rate: float = 7.5e-4,
-) -> RunConfig:  # fmt: skip
-    """A run of the paper (section 4.1): GQA 32/4 with heads of 128, tied vocabulary of 157,184, 2.1M tokens a step by default.
+) -> Callable[..., ConfigDict]:  # fmt: skip
+    """get_config(variant) of a run of the paper (section 4.1): GQA 32/4 with heads of 128, tied vocabulary of 157,184, 2.1M tokens a
+    step by default; `variant` is a key of KNOCKING.
 
     For accelerators: FSDP over all of them, full rematerialisation, bfloat16 over float32 AdamW. `data` names the embedded text until
     a corpus is given.
     """
     attention = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_heads=4, head_dim=128))
-    return RunConfig(
+    run = lambda variant: RunConfig(  # noqa: E731
         steps=tokens // (batch_size * seq_len),
         batch_size=batch_size,
         seq_len=seq_len,
@@ -53,3 +59,4 @@ def pretraining(
         evaluation=EvaluationConfig(every=2000, batches=4),
         checkpoint=CheckpointConfig(every=1000, keep=3),
     )
+    return lambda variant="mlp": to_config_dict(run(variant))

@@ -7,12 +7,6 @@ Variants: mlp (default: KHA-MLP on values), linear (KHA-Linear on q, k, v), gate
 """
 
 from configs import base
-from kha_jax.config import to_config_dict
 from kha_jax.feed_forward import SwiGLU
 
-
-def get_config(variant: str = "mlp"):
-    """The run; `variant` is a key of configs.base.KNOCKING."""
-    feed_forward = SwiGLU(width=3072)
-    run = base.pretraining(variant, layers=24, width=1024, feed_forward=feed_forward, tokens=10**11)
-    return to_config_dict(run)
+get_config = base.pretraining(layers=24, width=1024, feed_forward=SwiGLU(width=3072), tokens=10**11)

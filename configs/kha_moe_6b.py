@@ -7,12 +7,9 @@ Variants: mlp (default: KHA-MLP on values), linear (KHA-Linear on q, k, v), gate
 """
 
 from configs import base
-from kha_jax.config import to_config_dict
 from kha_jax.moe import MoE
 
-
-def get_config(variant: str = "mlp"):
-    """The run; `variant` is a key of configs.base.KNOCKING."""
-    feed_forward = MoE(experts=128, top_k=8, width=384, chunk_tokens=4096)
-    run = base.pretraining(variant, layers=18, width=2048, feed_forward=feed_forward, tokens=10**12, seq_len=8192, learning_rate=4.78e-4)
-    return to_config_dict(run)
+get_config = base.pretraining(
+    layers=18, width=2048, feed_forward=MoE(experts=128, top_k=8, width=384, chunk_tokens=4096),
+    tokens=10**12, seq_len=8192, learning_rate=4.78e-4,
+)

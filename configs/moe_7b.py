@@ -7,12 +7,9 @@ Variants: mlp (default: KHA-MLP on values), linear (KHA-Linear on q, k, v), gate
 """
 
 from configs import base
-from kha_jax.config import to_config_dict
 from kha_jax.moe import MoE
 
-
-def get_config(variant: str = "mlp"):
-    """The run; `variant` is a key of configs.base.KNOCKING."""
-    feed_forward = MoE(experts=64, top_k=4, width=1152, chunk_tokens=8192)
-    run = base.pretraining(variant, layers=18, width=1536, feed_forward=feed_forward, tokens=75 * 10**9)
-    return to_config_dict(run)
+get_config = base.pretraining(
+    layers=18, width=1536, feed_forward=MoE(experts=64, top_k=4, width=1152, chunk_tokens=8192),
+    tokens=75 * 10**9,
+)
