@@ -1,7 +1,7 @@
 """Turns one run folder into another: python -m experiments.convert absorb --workdir=runs/linear --out=runs/linear_absorbed
 
-absorb: folds linear mixers into the weights around them in float32, compares the logits of both models on random tokens, prints the
-largest change, and writes a baseline run (config.json and a checkpoint of the same step) that every command reads. The optimiser's
+absorb: folds linear mixers into the weights around them in float32, compares the logits with those of the mixers applied to the
+activations, on random tokens, prints the largest change, and writes a baseline run (config.json and a checkpoint of the same step) that every command reads. The optimiser's
 moments start anew in it; its schedule does not.
 """
 
@@ -75,9 +75,10 @@ def absorb() -> None:
         raise UsageError(str(error.under("config.model.attention"))) from None
     if not slots:
         raise UsageError(f"--workdir={WORKDIR.value}: nothing to fold; the model has no mixers")
-    model, params = absorb_model(config.model, variables["params"])
-    folded = {**variables, "params": params}
-    change, largest = logit_change((config.model, variables), (model, folded), config.seq_len)
+    model, folded = absorb_model(config.model, variables)
+    apart = {slot: getattr(config.model.attention, slot).replace(apply="activations") for slot in slots}
+    unfolded = config.model.replace(attention=config.model.attention.replace(**apart))
+    change, largest = logit_change((unfolded, variables), (model, folded), config.seq_len)
     if not change <= TOLERANCE.value * largest:
         raise UsageError(f"--tolerance={TOLERANCE.value}: folding changes a logit by {change:.3g} of {largest:.3g}; nothing written")
     write_run(out, config.replace(model=model), step, folded, f"{WORKDIR.value} step {step}")

@@ -13,11 +13,8 @@ from absl import flags
 
 from experiments import command_line
 from experiments.command_line import UsageError
-from kha_jax.attention.absorb import foldable
-from kha_jax.config import ConfigError
 from kha_jax.data.tokens import cache_folder
-from kha_jax.decoding import Decoder, Sampling, absorb_model
-from kha_jax.model import ModelConfig
+from kha_jax.decoding import Decoder, Sampling, absorb_if_linear
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
@@ -30,20 +27,6 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0)
 ABSORB = flags.DEFINE_bool("absorb", True, "Fold linear mixers into the weights first.")
 
 log = logging.getLogger("kha_jax")
-
-
-def absorbed(model: ModelConfig, variables: dict) -> tuple[ModelConfig, dict]:
-    """The model with its linear mixers folded; as it is when it has none, or one that does not fold."""
-    try:
-        slots = foldable(model.attention)
-    except ConfigError as error:
-        log.info("not folded: %s", error)
-        return model, variables
-    if not slots:
-        return model, variables
-    log.info("folded linear mixers of %s into the weights", ", ".join(slots))
-    model, params = absorb_model(model, variables["params"])
-    return model, {**variables, "params": params}
 
 
 def main() -> None:
@@ -63,8 +46,8 @@ def main() -> None:
         log.warning("up to %d tokens with the prompt; the model was trained on %d", longest, config.seq_len)
 
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
-    model, variables = absorbed(config.model, variables) if ABSORB.value else (config.model, variables)
-    decoder = Decoder(model, variables)
+    trained = config.model, variables
+    decoder = Decoder(*(absorb_if_linear(*trained) if ABSORB.value else trained))
     settings = {"sampling": sampling, "seed": SEED.value, "end": tokenizer.end_of_document}
     began = time.perf_counter()
     if len(prompts) == 1:

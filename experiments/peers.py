@@ -144,12 +144,11 @@ def kha_jax_generation(variant: str, batch: int) -> Step:
     import jax
     from flax import linen as nn
 
-    from experiments.generate import absorbed
-    from kha_jax.decoding import Decoder
+    from kha_jax.decoding import Decoder, absorb_if_linear
 
     model = peer_run(variant).model
     variables = nn.unbox(jax.jit(model.build().init)(jax.random.key(0), np.zeros((1, 8), np.int32)))
-    decoder, rows = Decoder(*absorbed(model, variables)), prompts(batch).tolist()
+    decoder, rows = Decoder(*absorb_if_linear(model, variables)), prompts(batch).tolist()
     return lambda: decoder.generate(rows, NEW)
 
 
@@ -157,7 +156,8 @@ def transformers_generation(cache: str, batch: int) -> Step:
     """The same by transformers' generate with one of its caches."""
     import torch
 
-    model, ids = transformers_model().eval(), torch.from_numpy(prompts(batch))
+    model = transformers_model().eval()
+    ids = torch.from_numpy(prompts(batch))
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "cache_implementation": cache, "use_cache": True}
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
 

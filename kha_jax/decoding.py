@@ -6,18 +6,20 @@ prompts are padded on the left, so that every row writes to the same slot; `pad`
 Legend: B batch, T prompt length with padding, S slots of the cache, V vocabulary.
 """
 
+import logging
 from typing import Any, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kha_jax.attention.absorb import absorb
+from kha_jax.attention.absorb import absorb, foldable
 from kha_jax.attention.projections import State
-from kha_jax.config import Config
+from kha_jax.config import Config, ConfigError
 from kha_jax.model import Block, ModelConfig
 from kha_jax.ops.attention import MASKED
 
+log = logging.getLogger("kha_jax")
 PROMPT_MULTIPLE = 32  # prompts are padded to multiples of it, so that few lengths compile
 Cache = list[State]
 Variables = dict[str, Any]  # by collection: params, and balance where there is one
@@ -82,13 +84,30 @@ def blocks(model: ModelConfig) -> list[Block]:
     return [make(feed_forward) for _, count, feed_forward in segments for _ in range(count)]
 
 
-def absorb_model(model: ModelConfig, params: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
-    """The baseline model and parameters that compute the same logits; see attention.absorb."""
-    attention, folded = model.attention, dict(params)
+def absorb_model(model: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
+    """The baseline model and variables that compute the same logits; see attention.absorb.
+
+    Raises:
+        ConfigError: a mixer is not linear.
+    """
+    attention, params = model.attention, dict(variables["params"])
     for name, _, _ in model.feed_forward.segments(model.layers):
         attention, layers = absorb(model.attention, params[name]["attention"])
-        folded[name] = {**params[name], "attention": layers}
-    return model.replace(attention=attention), folded
+        params[name] = {**params[name], "attention": layers}
+    return model.replace(attention=attention), {**variables, "params": params}
+
+
+def absorb_if_linear(model: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
+    """`absorb_model`, or what was given where there is nothing to fold or a mixer that does not."""
+    try:
+        slots = foldable(model.attention)
+    except ConfigError as error:
+        log.info("not folded: %s", error)
+        return model, variables
+    if not slots:
+        return model, variables
+    log.info("folded linear mixers of %s into the weights", ", ".join(slots))
+    return absorb_model(model, variables)
 
 
 def prefill(model: ModelConfig, weights: Weights, tokens_BT: jax.Array, pad_B: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
@@ -138,7 +157,7 @@ class Decoder:
 
     Args:
         model: its config; scores of the prompt are computed by the platform's best kernel whatever it says.
-        variables: as trained, {"params": ...}. Linear mixers are best absorbed before (`absorb_model`); any model works as it is.
+        variables: as trained, {"params": ...}. Linear mixers are best absorbed before (`absorb_if_linear`); any model works as it is.
     """
 
     def __init__(self, model: ModelConfig, variables: Variables):

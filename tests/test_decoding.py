@@ -141,7 +141,7 @@ def step_flops(attention):
     config = model(attention, width=64, feed_forward=SwiGLU(width=128))
     variables = jax.eval_shape(config.build().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     if isinstance(attention.query, KnockingLinear):
-        variables = {"params": jax.eval_shape(lambda v: absorb_model(config, v)[1], nn.unbox(variables)["params"])}
+        variables = jax.eval_shape(lambda v: absorb_model(config, v)[1], nn.unbox(variables))
         config = config.replace(attention=AttentionConfig(projection=attention.projection))
     weights = jax.eval_shape(functools.partial(unstack, config), nn.unbox(variables))
     ids, slot = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)

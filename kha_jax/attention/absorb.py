@@ -14,6 +14,7 @@ from kha_jax.attention.attention import SLOTS, AttentionConfig
 from kha_jax.attention.mixers import KnockingLinear, NoMixer
 from kha_jax.config import ConfigError
 
+
 def foldable(config: AttentionConfig) -> list[str]:
     """The slots that hold a mixer to fold.
 
