@@ -41,17 +41,21 @@ def tokens(seed=0, length=T):
 
 
 @functools.cache
+def fresh(config):
+    return nn.unbox(jax.jit(config.build().init)(jax.random.key(0), tokens())["params"])
+
+
 def initial(config, noise=0.0):
     """Fresh parameters; with noise, every one is moved by noise * normal, so that nothing is special about it."""
-    params = nn.unbox(jax.jit(config.build().init)(jax.random.key(0), tokens())["params"])
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten([x + noise * jax.random.normal(k, x.shape) if noise else x for x, k in zip(leaves, keys)])
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + np.float32(noise * random.normal(size=x.shape)), fresh(config))
 
 
 @functools.cache
-def apply(config):
-    return jax.jit(lambda params, *inputs: config.build().apply({"params": params}, *inputs))
+def apply(config, optimised=False):
+    """The jitted logits; optimised: by LLVM as users have it, whatever the tests' own flags say."""
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False} if optimised else None
+    return jax.jit(lambda params, *inputs: config.build().apply({"params": params}, *inputs), compiler_options=options)
 
 
 @pytest.mark.parametrize(("mixer", "places"), CASES)
@@ -60,8 +64,8 @@ def test_a_fresh_mixer_is_bit_equal_to_the_baseline(mixer, places):
     params = initial(knocking)
     shared = {name: leaf for name, leaf in params["layers"]["attention"].items() if not name.endswith("_mixer")}
     stripped = {**params, "layers": {**params["layers"], "attention": shared}}
-    np.testing.assert_array_equal(apply(knocking)(params, tokens()), apply(base)(stripped, tokens()))
-    moved = apply(knocking)(initial(knocking, 0.3), tokens())
+    np.testing.assert_array_equal(apply(knocking, optimised=True)(params, tokens()), apply(base, optimised=True)(stripped, tokens()))
+    moved = apply(knocking, optimised=True)(initial(knocking, 0.3), tokens())
     assert np.isfinite(moved).all()
 
 
@@ -126,8 +130,9 @@ def loss_batch(seed=0):
     return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": positions, "segment_ids": zeros, "weights": weights}
 
 
+@functools.cache
 def loss_and_gradient(config):
-    return jax.value_and_grad(lambda params, batch: config.build().apply({"params": params}, batch, method="loss")[0])
+    return jax.jit(jax.value_and_grad(lambda params, batch: config.build().apply({"params": params}, batch, method="loss")[0]))
 
 
 def test_loss_is_the_cross_entropy_of_the_logits():
@@ -145,9 +150,10 @@ def test_forms_of_the_stack_agree(change):
     plain, changed = model("mlp"), model("mlp", **change)
     params, batch = initial(plain, 0.1), loss_batch()
     chex.assert_trees_all_equal_shapes_and_dtypes(params, initial(changed))
-    programs = [jax.jit(loss_and_gradient(config)).lower(params, batch) for config in (plain, changed)]
-    assert programs[0].as_text() != programs[1].as_text()  # the setting does something
-    results = [program.compile()(params, batch) for program in programs]
+    programs = [loss_and_gradient(config) for config in (plain, changed)]
+    texts = [program.lower(params, batch).as_text() for program in programs]
+    assert texts[0] != texts[1]  # the setting does something
+    results = [program(params, batch) for program in programs]
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
@@ -160,7 +166,7 @@ def test_remat_keeps_less():
         floats = jax.ShapeDtypeStruct((4, 256), jnp.float32)
         batch = {"tokens": ids, "targets": ids, "positions": ids, "segment_ids": ids, "weights": floats}
         params = nn.unbox(jax.eval_shape(config.build().init, jax.random.key(0), ids)["params"])
-        compiled = jax.jit(loss_and_gradient(config)).lower(params, batch).compile()
+        compiled = loss_and_gradient(config).lower(params, batch).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
     assert sizes[0] > sizes[1] > sizes[2]
 

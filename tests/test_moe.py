@@ -21,9 +21,8 @@ from kha_jax.ops import experts_cpu
 from kha_jax.ops.experts import KERNELS, experts
 from kha_jax.parameters import Numerics
 from kha_jax.sharding import MeshConfig
-from kha_jax.training import make_trainer
 from tests import reference
-from tests.test_training import RUN, random_batch, to_device, trained
+from tests.test_training import RUN, begun, random_batch, trained
 
 D, F = 16, 8
 
@@ -157,12 +156,9 @@ def bias_of(state):
 
 
 def one_step(config):
-    """(state, metrics) after a step on one device from random parameters, which NumPy draws faster than XLA compiles."""
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    trainer, draw = make_trainer(config, mesh), np.random.default_rng(0)
-    state = jax.tree.map(lambda z: np.zeros(z.shape, z.dtype), trainer.abstract)
-    state = state._replace(params=jax.tree.map(lambda z: np.float32(0.1 * draw.normal(size=z.shape)), state.params))
-    return jax.jit(trainer.train_step)(state, to_device(random_batch(0), sharding.batch_sharding(mesh), 8))
+    """(state, metrics) after a step."""
+    _, state, step = begun(config)
+    return step(state, random_batch(0))
 
 
 @functools.cache
@@ -219,11 +215,11 @@ def test_meshes_train_as_one_device(mesh):
 
 def test_evaluation_and_a_non_finite_step_leave_the_bias_and_a_checkpoint_keeps_it(tmp_path):
     trainer, state, _ = trained(MIXTURE)
-    before = bias_of(state)
+    step, before = begun(MIXTURE)[2], bias_of(state)
     sums = jax.jit(trainer.evaluation_step)(state, random_batch(3))
     assert np.isfinite(sums.loss) and np.array_equal(before, bias_of(state))
     broken = state._replace(params={**state.params, "embedding": state.params["embedding"] * np.nan})
-    after, metrics = jax.jit(trainer.train_step)(broken, random_batch(3))
+    after, metrics = step(broken, random_batch(3))
     assert metrics["nonfinite"] == 1 and np.array_equal(before, bias_of(after))
     store = checkpoint.Checkpoints(tmp_path / "checkpoints", 2, {})
     store.save(3, state)

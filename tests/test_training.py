@@ -45,14 +45,30 @@ def random_batch(seed=0, uneven=True):
 
 
 @functools.cache
-def trained(config, devices=1, steps=3):
-    """(trainer, state, metrics of every step) of a few steps on the first devices."""
+def fresh(model):
+    """Initial parameters, compiled once for all meshes and optimisers."""
+    trainer = make_trainer(RUN.replace(model=model), sharding.make_mesh(RUN.mesh, jax.devices()[:1]))
+    return jax.device_get(jax.jit(trainer.init)(jax.random.key(0)).params)
+
+
+@functools.cache
+def begun(config, devices=1):
+    """(trainer, initial state, compiled step that takes NumPy batches) on the first devices."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
     trainer = make_trainer(config, mesh)
-    state = jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(0))
-    step, out = jax.jit(trainer.train_step), []
+    zeros = jax.tree.map(lambda z: np.zeros(z.shape, z.dtype), trainer.abstract)
+    state = jax.device_put(zeros._replace(params=fresh(config.model.replace(remat="none", stack="scan"))), trainer.shardings)
+    step = jax.jit(trainer.train_step, out_shardings=(trainer.shardings, None))
+    return trainer, state, lambda state, batch: step(state, to_device(batch, sharding.batch_sharding(mesh), 8))
+
+
+@functools.cache
+def trained(config, devices=1, steps=3):
+    """(trainer, state, metrics of every step) of a few steps on the first devices."""
+    trainer, state, step = begun(config, devices)
+    out = []
     for i in range(steps):
-        state, metrics = step(state, to_device(random_batch(i), sharding.batch_sharding(mesh), 8))
+        state, metrics = step(state, random_batch(i))
         out.append(jax.device_get(metrics))
     return trainer, state, out
 
@@ -118,23 +134,20 @@ def test_a_kernel_that_needs_long_rows_still_makes_its_parameters():
 
 
 def test_a_non_finite_step_changes_nothing_but_the_step():
-    trainer, state, _ = trained(RUN)
-    poisoned = jax.tree.map(lambda x: x, state)
-    batch = random_batch(9)
+    _, state, _ = trained(RUN)
+    step, batch = begun(RUN)[2], random_batch(9)
     batch["weights"] = batch["weights"] * np.float32(np.nan)
-    after, metrics = jax.jit(trainer.train_step)(poisoned, batch)
+    after, metrics = step(state, batch)
     assert metrics["nonfinite"] == 1
     assert after.step == state.step + 1
     chex.assert_trees_all_equal(after.params, state.params)
     chex.assert_trees_all_equal(after.optimizer, state.optimizer)
-    _, healthy = jax.jit(trainer.train_step)(after, random_batch(10))
+    _, healthy = step(after, random_batch(10))
     assert healthy["nonfinite"] == 0 and np.isfinite(healthy["loss"])
 
 
 def test_the_loss_falls_on_one_batch():
-    mesh = sharding.make_mesh(RUN.mesh, jax.devices()[:1])
-    trainer = make_trainer(RUN, mesh)
-    state, step = jax.jit(trainer.init)(jax.random.key(0)), jax.jit(trainer.train_step)
+    _, state, step = begun(RUN)
     losses = []
     for _ in range(20):
         state, metrics = step(state, random_batch())
@@ -145,7 +158,7 @@ def test_the_loss_falls_on_one_batch():
 def test_evaluation_sums_agree_with_training_loss():
     trainer, state, _ = trained(RUN)
     sums = jax.jit(trainer.evaluation_step)(state, random_batch(3))
-    _, metrics = jax.jit(trainer.train_step)(state, random_batch(3))
+    _, metrics = begun(RUN)[2](state, random_batch(3))
     np.testing.assert_allclose(sums.loss / sums.tokens, metrics["loss"], rtol=1e-6)
 
 
@@ -198,8 +211,7 @@ def test_learning_rate_multiplier_of_knocking_matrices():
         trained(RUN.replace(optimizer=OptimizerConfig(weight_decay=0, knocking=KnockingOptimizerConfig(learning_rate_multiplier=m))), steps=1)
         for m in (1.0, 2.0)
     )
-    initial = jax.jit(make_trainer(RUN, sharding.make_mesh(RUN.mesh, jax.devices()[:1])).init)(jax.random.key(0)).params
-    moved = [jax.tree.map(jnp.subtract, result[1].params, initial)["layers"] for result in (base, doubled)]
+    moved = [jax.tree.map(jnp.subtract, result[1].params, fresh(MODEL))["layers"] for result in (base, doubled)]
     mixer, kernel = (lambda m: m["attention"]["value_mixer"]["down"]), (lambda m: m["feed_forward"]["up"])
     np.testing.assert_allclose(2 * mixer(moved[0]), mixer(moved[1]), rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(kernel(moved[0]), kernel(moved[1]), rtol=1e-5)
