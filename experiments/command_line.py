@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import runpy
 import sys
@@ -13,7 +14,7 @@ from ml_collections import config_flags
 
 from kha_jax.config import ConfigError, from_dict, near
 
-DONE, USAGE, DATA, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 74, 75, 76
+DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = str(REPOSITORY / "configs" / "kha_tiny.py")
 
@@ -163,6 +164,12 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> dic
     return out
 
 
+def give_up(message: str) -> None:
+    """Ends the process at once for want of the others: leaving in order would wait for them once more."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(HANG)
+
+
 def run(main: Callable[..., int | None], words: int = 0) -> None:
     """Parses the flags, calls main and leaves with the contract's exit code; expected errors are one line on stderr.
 
@@ -170,15 +177,18 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     """
     from kha_jax.checkpoint import CheckpointError
     from kha_jax.data import DataError
+    from kha_jax.processes import PeerError, WaitError
 
     log = logging.getLogger("kha_jax")
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(logging.StreamHandler(sys.stderr))
-    codes = {UsageError: USAGE, ConfigError: USAGE, DataError: DATA, CheckpointError: STORAGE}
+    codes = {UsageError: USAGE, ConfigError: USAGE, DataError: DATA, PeerError: HANG, WaitError: HANG, CheckpointError: STORAGE}
     try:
         code = main(*_parse_flags(sys.argv, words)) or DONE
     except tuple(codes) as error:
+        if isinstance(error, WaitError):
+            give_up(str(error))
         print(f"error: {error}", file=sys.stderr)
         code = codes[type(error)]
     sys.exit(code)

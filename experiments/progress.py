@@ -70,6 +70,8 @@ class Progress:
 
     def farewell(self, workdir: Path, config_flag: Any) -> None:
         """What to try next."""
+        if not self.enabled:
+            return
         self.console.print(
             f"done: {workdir} holds metrics.jsonl, config.json and checkpoints. Next, try\n"
             "  the baseline    python -m experiments.train --config=configs/kha_tiny.py:baseline --workdir=runs/baseline\n"

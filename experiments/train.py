@@ -1,7 +1,7 @@
 """Trains a model: python -m experiments.train --config=configs/kha_tiny.py --workdir=runs/kha_tiny
 
-The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or config, 65 data, 74 checkpoint storage,
-75 stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps.
+The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or config, 65 data, 70 another process did not come
+or cannot go on, 74 checkpoint storage, 75 stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps.
 """
 
 import fcntl
@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,14 @@ from jax.experimental import multihost_utils
 from experiments import command_line
 from experiments.command_line import UsageError
 from experiments.progress import Progress
-from kha_jax import accounting, data, sharding
+from kha_jax import accounting, data, processes, sharding
 from kha_jax.checkpoint import Checkpoints
 from kha_jax.config import to_dict
 from kha_jax.data.loader import to_device
 from kha_jax.data.tokens import cache_folder
 from kha_jax.metrics import Meter, MetricsFile, TensorBoard, bits_per_byte
 from kha_jax.ops.attention import unavailable
-from kha_jax.training import RunConfig, make_trainer
+from kha_jax.training import RunConfig, Trainer, make_trainer
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/NAME of the config file by default.")
@@ -39,38 +38,26 @@ TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard sc
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for several processes outside SLURM and TPU pods.")
 PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; with --coordinator_address.", lower_bound=1)
 PROCESS = flags.DEFINE_integer("process_id", None, "This process, from 0; with --coordinator_address.", lower_bound=0)
+WAIT = flags.DEFINE_integer("wait_seconds", 300, "How long processes wait for one another before they give up.", lower_bound=1)
 ALLOW_CHANGES = flags.DEFINE_list("allow_changes", [], "Config fields that may differ from the run being resumed.")
 
 log = logging.getLogger("kha_jax")
-JOIN_SECONDS = 300
 # Fields that may change on resume: they decide what is recorded, not what is learnt.
 FREE = ("evaluation.", "checkpoint.", "profile.", "mesh.", "max_nonfinite_steps", "data.cache_dir", "model.attention.kernel")
 
 
 def join_processes() -> None:
-    """Connects the processes of a run: as the flags say, or by itself under SLURM and on TPU pods; one process needs nothing.
+    """See processes.join, for the flags.
 
     Raises:
-        UsageError: the flags are incomplete, or some process did not come within JOIN_SECONDS.
+        UsageError: the flags are incomplete.
+        WaitError: some process did not come.
     """
     given = {"coordinator_address": COORDINATOR.value, "num_processes": PROCESSES.value, "process_id": PROCESS.value}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
         raise UsageError(f"--{missing[0]}: is needed together with {' and '.join('--' + n for n in given if n not in missing)}")
-    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
-    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if missing and not slurm and not pod:
-        return
-    where = f"at {COORDINATOR.value}" if not missing else "that SLURM started" if slurm else "of this TPU slice"
-    hint = f"still waiting for the other processes {where}: check that each runs this command and reaches process 0"
-    timer = threading.Timer(60, log.warning, [hint])
-    timer.start()
-    try:
-        jax.distributed.initialize(**({} if missing else given), initialization_timeout=JOIN_SECONDS)
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"the processes {where} did not come together within {JOIN_SECONDS} s: {error}") from None
-    finally:
-        timer.cancel()
+    processes.join(**given, seconds=WAIT.value, give_up=command_line.give_up)
 
 
 class Stop:
@@ -146,17 +133,12 @@ def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str,
     return values
 
 
-def main() -> int:
-    """See the module's docstring."""
-    started = time.perf_counter()
-    config: RunConfig = command_line.parse_config(RunConfig, CONFIG)
-    if PRINT_CONFIG.value:
-        print(json.dumps(to_dict(config), indent=1))
-        return command_line.DONE
+def checked_mesh(config: RunConfig) -> jax.sharding.Mesh:
+    """The run's mesh over all devices.
 
-    # ---------------------------------------------------------------- processes, devices and folders
-    join_processes()
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
+    Raises:
+        UsageError, ConfigError: names what does not divide over it or cannot run on it.
+    """
     mesh = sharding.make_mesh(config.mesh)
     ways = mesh.shape["data"] * mesh.shape["expert"]
     if config.batch_size // config.accumulation % ways:
@@ -167,116 +149,167 @@ def main() -> int:
     problem = unavailable(config.model.attention.kernel, jax.default_backend(), config.seq_len)
     if problem:
         raise UsageError(f"config.model.attention.kernel: {problem}")
-    workdir, lock = open_workdir(config)
-    stop = Stop()
-    leader = jax.process_index() == 0
+    return mesh
 
-    # ---------------------------------------------------------------- data
-    train_source = config.data.open("train", config.seq_len, config.seed)
-    validation_source = config.data.open("validation", config.seq_len, config.seed)
-    rows, placement = sharding.local_rows(mesh, config.batch_size), sharding.batch_sharding(mesh)
+
+def checked_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
+    """The run's trainer.
+
+    Raises:
+        UsageError: names a parameter that does not divide over the mesh.
+    """
+    try:
+        return make_trainer(config, mesh)
+    except ValueError as error:
+        raise UsageError(f"config.mesh: {error}") from None
+
+
+class Reporter:
+    """Where metrics go: the terminal, metrics.jsonl and TensorBoard, on process 0 alone. A step is reported while the next one runs.
+
+    nonfinite: consecutive steps that were not applied.
+    """
+
+    def __init__(self, config: RunConfig, mesh: jax.sharding.Mesh, workdir: Path, first_step: int):
+        self.config, self.pending, self.nonfinite = config, None, 0
+        cost = accounting.account(config.model, config.seq_len, tokens=config.batch_size * config.seq_len)
+        peak = accounting.peak_flops(jax.devices()[0].device_kind) * mesh.devices.size
+        self.meter = Meter(cost.training_flops, peak)
+        leader = jax.process_index() == 0
+        self.sinks: list[Any] = [MetricsFile(workdir / "metrics.jsonl", first_step)] if leader else []
+        if leader and TENSORBOARD.value:
+            self.sinks.append(TensorBoard(workdir / "tensorboard"))
+        self.progress = Progress(first_step, config.steps, enabled=leader)
+        self.progress.header(workdir, config, cost, mesh, first_step)
+
+    def now(self, step: int, values: dict[str, Any]) -> None:
+        """Reports values that are there."""
+        for sink in self.sinks:
+            sink.write(step, values)
+        self.progress.update(step, values)
+
+    def later(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Reports the step before this one, and this one next time."""
+        self.flush()
+        self.pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Reports the step that is waiting for it."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        self.nonfinite = self.nonfinite + 1 if values["nonfinite"] else 0
+        if self.nonfinite:
+            found, rows = f"loss {values['loss']}, gradient norm {values['grad_norm']}", self.config.batch_size
+            log.warning("step %d not applied: %s; examples %d to %d", step, found, (step - 1) * rows, step * rows - 1)
+        self.now(step, {**values, **self.meter.read(self.config.batch_size * self.config.seq_len)})
+
+    def evaluated(self, step: int) -> bool:
+        """Whether a resumed run's last line holds an evaluation, as far as one process can tell."""
+        return jax.process_count() > 1 or not step or "val_loss" in self.sinks[0].last
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+        self.progress.close()
+
+
+class Profile:
+    """The profiler trace that the config asks for."""
+
+    def __init__(self, config: RunConfig, folder: Path):
+        self.wanted, self.folder, self.running = config.profile, folder, False
+
+    def before(self, step: int) -> None:
+        if self.wanted.stop and step == self.wanted.start + 1:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self.running and step == self.wanted.stop:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self.running = False
+            log.info("profile of steps %d to %d: %s", self.wanted.start, step - 1, self.folder)
+
+
+def main() -> int:
+    """See the module's docstring."""
+    started = time.perf_counter()
+    config: RunConfig = command_line.parse_config(RunConfig, CONFIG)
+    if PRINT_CONFIG.value:
+        print(json.dumps(to_dict(config), indent=1))
+        return command_line.DONE
+
+    # ---------------------------------------------------------------- processes, devices, folder, data
+    join_processes()
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
+    with processes.together("set-up", WAIT.value):
+        mesh = checked_mesh(config)
+        workdir, lock = open_workdir(config)
+        train_source, validation_source = (config.data.open(split, config.seq_len, config.seed) for split in ("train", "validation"))
+        trainer = checked_trainer(config, mesh)
+    processes.same("config", json.dumps(to_dict(config)))
+    stop = Stop()
     if config.data.vocabulary_size() < config.model.vocabulary_size:
         found = f"{config.data.vocabulary_size()} < {config.model.vocabulary_size}"
         log.warning("config.model.vocabulary_size: the data uses fewer ids (%s)", found)
-
     # ---------------------------------------------------------------- state, new or restored
-    try:
-        trainer = make_trainer(config, mesh)
-    except ValueError as error:
-        raise UsageError(f"config.mesh: {error}") from None
     config_hash = hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest()
     about = {"config": config_hash, "data": train_source.fingerprint, "jax": jax.__version__}
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, about)
-    resume_from = checkpoints.newest_good()
-    if resume_from is None:
-        state = jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(config.seed))
-    else:
-        state = checkpoints.restore(resume_from, trainer.abstract)
-    first_step = resume_from or 0
+    first_step = checkpoints.newest_good() or 0
     if first_step >= config.steps:
         print(f"{workdir} already has its {config.steps} steps; train again with another --workdir, or remove the folder")
         return command_line.DONE
-
-    # ---------------------------------------------------------------- reporting
-    cost = accounting.account(config.model, config.seq_len, tokens=config.batch_size * config.seq_len)
-    devices = mesh.devices.size
-    meter = Meter(cost.training_flops, accounting.peak_flops(jax.devices()[0].device_kind) * devices)
-    sinks: list[Any] = []
-    if leader:
-        sinks.append(MetricsFile(workdir / "metrics.jsonl", first_step))
-        if TENSORBOARD.value:
-            sinks.append(TensorBoard(workdir / "tensorboard"))
-    progress = Progress(first_step, config.steps, enabled=leader)
-    progress.header(workdir, config, cost, mesh, first_step)
-
-    def report(step: int, values: dict[str, Any]) -> None:
-        for sink in sinks:
-            sink.write(step, values)
-        progress.update(step, values)
+    if first_step:
+        state = checkpoints.restore(first_step, trainer.abstract)
+    else:
+        state = jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(config.seed))
+    reporter, profile = Reporter(config, mesh, workdir, first_step), Profile(config, workdir / "profile")
 
     # ---------------------------------------------------------------- the loop
     train_step = jax.jit(trainer.train_step, donate_argnums=0, out_shardings=(trainer.shardings, None))
     evaluation_step = jax.jit(trainer.evaluation_step)
-    nonfinite, late, profiling, code = 0, None, False, command_line.DONE
-    reader = data.batches(
-        train_source, batch_size=config.batch_size, rows=rows, seed=config.seed, start=first_step, stop=config.steps
-    )
-
-    def fetch(pending) -> None:
-        """Reports the metrics of a step that has been running while the next one was prepared."""
-        nonlocal nonfinite
-        if pending is None:
-            return
-        values = {name: value.tolist() for name, value in jax.device_get(pending[1]).items()}
-        nonfinite = nonfinite + 1 if values["nonfinite"] else 0
-        if nonfinite:
-            found = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
-            begin = (pending[0] - 1) * config.batch_size
-            log.warning("step %d not applied: %s; examples %d to %d", pending[0], found, begin, begin + config.batch_size - 1)
-        report(pending[0], {**values, **meter.read(config.batch_size * config.seq_len)})
+    rows, placement = sharding.local_rows(mesh, config.batch_size), sharding.batch_sharding(mesh)
+    where = {"batch_size": config.batch_size, "rows": rows, "seed": config.seed, "start": first_step, "stop": config.steps}
+    reader = data.batches(train_source, **where)
 
     def evaluation_due(step: int) -> bool:
         return config.evaluation.every > 0 and (step == config.steps or step % config.evaluation.every == 0)
 
     def evaluate_and_report(step: int) -> None:
-        report(step, evaluate(evaluation_step, state, validation_source, config, mesh))
+        reporter.now(step, evaluate(evaluation_step, state, validation_source, config, mesh))
 
-    if jax.process_count() == 1 and first_step and evaluation_due(first_step) and "val_loss" not in sinks[0].last:
+    if evaluation_due(first_step) and not reporter.evaluated(first_step):
         evaluate_and_report(first_step)  # the run was stopped before it could
-
+    code = command_line.DONE
     for step in range(first_step + 1, config.steps + 1):
-        if config.profile.stop and step == config.profile.start + 1:
-            jax.profiler.start_trace(str(workdir / "profile"))
-            profiling = True
+        profile.before(step)
         waiting = time.perf_counter()
         batch = to_device(next(reader), placement, config.batch_size)
-        meter.wait(time.perf_counter() - waiting)
+        reporter.meter.wait(time.perf_counter() - waiting)
         state, metrics = train_step(state, batch)
-        fetch(late)
-        late = (step, metrics)
-        if profiling and step == config.profile.stop:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            profiling = False
-            log.info("profile of steps %d to %d: %s", config.profile.start, step - 1, workdir / "profile")
+        reporter.later(step, metrics)
+        profile.after(step, state)
         if step == first_step + 1:
             jax.block_until_ready(metrics)
             log.info("first step after %.1f s (imports not counted)", time.perf_counter() - started)
 
-        last = step == config.steps
-        stopping = stop.now(step)
-        evaluate_now = evaluation_due(step) and not (stopping and not last)
+        last, stopping = step == config.steps, stop.now(step)
+        evaluate_now = evaluation_due(step) and (last or not stopping)
         save_now = last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
         if evaluate_now or save_now:
-            fetch(late)
-            late, paused = None, time.perf_counter()
+            reporter.flush()
+            paused = time.perf_counter()
             if evaluate_now:
                 evaluate_and_report(step)
             if save_now:  # the state is finite whatever the step was: a non-finite update is never applied
                 checkpoints.save(step, state)
-            meter.pause(time.perf_counter() - paused)
-        if nonfinite >= config.max_nonfinite_steps:
-            log.error("stopped after %d consecutive non-finite steps; the newest checkpoint is intact", nonfinite)
+            reporter.meter.pause(time.perf_counter() - paused)
+        if reporter.nonfinite >= config.max_nonfinite_steps:
+            log.error("stopped after %d consecutive non-finite steps; the newest checkpoint is intact", reporter.nonfinite)
             code = command_line.NON_FINITE
             break
         if stopping and not last:
@@ -286,11 +319,9 @@ def main() -> int:
 
     # ---------------------------------------------------------------- the end
     checkpoints.close()
-    for sink in sinks:
-        sink.close()
-    progress.close()
-    if code == command_line.DONE and leader:
-        progress.farewell(workdir, CONFIG)
+    reporter.close()
+    if code == command_line.DONE:
+        reporter.progress.farewell(workdir, CONFIG)
     lock.close()
     return code
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+
+from kha_jax import processes
 
 MANIFEST = "MANIFEST.json"
+VERIFY_SECONDS = 3600  # that other processes wait for process 0 to read every file of a checkpoint
 log = logging.getLogger("kha_jax")
 
 
@@ -143,13 +144,10 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, but none is good. Training never restarts from scratch over them.
         """
-        if jax.process_count() > 1:
-            found = self._newest_good(set_aside) if jax.process_index() == 0 else 0
-            step = int(multihost_utils.broadcast_one_to_all(np.int64(-1 if found is None else found)))
-            return None if step < 0 else step
-        return self._newest_good(set_aside)
+        step = processes.from_leader("newest checkpoint", lambda: self._newest_good(set_aside), VERIFY_SECONDS)
+        return None if step < 0 else step
 
-    def _newest_good(self, set_aside: bool) -> int | None:
+    def _newest_good(self, set_aside: bool) -> int:
         for leftover in sorted(p for p in self.folder.glob("*") if not (p / MANIFEST).exists()):
             log.warning("passed over %s: no %s; the save was interrupted", leftover, MANIFEST)
         steps = self.steps()
@@ -166,7 +164,7 @@ class Checkpoints:
             return step
         if steps:
             raise CheckpointError(f"{self.folder}: none of the checkpoints {steps} is intact; move the folder to start again")
-        return None
+        return -1
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The state saved at `step`, laid out as the ShapeDtypeStructs in `abstract` say.

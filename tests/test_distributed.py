@@ -27,12 +27,12 @@ def start(workdir, cache, devices, *flags):
     return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start_two(workdir, cache):
+def start_two(workdir, cache, *flags_of_each):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = [(f"--coordinator_address={address}", "--num_processes=2", f"--process_id={i}") for i in range(2)]
-    return [start(workdir, cache, 4, *each) for each in flags]
+    return [start(workdir, cache, 4, *join, *more) for join, more in zip(flags, flags_of_each or ((), ()))]
 
 
 def finish(process):
@@ -66,6 +66,24 @@ def test_two_processes_train_stop_and_resume_as_one(tmp_path):
     for ours, theirs in zip(losses(tmp_path / "two"), losses(tmp_path / "one")):
         assert ours.keys() == theirs.keys()
         np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_go_on_takes_the_others_with_it(tmp_path):
+    """In seconds, with a reason and the contract's code, instead of a wait in the first collective."""
+    for wrong, here, elsewhere in (
+        ("--config.model.width=30", "dimension 'embed' of 30 does not divide", "set-up: process 1 cannot go on"),
+        ("--config.steps=3", "that of process 1 is not that of process 0", "that of process 1 is not that of process 0"),
+    ):
+        began = time.monotonic()
+        (code, err), (wrong_code, wrong_err) = (finish(p) for p in start_two(tmp_path / "run", tmp_path / "cache", (), (wrong,)))
+        assert wrong_code == 2 and here in wrong_err, wrong_err
+        assert code == (70 if here != elsewhere else 2) and elsewhere in err, err
+        assert time.monotonic() - began < 60
+    alone = start_two(tmp_path / "run", tmp_path / "cache", ("--wait_seconds=4",), ("--help",))
+    code, err = finish(alone[0])
+    finish(alone[1])
+    assert code == 70 and "did not come together within 4 s" in err, err
 
 
 def test_half_of_the_process_flags_are_refused(tmp_path):

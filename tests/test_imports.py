@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "config": 0, "ops": 0, "sharding": 0,
     "parameters": 0.5,  # the base of all modules: config and ops.norm
-    "data": 1, "optimizer": 1, "metrics": 1,
+    "data": 1, "optimizer": 1, "metrics": 1, "processes": 1,
     "attention": 2, "feed_forward": 2, "moe": 2, "model": 2.5, "accounting": 2.6,  # what a block is made of, then the whole
     "training": 3, "checkpoint": 3, "decoding": 3, "planning": 3.5,
     "inspect": 4, "convert": 4,
