@@ -24,7 +24,9 @@ from kha_jax.planning import EFFICIENCY, TOPOLOGIES, Plan  # noqa: E402
 from kha_jax.training import RunConfig  # noqa: E402
 
 CONFIG = command_line.define_config(str(command_line.REPOSITORY / "configs" / "kha_moe_6b.py"))
-TOPOLOGY = flags.DEFINE_string("topology", "v5p-128", f"KIND:SHAPE, such as v5p:4x4x4, or one of {', '.join(TOPOLOGIES)}.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, f"KIND:SHAPE, such as v5p:4x4x4, or one of {', '.join(TOPOLOGIES)}; by default the mesh's preset, or v5p-128."
+)
 SEQUENCES = flags.DEFINE_integer("sequences_per_device", None, "Rows of a micro-batch on a device.", lower_bound=1)
 REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "Instead of the config's policy.")
 SWEEP = flags.DEFINE_list("sweep_topologies", [], "Plan for each of these slices.")
@@ -47,7 +49,7 @@ def plans() -> dict[str, Plan]:
     if COMPILE.value and not compiled:
         print("libtpu is not installed, memory is estimated; for the compiled figures: pip install -e '.[plan]'", file=sys.stderr)
     out = {}
-    for slice_name in SWEEP.value or [TOPOLOGY.value]:
+    for slice_name in SWEEP.value or [TOPOLOGY.value or config.mesh.preset or "v5p-128"]:
         slice_ = planning.topology(slice_name)
         for name, run in runs.items():
             run = run if REMAT.value is None else run.replace(model=run.model.replace(remat=REMAT.value))
@@ -57,23 +59,20 @@ def plans() -> dict[str, Plan]:
 
 
 def advise(run: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
-    """The plan; when it does not fit, the cheapest change that does is printed: full rematerialisation, then fewer sequences at once."""
+    """The plan; where it does not fit, the cheapest change that does is printed."""
     run = planning.placed(run, slice_, SEQUENCES.value)
-    first = found = planning.plan(run, slice_, compiled)
-    change, attempt = [], run
-    while not found.fits and (attempt.model.remat != "full" or attempt.batch_size // attempt.accumulation > slice_.chips):
-        if attempt.model.remat != "full":
-            attempt = attempt.replace(model=attempt.model.replace(remat="full"))
-            change.append("config.model.remat=full")
+    found = planning.plan(run, slice_, compiled)
+    if not found.fits:
+        for flags_, changed, where in planning.remedies(run, slice_):
+            then = planning.plan(changed, where, compiled)
+            if then.fits:
+                remedy = f"fits with {' '.join(flags_)} at {then.peak_bytes_per_device / GIB:.1f} GiB"
+                break
         else:
-            attempt = attempt.replace(accumulation=attempt.accumulation * 2)
-            change = [c for c in change if "accumulation" not in c] + [f"config.accumulation={attempt.accumulation}"]
-        found = planning.plan(attempt, slice_, compiled)
-    if not first.fits:
-        peak, later, room = (size / GIB for size in (first.peak_bytes_per_device, found.peak_bytes_per_device, slice_.chip.hbm_bytes))
-        remedy = f"fits with {' and '.join(change)} at {later:.1f} GiB" if found.fits else "use more chips"
-        print(f"{slice_.name}: {peak:.1f} GiB do not fit {room:.1f}; {remedy}", file=sys.stderr)
-    return first
+            remedy = "no change of rematerialisation, accumulation or slice that is known here does; split the model further"
+        peak, room = found.peak_bytes_per_device / GIB, slice_.chip.hbm_bytes / GIB
+        print(f"{slice_.name}: {peak:.1f} GiB do not fit {room:.2f}; {remedy}", file=sys.stderr)
+    return found
 
 
 def show(found: dict[str, Plan]) -> None:

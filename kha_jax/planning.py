@@ -7,7 +7,7 @@ so that the step is as long as its slowest part.
 
 import importlib.util
 import math
-from typing import Any, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ import numpy as np
 from kha_jax import accounting, sharding
 from kha_jax.accounting import PEAK_FLOPS
 from kha_jax.config import ConfigError, near
-from kha_jax.training import RunConfig, make_trainer
+from kha_jax.training import RunConfig, TrainState, make_trainer
 
+FSDP = (sharding.RULES["embed"], sharding.RULES["expert_embed"])  # the mesh axes over which weights are gathered when they are used
 EFFICIENCY = 0.75  # of the peak, in the matrix products and the attention kernel; an assumption, not a measurement
 
 
@@ -35,8 +36,11 @@ CHIPS = {
     "v5e": Chip(PEAK_FLOPS["v5e"], 15.75 * 2**30, 819e9, 200e9),
     "v6e": Chip(PEAK_FLOPS["v6e"], 31.25 * 2**30, 1640e9, 448e9),
 }
+# One device, one host, and the slices of sharding.PRESETS, by their vendor's names and as libtpu calls them.
 TOPOLOGIES = {
-    "v5e-64": "v5e:8x8", "v5e-256": "v5e:16x16", "v5p-64": "v5p:4x4x2", "v5p-128": "v5p:4x4x4", "v6e-64": "v6e:8x8", "v6e-256": "v6e:16x16",
+    "v5e-1": "v5e:1x1", "v5e-4": "v5e:2x2", "v5e-64": "v5e:8x8", "v5e-256": "v5e:16x16",
+    "v5p-8": "v5p:2x2x1", "v5p-64": "v5p:4x4x2", "v5p-128": "v5p:4x4x4",
+    "v6e-1": "v6e:1x1", "v6e-4": "v6e:2x2", "v6e-64": "v6e:8x8", "v6e-256": "v6e:16x16",
 }  # fmt: skip
 
 
@@ -95,9 +99,10 @@ def placed(config: RunConfig, slice_: Topology, sequences: int | None) -> RunCon
     """The run on a slice: with `sequences` on a device at once, and as many micro-batches as its batch then needs.
 
     Raises:
-        ConfigError: the batch does not divide.
+        ConfigError: the batch or the mesh does not divide.
     """
-    ways = slice_.chips // (config.mesh.model if config.mesh.model > 0 else 1)
+    data, expert, _ = config.mesh.shape(slice_.chips)
+    ways = data * expert
     if sequences is None:
         sequences = max(1, config.batch_size // config.accumulation // ways)
     at_once = sequences * ways
@@ -105,6 +110,36 @@ def placed(config: RunConfig, slice_: Topology, sequences: int | None) -> RunCon
     if batch % at_once:
         raise ConfigError("config.batch_size", f"must be a multiple of {sequences} sequences on {ways} devices, found {config.batch_size}")
     return config.replace(batch_size=batch, accumulation=batch // at_once)
+
+
+class Remedy(NamedTuple):
+    """A change that saves memory: the flags that make it, and what they make of the run and the slice."""
+
+    flags: tuple[str, ...]
+    config: RunConfig
+    slice_: Topology
+
+
+def remedies(config: RunConfig, slice_: Topology) -> Iterator[Remedy]:
+    """What may make a run fit that `placed` has put on the slice, cheapest first.
+
+    Full rematerialisation, then fewer sequences at once, then larger slices of the kind, whose FSDP leaves each device less state.
+    """
+    flags: tuple[str, ...] = ()
+    if config.model.remat != "full":
+        config, flags = config.replace(model=config.model.replace(remat="full")), ("--remat=full",)
+        yield Remedy(flags, config, slice_)
+    data, expert, _ = config.mesh.shape(slice_.chips)
+    sequences = config.batch_size // config.accumulation // (data * expert)
+    for fewer in (n for n in range(sequences - 1, 0, -1) if sequences % n == 0):
+        accumulation = config.accumulation * sequences // fewer
+        yield Remedy((*flags, f"--config.accumulation={accumulation}"), config.replace(accumulation=accumulation), slice_)
+    spread = config.replace(mesh=config.mesh.replace(preset=None, data=-1))
+    same_kind = (topology(name) for name in TOPOLOGIES)
+    for larger in sorted((t for t in same_kind if t.chip == slice_.chip and t.chips > slice_.chips), key=lambda t: t.chips):
+        if config.batch_size % math.prod(spread.mesh.shape(larger.chips)[:2]) == 0:
+            fewest = placed(spread, larger, 1)
+            yield Remedy((*flags, f"--topology={larger.name}", f"--config.accumulation={fewest.accumulation}"), fewest, larger)
 
 
 def has_libtpu() -> bool:
@@ -127,14 +162,19 @@ def compiled_memory(config: RunConfig, slice_: Topology) -> tuple[float, float]:
     return float(getattr(memory, "peak_memory_in_bytes", 0) or whole), float(memory.temp_size_in_bytes)
 
 
-def _state_bytes(config: RunConfig, chips: int) -> tuple[float, float]:
-    """(parameters, optimiser state) on one device of this many, by the shardings that the trainer gives them."""
-    mesh_shape = dict(zip(sharding.MESH_AXES, config.mesh.shape(chips)))
-    mesh = jax.sharding.AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape))
-    trainer = make_trainer(config, mesh)
-    size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize  # noqa: E731
-    total = lambda tree: float(sum(size(leaf) for leaf in jax.tree.leaves(tree)))  # noqa: E731
-    return total(trainer.abstract.params), total((trainer.abstract.optimizer, trainer.abstract.balance))
+def _abstract_state(config: RunConfig, chips: int) -> tuple[TrainState, dict[str, int]]:
+    """The run's state as it is laid out on this many devices, and the mesh's sizes."""
+    sizes = dict(zip(sharding.MESH_AXES, config.mesh.shape(chips)))
+    return make_trainer(config, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))).abstract, sizes
+
+
+def _held(leaf: jax.ShapeDtypeStruct) -> int:
+    """Elements of an array on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def _held_bytes(tree: Any) -> float:
+    return float(sum(_held(leaf) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)))
 
 
 def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
@@ -143,7 +183,8 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     cost = accounting.account(model, config.seq_len, tokens=config.batch_size * config.seq_len)
     tokens = config.batch_size * config.seq_len
     local_tokens = tokens / config.accumulation / chips
-    params_bytes, optimizer_bytes = _state_bytes(config, chips)
+    state, sizes = _abstract_state(config, chips)
+    params_bytes, optimizer_bytes = _held_bytes(state.params), _held_bytes((state.optimizer, state.balance))
     activations = local_tokens * model.width * model.layers * np.dtype(model.numerics.dtype).itemsize
     if compiled:
         peak, temporaries = compiled_memory(config, slice_)
@@ -154,7 +195,7 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     # The backward pass costs two forward ones; full rematerialisation runs the layers forward once more.
     again = {"none": 0.0, "dots": 0.05, "full": 1.0}[model.remat]
     executed = cost.training_flops * (3 + again) / 3 * tokens
-    moved = _moved(config, chips, cost)
+    moved = _moved(config, state.params, sizes)
     passes = 3 + again
     hbm = passes * config.accumulation * _pass_bytes(config, local_tokens, cost) + 3 * (params_bytes + optimizer_bytes)
     times = {
@@ -175,43 +216,47 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     )  # fmt: skip
 
 
-def _moved(config: RunConfig, chips: int, cost: accounting.Accounting) -> dict[str, float]:
-    """FSDP: weights are gathered in bfloat16 for the forward and the backward pass of every micro-batch, gradients reduce-scattered;
-    `expert` gathers tokens and reduce-scatters results, `model` sums the outputs of attention and feed-forward."""
-    data, expert, model = config.mesh.shape(chips)
-    width = np.dtype(config.model.numerics.dtype).itemsize
-    ways = data * expert
-    weights = width * cost.parameters / model * (ways - 1) / ways * config.accumulation
-    passes = 2 if config.model.remat == "full" else 1  # forward passes
-    moved = {"all-gather": 2 * weights, "reduce-scatter": weights, "all-reduce": 0.0}
-    tokens = config.batch_size * config.seq_len / ways
-    stream = width * tokens * config.model.width * config.model.layers
-    if expert > 1:
-        moved["all-gather"] += 2 * stream * (expert - 1)
-        moved["reduce-scatter"] += 2 * stream * (expert - 1)
-    if model > 1:
-        moved["all-reduce"] += 2 * (2 + passes) * stream * 2 * (model - 1) / model
+def _moved(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[str, float]:
+    """Bytes that a device sends in a step, by kind of collective.
+
+    FSDP gathers weights in the compute dtype for the forward and the backward pass of every micro-batch and reduce-scatters their
+    gradients; what is whole on every device has its gradient summed. `expert` gathers tokens and reduce-scatters results, in every
+    pass; `model` sums the outputs of attention and feed-forward.
+    """
+    item = np.dtype(config.model.numerics.dtype).itemsize
+    gathered, replicated, devices = 0.0, 0.0, math.prod(sizes.values())
+    for leaf in jax.tree.leaves(params):
+        axes = [axis for part in leaf.sharding.spec if part in FSDP for axis in ((part,) if isinstance(part, str) else part)]
+        gathered += item * _held(leaf) * (math.prod(sizes[axis] for axis in axes) - 1)
+        replicated += 0 if axes else 4 * _held(leaf)
+    moved = {
+        "all-gather": 2 * gathered * config.accumulation, "reduce-scatter": gathered * config.accumulation,
+        "all-reduce": 2 * replicated * (devices - 1) / devices * config.accumulation,
+    }  # fmt: skip
+    passes = 3 if config.model.remat == "full" else 2  # of the layers, forward and backward
+    tokens = config.batch_size * config.seq_len / sizes["data"] / sizes["expert"]
+    stream = passes * item * tokens * config.model.width * config.model.layers
+    for kind in ("all-gather", "reduce-scatter"):
+        moved[kind] += stream * (sizes["expert"] - 1)
+    moved["all-reduce"] += 2 * stream * 2 * (sizes["model"] - 1) / sizes["model"]
     return {kind: size for kind, size in moved.items() if size}
 
 
 def _pass_bytes(config: RunConfig, local_tokens: float, cost: accounting.Accounting) -> float:
     """HBM traffic of one pass over the layers, roughly: weights once, and each stream of a token written and read once."""
-    model, width = config.model, np.dtype(config.model.numerics.dtype).itemsize
+    model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
     heads, value_width = model.attention.projection.output_shape()
-    feed_forward = getattr(model.feed_forward, "top_k", 1) * 3 * model.feed_forward.width
-    spread = getattr(model.feed_forward, "top_k", 0) * 2 * model.width
-    per_token = model.layers * (8 * model.width + 6 * heads * value_width + feed_forward + spread)
-    return width * (cost.parameters + 2 * per_token * local_tokens)
+    per_token = 8 * model.width + 6 * heads * value_width + model.feed_forward.stream_floats(model.width)
+    return item * (cost.parameters + 2 * model.layers * per_token * local_tokens)
 
 
 def _estimated_temporaries(config, local_tokens, cost, params_bytes, activations) -> float:
     """Gradients, saved activations, one layer's gathered weights with their gradients, its streams, and the loss's table and logits."""
-    model, width = config.model, np.dtype(config.model.numerics.dtype).itemsize
+    model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
     heads, value_width = model.attention.projection.output_shape()
     saved = {"none": 12.0, "dots": 5.0, "full": 1.0}[model.remat] * activations
-    layer = 2 * width * (cost.parameters - model.vocabulary_size * model.width) / model.layers
-    streams = width * local_tokens * (8 * model.width + 8 * heads * value_width)
-    chunk = min(local_tokens, getattr(model.feed_forward, "chunk_tokens", None) or local_tokens)
-    rows = width * chunk * getattr(model.feed_forward, "top_k", 0) * (4 * model.width + 4 * model.feed_forward.width)
-    table = (width + 4) * model.vocabulary_size * model.width
-    return params_bytes + saved + max(layer + streams + rows, table)
+    layer = 2 * item * (cost.parameters - model.vocabulary_size * model.width) / model.layers
+    streams = item * local_tokens * (8 * model.width + 8 * heads * value_width)
+    between = 2 * item * model.feed_forward.tokens_at_once(local_tokens) * model.feed_forward.stream_floats(model.width)
+    table = (item + 4) * model.vocabulary_size * model.width
+    return params_bytes + saved + max(layer + streams + between, table)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kha_jax.config import Config
+from kha_jax.config import Config, near
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
@@ -44,11 +44,20 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 # Axes that are kept whole where there are fewer of them than devices: one key head serves the query heads of several devices.
 SHARED = ("kv_heads",)
 MESH_AXES = ("data", "expert", "model")
+# Devices of the places that a run can be meant for; slices have their vendor's names, where a v5p chip counts twice.
+PRESETS: dict[str, int | None] = {
+    "1-device": 1, "1-host": None, "v5e-64": 64, "v5e-256": 256, "v5p-64": 32, "v5p-128": 64, "v6e-64": 64, "v6e-256": 256,
+}  # fmt: skip
 
 
 class MeshConfig(Config):
-    """Devices along each mesh axis. Their product must be the number of devices; one axis may be -1 to take the rest."""
+    """Devices along each mesh axis. Their product must be the number of devices; one axis may be -1 to take the rest.
 
+    preset: where the run belongs, so that it does not start elsewhere: `1-device` takes one of those that there are, `1-host` all of
+    a single process, the others need as many devices as PRESETS says. None: wherever it is started.
+    """
+
+    preset: str | None = None
     data: int = -1
     expert: int = 1
     model: int = 1
@@ -58,14 +67,17 @@ class MeshConfig(Config):
         for axis, size in sizes.items():
             self.require(size >= 1 or size == -1, axis, f"must be positive, or -1 to take the rest, found {size}")
         fill = [axis for axis, size in sizes.items() if size == -1]
+        self.require(self.preset in (None, *PRESETS), "preset", f"{self.preset!r} is not known; {near(str(self.preset), PRESETS)}")
         self.require(len(fill) <= 1, (fill + [""])[0], f"only one axis may be -1, found {' and '.join(fill)}")
 
     def shape(self, devices: int) -> tuple[int, int, int]:
         """Sizes of the axes on this many devices.
 
         Raises:
-            ConfigError: when the sizes do not multiply to the number of devices.
+            ConfigError: when the sizes do not multiply to the number of devices, or the preset has another number.
         """
+        meant = PRESETS.get(self.preset) or devices
+        self.require(meant == devices, "config.mesh.preset", f"{self.preset!r} has {meant} devices, found {devices}")
         sizes = [getattr(self, axis) for axis in MESH_AXES]
         known = math.prod(size for size in sizes if size != -1)
         if -1 in sizes:
@@ -79,9 +91,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """A mesh of the given devices (all by default) with the axes data, expert and model; of several slices `data` spans them.
 
     Raises:
-        ConfigError: when the sizes do not multiply to the number of devices, or `data` does not divide over the slices.
+        ConfigError: when the sizes do not multiply to the number of devices, these are not the preset's, or `data` does not divide
+            over the slices.
     """
     devices = jax.devices() if devices is None else devices
+    processes = len({device.process_index for device in devices})
+    problem = f"{config.preset!r} is one process, found {processes}"
+    config.require(processes == 1 or config.preset not in ("1-device", "1-host"), "config.mesh.preset", problem)
+    if config.preset == "1-device":
+        devices = devices[:1]
     shape, types = config.shape(len(devices)), (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:

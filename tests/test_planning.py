@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kha_jax.config import ConfigError, from_dict
-from kha_jax.planning import TOPOLOGIES, placed, plan, topology
+from kha_jax.planning import TOPOLOGIES, placed, plan, remedies, topology
+from kha_jax.sharding import MeshConfig
 from kha_jax.training import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,8 @@ def test_state_shrinks_with_the_chips_and_moves_with_the_micro_batches():
 
 @pytest.mark.parametrize("where", TOPOLOGIES)
 def test_preset_matches_its_golden_plan(where):
-    text = json.dumps(planned(where=where, sequences=1)._asdict(), indent=1) + "\n"
+    name = "kha_moe_6b" if topology(where).chips >= 32 else "dense_600m"
+    text = json.dumps(planned(where=where, sequences=1, name=name)._asdict(), indent=1) + "\n"
     golden = ROOT / "tests" / "golden" / f"plan_{where}.json"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(text)
@@ -64,6 +66,29 @@ def test_names_and_batches_that_do_not_work_are_refused():
         planned(sequences=3)
 
 
+def test_remedies_come_from_the_cheapest_on():
+    run, slice_ = config(), topology("v5e-64")
+    run = placed(run.replace(model=run.model.replace(remat="dots")), slice_, 4)
+    found = list(remedies(run, slice_))
+    assert [remedy.flags for remedy in found] == [
+        ("--remat=full",), ("--remat=full", "--config.accumulation=4"), ("--remat=full", "--config.accumulation=8"),
+        ("--remat=full", "--topology=v5e:16x16", "--config.accumulation=2"),
+    ]  # fmt: skip
+    assert all(remedy.config.model.remat == "full" and remedy.config.batch_size == 512 for remedy in found)
+    peaks = [plan(remedy.config, remedy.slice_, compiled=False).peak_bytes_per_device for remedy in found]
+    assert plan(run, slice_, compiled=False).peak_bytes_per_device > peaks[0] > peaks[1] > peaks[2] > peaks[3]
+
+
+def test_a_fixed_mesh_is_kept_or_refused_by_name():
+    run = config()
+    tensor = placed(run.replace(mesh=MeshConfig(data=-1, model=4)), topology("v5p-64"), 4)
+    assert tensor.accumulation == 512 // (4 * 8)
+    moved = plan(tensor, topology("v5p-64"), compiled=False).moved
+    assert moved["all-reduce"] > 100 * planned(where="v5p-64").moved["all-reduce"]
+    with pytest.raises(ConfigError, match="config.mesh.preset: 'v5p-128' has 64 devices, found 32"):
+        placed(run.replace(mesh=MeshConfig(preset="v5p-128")), topology("v5p-64"), 4)
+
+
 def command(*flags):
     line = [sys.executable, "-m", "experiments.plan", *flags]
     done = subprocess.run(line, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=500)
@@ -72,7 +97,7 @@ def command(*flags):
 
 def test_the_command_prints_json_and_says_what_would_fit():
     code, out, err = command("--topology=v5e-64", "--sequences_per_device=16", "--nocompile", "--json")
-    assert code == 0 and "fits with config.accumulation=2" in err, err
+    assert code == 0 and "fits with --config.accumulation=2 at" in err, err
     found = json.loads(out)
     promised = "params_total params_active peak_bytes_per_device hbm_bytes_per_device fits flops_per_step step_seconds mfu tokens_per_second"
     assert set(promised.split()) | {"chip_hours", "source"} <= set(found)

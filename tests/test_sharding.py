@@ -15,8 +15,9 @@ from kha_jax.config import ConfigError
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
 from kha_jax.parameters import Numerics
+from kha_jax.planning import TOPOLOGIES, topology
 from kha_jax.sharding import (
-    MESH_AXES, RULES, MeshConfig, batch_sharding, constrain, hybrid_devices, local_rows, make_mesh, spec, tree_shardings,
+    MESH_AXES, PRESETS, RULES, MeshConfig, batch_sharding, constrain, hybrid_devices, local_rows, make_mesh, spec, tree_shardings,
     using,
 )  # fmt: skip
 
@@ -243,6 +244,16 @@ def test_sharded_equals_unsharded():
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     chex.assert_trees_all_close(grads, expected_grads, rtol=1e-3, atol=1e-4)
 
+
+def test_presets_say_where_a_run_belongs():
+    assert MeshConfig(preset="v5p-64", model=4).shape(32) == (8, 1, 4)
+    with pytest.raises(ConfigError, match="config.mesh.preset: 'v5p-64' has 32 devices, found 64"):
+        MeshConfig(preset="v5p-64").shape(64)
+    with pytest.raises(ConfigError, match="preset: 'v5p-46' is not known; did you mean 'v5p-64'"):
+        MeshConfig(preset="v5p-46")
+    assert make_mesh(MeshConfig(preset="1-device")).size == 1 and make_mesh(MeshConfig(preset="1-host")).size == 8
+    assert all(topology(name).chips == chips for name, chips in PRESETS.items() if name in TOPOLOGIES)
+    assert set(PRESETS) - set(TOPOLOGIES) == {"1-device", "1-host"}
 
 
 def test_only_data_spans_slices():

@@ -217,6 +217,17 @@ def _jax_nn(implementation):
     return kernel
 
 
+# Head width up to which: (queries, keys and values, keys of one product) of a block. Keys and values are read from HBM once for every
+# block of queries, so that at 1024 even a v6e computes longer on a block than it loads; at 2048 blocks leave no room in a v5p's VMEM.
+SPLASH_BLOCKS = {192: (1024, 1024, 512), 512: (512, 512, 512)}
+
+
+def splash_blocks(length: int, width: int) -> tuple[int, int, int]:
+    """The entry of SPLASH_BLOCKS for this head width, each size cut to the largest power of two that divides the length."""
+    limits = next(blocks for widest, blocks in SPLASH_BLOCKS.items() if width <= widest)
+    return tuple(math.gcd(limit, length) for limit in limits)
+
+
 def _splash(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale, interpret=True):
     """The TPU flash kernel of jax.experimental.pallas; on other platforms it runs in interpret mode (slowly)."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
@@ -225,10 +236,10 @@ def _splash(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale, interpret=True):
     K = k_BSKH.shape[2]
     if T % 128:
         raise ValueError(f"attention kernel 'splash' needs a sequence length divisible by 128, found {T}; use kernel 'chunked'")
-    block = next(size for size in (512, 256, 128) if T % size == 0)
+    q, kv, compute = splash_blocks(T, max(q_BTNH.shape[-1], v_BSKU.shape[-1]))
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+        block_q=q, block_kv=kv, block_kv_compute=compute, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute,
+        block_q_dq=q, block_kv_dq=kv,
     )  # fmt: skip
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T)) for _ in range(N // K)])
     make = splash_attention_kernel.make_splash_mqa_single_device
