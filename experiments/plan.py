@@ -10,6 +10,7 @@ import sys
 
 # Before jax is imported: this process computes on the CPU, and libtpu must not look for chips.
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # read by libtpu, which would complain; the slice is what --topology says
 for quiet, level in (("TPU_MIN_LOG_LEVEL", "3"), ("TF_CPP_MIN_LOG_LEVEL", "3"), ("TPU_STDERR_LOG_LEVEL", "3")):
     os.environ.setdefault(quiet, level)
 

@@ -263,7 +263,7 @@ layer, x = config.build(model_width=2048, numerics=Numerics()), jax.ShapeDtypeSt
 place = lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=jax.sharding.SingleDeviceSharding(device))
 variables = jax.tree.map(place, nn.unbox(jax.eval_shape(layer.init, jax.random.key(0), x)))
 value = lambda params, x: jnp.sum(layer.apply({**variables, "params": params, "balance": {"bias": jnp.zeros(128)}}, x)[0].astype(jnp.float32))
-compiled = jax.jit(jax.grad(value, argnums=(0, 1))).lower(variables["params"], place(x)).compile()
+compiled = jax.jit(jax.value_and_grad(value, argnums=(0, 1))).lower(variables["params"], place(x)).compile()
 print(compiled.cost_analysis()["flops"] / (3 * config.flops(2048) * 8192))
 """
 
