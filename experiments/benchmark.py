@@ -195,8 +195,10 @@ def variants() -> dict[str, Any]:
     width, layers, length, step = 1536, 18, 4096, 32768
     latent = {"query_heads": 32, "head_dim": 128, "value_dim": 128, "rope_dim": 64, "q_lora": 1024}
     projections = {
-        "MHA 16/16": GroupedQuery(query_heads=16, kv_heads=16, head_dim=128), "GQA 32/4": GroupedQuery(query_heads=32, kv_heads=4, head_dim=128),
-        "MQA 32/1": GroupedQuery(query_heads=32, kv_heads=1, head_dim=128), "GTA 32/4": GroupedTied(query_heads=32, kv_heads=4, head_dim=128),
+        "MHA 16/16": GroupedQuery(query_heads=16, kv_heads=16, head_dim=128),
+        "GQA 32/4": GroupedQuery(query_heads=32, kv_heads=4, head_dim=128),
+        "MQA 32/1": GroupedQuery(query_heads=32, kv_heads=1, head_dim=128),
+        "GTA 32/4": GroupedTied(query_heads=32, kv_heads=4, head_dim=128),
         "MLA 512": Latent(kv_lora=512, **latent), "GLA 2 x 256": Latent(kv_lora=256, groups=2, **latent),
     }  # fmt: skip
 

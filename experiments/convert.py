@@ -1,8 +1,8 @@
 """Turns one run folder into another: python -m experiments.convert absorb --workdir=runs/linear --out=runs/linear_absorbed
 
 absorb: folds linear mixers into the weights around them in float32, compares the logits with those of the mixers applied to the
-activations, on random tokens, prints the largest change, and writes a baseline run (config.json and a checkpoint of the same step) that every command reads. The optimiser's
-moments start anew in it; its schedule does not.
+activations, on random tokens, prints the largest change, and writes a baseline run (config.json and a checkpoint of the same step)
+that every command reads. The optimiser's moments start anew in it; its schedule does not.
 """
 
 import json

@@ -50,7 +50,8 @@ def plans() -> dict[str, Plan]:
     if COMPILE.value and not compiled:
         print("libtpu is not installed, memory is estimated; for the compiled figures: pip install -e '.[plan]'", file=sys.stderr)
     out = {}
-    for slice_name in SWEEP.value or [TOPOLOGY.value or config.mesh.preset or "v5p-128"]:
+    meant = config.mesh.preset if config.mesh.preset in TOPOLOGIES else "v5p-128"
+    for slice_name in SWEEP.value or [TOPOLOGY.value or meant]:
         slice_ = planning.topology(slice_name)
         for name, run in runs.items():
             run = run if REMAT.value is None else run.replace(model=run.model.replace(remat=REMAT.value))

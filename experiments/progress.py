@@ -62,8 +62,8 @@ class Progress:
         worst = {"worst_violation": max(values["max_violation"])} if "max_violation" in values else {}
         values = {**values, **worst}
         shown = (
-            ("loss", "loss {:.3f}"), ("grad_norm", "grad {:.2f}"), ("worst_violation", "MaxVio {:.2f}"), ("tokens_per_second", "{:,.0f} tok/s"),
-            ("model_flops_utilization", "MFU {:.1%}"), ("val_loss", "| val loss {:.3f}"),
+            ("loss", "loss {:.3f}"), ("grad_norm", "grad {:.2f}"), ("worst_violation", "MaxVio {:.2f}"),
+            ("tokens_per_second", "{:,.0f} tok/s"), ("model_flops_utilization", "MFU {:.1%}"), ("val_loss", "| val loss {:.3f}"),
             ("val_bits_per_byte", "{:.3f} bits/byte"), ("val_accuracy", "accuracy {:.1%}"),
         )  # fmt: skip
         return "  ".join(form.format(values[name]) for name, form in shown if name in values)

@@ -99,9 +99,10 @@ def fresh(config):
 @functools.cache
 def random(config, seed=1):
     """Parameters of order one, so that nothing is small enough to hide."""
-    draw, shapes = np.random.default_rng(seed), jax.eval_shape(lambda: built(config)[0].init(jax.random.key(0), inputs(), jnp.asarray(POSITIONS)))
+    draw = np.random.default_rng(seed)
+    shapes = nn.unbox(jax.eval_shape(lambda: built(config)[0].init(jax.random.key(0), inputs(), jnp.asarray(POSITIONS))["params"]))
     about = lambda path: 1.0 if path[-1].key == "scale" else 0.0  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda p, z: jnp.float32(about(p) + 0.3 * draw.normal(size=z.shape)), nn.unbox(shapes)["params"])
+    return jax.tree_util.tree_map_with_path(lambda p, z: jnp.float32(about(p) + 0.3 * draw.normal(size=z.shape)), shapes)
 
 
 def for_reference(name, params, slots):
@@ -240,10 +241,9 @@ def test_parameters_are_those_of_the_accounting(name):
 def test_the_state_holds_what_table_3_prints(projection, floats):
     assert projection.cache_floats() == floats
     module = projection.build(width=256, numerics=Numerics(dtype="float32"))
-    mixers = {slot: KnockingLinear().build(H, Numerics(), name=None).clone(parent=None) for slot, (_, H, _) in projection.streams(256).items()}
-    identity = {slot: type("Identity", (), {"project": staticmethod(lambda x, w: jnp.tensordot(x, w, 1))})() for slot in mixers}
+    identity = type("Identity", (), {"project": staticmethod(lambda x, w: jnp.tensordot(x, w, 1))})()
     x, positions = jax.ShapeDtypeStruct((1, 3, 256), jnp.float32), jax.ShapeDtypeStruct((1, 3), jnp.int32)
-    (_, state), _ = jax.eval_shape(lambda *a: module.init_with_output(jax.random.key(0), *a, identity), x, positions)
+    (_, state), _ = jax.eval_shape(lambda *a: module.init_with_output(jax.random.key(0), *a, dict.fromkeys(SLOTS, identity)), x, positions)
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 3 * floats
 
 

@@ -33,7 +33,8 @@ ATTENTION = {
     "gta": AttentionConfig(projection=GroupedTied(query_heads=4, kv_heads=2, head_dim=8), value=KnockingMLP()),
     "gla": AttentionConfig(projection=Latent(query_heads=4, head_dim=8, value_dim=8, rope_dim=4, kv_lora=12, groups=2), **LINEAR),
 }
-MODELS = {name: {} for name in ATTENTION} | {"moe": {"layers": 3, "feed_forward": MoE(experts=8, top_k=2, width=8, dense_layers=1, dense_width=24)}}
+MIXTURE = MoE(experts=8, top_k=2, width=8, dense_layers=1, dense_width=24)
+MODELS = {name: {} for name in ATTENTION} | {"moe": {"layers": 3, "feed_forward": MIXTURE}}
 ATTENTION["moe"] = ATTENTION["gqa"]
 PROMPTS = [[5, 17, 3], [1], [9, 9, 2, 40, 41, 7, 7]]
 
@@ -118,8 +119,11 @@ def test_sampling_that_cannot_work_is_refused(settings, message):
 
 @pytest.mark.parametrize(
     ("prompts", "count", "message"),
-    [([], 3, "there is none"), ([[1], []], 3, r"prompts\[1\]: is empty"), ([[1, V]], 3, "found 1 to 61"), ([[1]], 0, "at least 1, found 0")],
-)
+    [
+        ([], 3, "there is none"), ([[1], []], 3, r"prompts\[1\]: is empty"), ([[1, V]], 3, "found 1 to 61"),
+        ([[1]], 0, "at least 1, found 0"),
+    ],
+)  # fmt: skip
 def test_prompts_that_cannot_be_decoded_are_refused(prompts, count, message):
     with pytest.raises(ValueError, match=message):
         decoder("gqa").generate(prompts, count)
@@ -203,7 +207,8 @@ def test_an_absorbed_run_is_a_baseline_that_generates_the_same(runs):
 
 
 def test_one_prompt_streams_and_bad_ones_are_one_line(runs):
-    code, out, err = command(runs, "generate", f"--workdir={runs / 'linear'}", "--prompt=é", "--tokens=20", "--temperature=1", "--noabsorb")
+    sampled = ("--prompt=é", "--tokens=20", "--temperature=1", "--noabsorb")
+    code, out, err = command(runs, "generate", f"--workdir={runs / 'linear'}", *sampled)
     assert code == 0 and out.startswith("é") and "20 new tokens" in err, err
     for flags, message in (
         ((f"--workdir={runs / 'linear'}", "--prompt="), "--prompt: is empty"),

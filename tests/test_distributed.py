@@ -15,8 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 16
 RUN = (
-    "--config=configs/kha_moe_tiny.py", "--config.batch_size=8", "--config.seq_len=64", "--config.model.layers=1", "--config.model.width=32",
-    "--config.model.attention.projection.head_dim=8", "--config.evaluation.every=8", "--config.evaluation.batches=1",
+    "--config=configs/kha_moe_tiny.py", "--config.batch_size=8", "--config.seq_len=64", "--config.model.layers=1",
+    "--config.model.width=32", "--config.model.attention.projection.head_dim=8", "--config.evaluation.every=8",
+    "--config.evaluation.batches=1",
     "--config.checkpoint.every=4", "--config.mesh.data=2", "--config.mesh.expert=4", f"--config.steps={STEPS}",
 )  # fmt: skip
 

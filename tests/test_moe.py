@@ -262,7 +262,8 @@ config = MoE(experts=128, top_k=8, width=384, kernel="ragged")
 layer, x = config.build(model_width=2048, numerics=Numerics()), jax.ShapeDtypeStruct((1, 8192, 2048), jnp.bfloat16)
 place = lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=jax.sharding.SingleDeviceSharding(device))
 variables = jax.tree.map(place, nn.unbox(jax.eval_shape(layer.init, jax.random.key(0), x)))
-value = lambda params, x: jnp.sum(layer.apply({**variables, "params": params, "balance": {"bias": jnp.zeros(128)}}, x)[0].astype(jnp.float32))
+apply = lambda params, x: layer.apply({"params": params, "balance": {"bias": jnp.zeros(128)}}, x)[0]
+value = lambda params, x: jnp.sum(apply(params, x).astype(jnp.float32))
 compiled = jax.jit(jax.value_and_grad(value, argnums=(0, 1))).lower(variables["params"], place(x)).compile()
 print(compiled.cost_analysis()["flops"] / (3 * config.flops(2048) * 8192))
 """

@@ -57,7 +57,8 @@ def steps_done(workdir):
 
 def final_state(workdir):
     step = max(p.parent.name for p in Path(workdir).glob("checkpoints/*/MANIFEST.json"))
-    return int(step), jax.tree.map(np.asarray, ocp.StandardCheckpointer().restore(Path(workdir).absolute() / "checkpoints" / step / "state"))
+    folder = Path(workdir).absolute() / "checkpoints" / step / "state"
+    return int(step), jax.tree.map(np.asarray, ocp.StandardCheckpointer().restore(folder))
 
 
 def assert_same_end(workdir, golden):

@@ -207,10 +207,8 @@ def test_to_identity_in_a_run_pulls_to_the_initial_matrices():
 
 
 def test_learning_rate_multiplier_of_knocking_matrices():
-    base, doubled = (
-        trained(RUN.replace(optimizer=OptimizerConfig(weight_decay=0, knocking=KnockingOptimizerConfig(learning_rate_multiplier=m))), steps=1)
-        for m in (1.0, 2.0)
-    )
+    multiplied = lambda m: OptimizerConfig(weight_decay=0, knocking=KnockingOptimizerConfig(learning_rate_multiplier=m))  # noqa: E731
+    base, doubled = (trained(RUN.replace(optimizer=multiplied(m)), steps=1) for m in (1.0, 2.0))
     moved = [jax.tree.map(jnp.subtract, result[1].params, fresh(MODEL))["layers"] for result in (base, doubled)]
     mixer, kernel = (lambda m: m["attention"]["value_mixer"]["down"]), (lambda m: m["feed_forward"]["up"])
     np.testing.assert_allclose(2 * mixer(moved[0]), mixer(moved[1]), rtol=1e-3, atol=1e-7)
