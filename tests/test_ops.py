@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kha_jax.ops import attention as kernels
 from kha_jax.ops import rope
 from kha_jax.ops.attention import attention, best_kernel, unavailable
 from kha_jax.ops.gating import sigmoid_gate, swiglu
@@ -114,6 +115,22 @@ def test_the_tpu_kernel_in_interpret_mode(key_width, value_width):
     qkv, segments = case(128, 2, 1, key_width, value_width, True)
     ours = attention(*qkv, segments, kernel="splash")
     np.testing.assert_allclose(ours, expected_attention(*qkv, segments, key_width**-0.5), rtol=1e-3, atol=1e-4)
+
+
+def test_the_tpu_kernel_in_several_blocks_has_the_gradients_of_the_formula(monkeypatch):
+    monkeypatch.setattr(kernels, "SPLASH_BLOCKS", {192: (256, 256, 128)})
+    (q, k, v), segments = case(512, 2, 1, 128, 128, True)
+    cotangent = normal(7, 2, 512, 2, 128)
+    pull = lambda name: jax.vjp(lambda *x: attention(*x, segments, kernel=name), q, k, v)[1](cotangent)  # noqa: E731
+    for ours, expected in zip(pull("splash"), pull("reference")):
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_splash_blocks_divide_the_rows():
+    assert kernels.splash_blocks(8192, 128) == (1024, 1024, 512) and kernels.splash_blocks(8192, 256) == (512, 512, 512)
+    for length in (128, 640, 1280, 8192):
+        q, kv, compute = kernels.splash_blocks(length, 192)
+        assert length % q == length % kv == kv % compute == 0 and min(q, kv, compute) >= 128
 
 
 @pytest.mark.parametrize("kernel", ["reference", "chunked"])
