@@ -28,9 +28,9 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def start(cache, workdir, *flags):
+def start(cache, workdir, *flags, base=SMALL):
     environment = {**os.environ, "KHA_JAX_CACHE": str(cache), "XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "experiments.train", *SMALL, f"--workdir={workdir}", *flags]
+    command = [sys.executable, "-m", "experiments.train", *base, f"--workdir={workdir}", *flags]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -140,6 +140,26 @@ def test_a_killed_run_resumes_bit_equal(golden, cache, tmp_path):
     assert code == 0, err
     assert "passed over" in err
     assert_same_end(tmp_path, golden[0])
+
+
+@pytest.mark.slow
+def test_a_killed_mixture_with_micro_batches_resumes_bit_equal(cache, tmp_path):
+    """The routers' biases, recomputed layers and accumulated counts come back too."""
+    flags = (
+        "--config=configs/kha_moe_tiny.py", *(flag for flag in SMALL if "feed_forward" not in flag),
+        "--config.model.feed_forward.width=16", "--config.accumulation=2", "--config.model.remat=full",
+    )  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, _, err = finish(start(cache, whole, base=flags))
+    assert code == 0, err
+    process = start(cache, killed, base=flags)
+    wait_for(lambda: steps_done(killed) >= 22, process)
+    process.kill()
+    process.wait()
+    code, out, err = finish(start(cache, killed, base=flags))
+    assert code == 0 and "resuming after step" in out, err
+    assert_same_end(killed, whole)
+    assert np.abs(final_state(killed)[1]["balance"]["layers"]["feed_forward"]["bias"]).max() > 0
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(golden, cache, tmp_path):
