@@ -71,6 +71,7 @@ class Plan(NamedTuple):
     topology: str
     chips: int
     batch_size: int
+    sequences_per_device: int
     accumulation: int
     params_total: int
     params_active: int
@@ -206,8 +207,10 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     step = times[bound]
     seconds = step * config.steps
     return Plan(
-        topology=slice_.name, chips=chips, batch_size=config.batch_size, accumulation=config.accumulation, params_total=cost.parameters,
-        params_active=cost.active, params_bytes_per_device=params_bytes, optimizer_bytes_per_device=optimizer_bytes,
+        topology=slice_.name, chips=chips, batch_size=config.batch_size,
+        sequences_per_device=config.batch_size // config.accumulation // (sizes["data"] * sizes["expert"]),
+        accumulation=config.accumulation, params_total=cost.parameters, params_active=cost.active,
+        params_bytes_per_device=params_bytes, optimizer_bytes_per_device=optimizer_bytes,
         activation_bytes_per_device=activations, temporary_bytes_per_device=temporaries, peak_bytes_per_device=peak,
         hbm_bytes_per_device=chip.hbm_bytes, fits=peak <= chip.hbm_bytes, flops_per_step=cost.training_flops * tokens, moved=moved,
         compute_seconds=times["compute"], hbm_seconds=times["HBM"], link_seconds=times["links"], step_seconds=step, bound=bound,
