@@ -102,6 +102,7 @@ def open_workdir(config: RunConfig) -> tuple[Path, Any]:
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {os.uname().nodename}")
     lock.flush()
+    os.fsync(lock.fileno())
     _keep_config(workdir / "config.json", config)
     return workdir, lock
 
@@ -250,7 +251,9 @@ def main() -> int:
         workdir, lock = open_workdir(config)
         train_source, validation_source = (config.data.open(split, config.seq_len, config.seed) for split in ("train", "validation"))
         trainer = checked_trainer(config, mesh)
-    processes.same("config", json.dumps(to_dict(config)))
+    processes.same("config", json.dumps(to_dict(config)), "start all with the same command")
+    processes.same("--workdir", (workdir / "lock").read_text(), "name a folder that all of them see")
+    processes.same("config.data", train_source.fingerprint, "give all of them the same")
     stop = Stop()
     if config.data.vocabulary_size() < config.model.vocabulary_size:
         found = f"{config.data.vocabulary_size()} < {config.model.vocabulary_size}"

@@ -99,7 +99,7 @@ def from_leader(name: str, compute: Callable[[], int], seconds: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.array(found, np.int32))) if jax.process_count() > 1 else found
 
 
-def same(name: str, content: str) -> None:
+def same(name: str, content: str, remedy: str) -> None:
     """Checks that all processes hold the same text.
 
     Raises:
@@ -110,4 +110,4 @@ def same(name: str, content: str) -> None:
     digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(content.encode()).digest(), np.int32))
     different = np.flatnonzero((digests != digests[0]).any(axis=-1))
     if len(different):
-        raise ConfigError(name, f"that of process {different[0]} is not that of process 0; start all with the same command")
+        raise ConfigError(name, f"that of process {different[0]} is not that of process 0; {remedy}")

@@ -22,6 +22,18 @@ def read(source, start=0, stop=6, rows=range(4), seed=0, shuffle=True):
     return [batch["tokens"] for batch in reader]
 
 
+def test_a_whole_stream_is_left_to_its_readers_and_a_broken_one_made_again(tmp_path):
+    """Two processes that tokenise at once: the slower one must not pull the files from under the faster."""
+    folder = tmp_path / "stream"
+    folder.mkdir()
+    (folder / "tokens.bin").write_bytes(b"half")
+    write_stream(folder, DOCUMENTS, ByteTokenizer())
+    before = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    write_stream(folder, DOCUMENTS, ByteTokenizer())
+    assert {path.name: path.stat().st_ino for path in folder.iterdir()} == before and "meta.json" in before
+    assert [path.name for path in tmp_path.iterdir()] == ["stream"]
+
+
 def test_a_batch_depends_on_seed_and_step_alone(stream):
     source = TokenWindows(stream, 4)
     everything = read(source)

@@ -40,7 +40,7 @@ def cache_folder(name: str) -> Path:
 
 
 def write_stream(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokenizer) -> None:
-    """Tokenises documents into `folder`, which appears complete or not at all."""
+    """Tokenises documents into `folder`, which appears complete or not at all; one that is complete is left as it is."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -61,9 +61,12 @@ def write_stream(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokeni
             "end_of_document": tokenizer.end_of_document,
         }  # fmt: skip
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:  # what another process has made in the meantime stays: it may be reading it
+            if not (folder / "meta.json").exists():
+                shutil.rmtree(folder)
+                temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
