@@ -112,8 +112,15 @@ def _parse_flags(argv: list[str], words: int) -> list[str]:
 
 
 def read_config(path: Path, cls: type) -> Any:
-    """A config from the config.json of a run folder."""
-    return from_dict(cls, json.loads(path.read_text()))
+    """A config from the config.json of a run folder.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        return from_dict(cls, json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: is damaged ({error}); put back the one that the run was started with") from None
 
 
 def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, dict[str, Any]]:
@@ -177,7 +184,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     """
     from kha_jax.checkpoint import CheckpointError
     from kha_jax.data import DataError
-    from kha_jax.processes import PeerError, WaitError
+    from kha_jax.processes import PeerError, WaitError, lost_peer
 
     log = logging.getLogger("kha_jax")
     log.setLevel(logging.INFO)
@@ -191,4 +198,9 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
             give_up(str(error))
         print(f"error: {error}", file=sys.stderr)
         code = codes[type(error)]
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        reason = " ".join(str(error).split())
+        give_up(f"another process of the run is gone; start all of them again and they go on from the newest checkpoint ({reason})")
     sys.exit(code)

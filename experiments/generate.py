@@ -23,7 +23,7 @@ TOKENS = flags.DEFINE_integer("tokens", 200, "New tokens at most.", lower_bound=
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Draw among that many likeliest tokens.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens that together have this probability.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0, upper_bound=2**32 - 1)
 ABSORB = flags.DEFINE_bool("absorb", True, "Fold linear mixers into the weights first.")
 
 log = logging.getLogger("kha_jax")

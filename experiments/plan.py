@@ -21,6 +21,7 @@ from rich.table import Table  # noqa: E402
 from experiments import command_line  # noqa: E402
 from experiments.command_line import UsageError  # noqa: E402
 from kha_jax import planning  # noqa: E402
+from kha_jax.config import ConfigError  # noqa: E402
 from kha_jax.planning import EFFICIENCY, TOPOLOGIES, Plan  # noqa: E402
 from kha_jax.training import RunConfig  # noqa: E402
 
@@ -60,18 +61,24 @@ def plans() -> dict[str, Plan]:
     return out
 
 
-def advise(run: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
+def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
     """The plan; where it does not fit, the cheapest change that does is printed."""
-    run = planning.placed(run, slice_, SEQUENCES.value)
+    run = planning.placed(asked, slice_, SEQUENCES.value)
+    raised = [f"--config.batch_size={run.batch_size}"] if run.batch_size != asked.batch_size else []
+    if raised:
+        print(f"{slice_.name}: planned with config.batch_size={run.batch_size} instead of {asked.batch_size}", file=sys.stderr)
     found = planning.plan(run, slice_, compiled)
     if not found.fits:
-        for flags_, changed, where in planning.remedies(run, slice_):
-            then = planning.plan(changed, where, compiled)
+        remedy = "no change of rematerialisation, accumulation or slice that is known here does; split the model further"
+        for remedy_flags, changed, where in planning.remedies(run, slice_):
+            try:
+                then = planning.plan(changed, where, compiled)
+            except ConfigError:
+                continue  # something does not divide over the larger slice
             if then.fits:
-                remedy = f"fits with {' '.join(flags_)} at {then.peak_bytes_per_device / GIB:.1f} GiB"
+                size = f"{then.sequences_per_device} sequences a device, {then.peak_bytes_per_device / GIB:.1f} GiB"
+                remedy = f"fits with {' '.join([*remedy_flags, *raised])}: {size}"
                 break
-        else:
-            remedy = "no change of rematerialisation, accumulation or slice that is known here does; split the model further"
         peak, room = found.peak_bytes_per_device / GIB, slice_.chip.hbm_bytes / GIB
         print(f"{slice_.name}: {peak:.1f} GiB do not fit {room:.2f}; {remedy}", file=sys.stderr)
     return found
@@ -107,6 +114,10 @@ def main() -> None:
     """See the module's docstring."""
     if COMPARE.value and any(argument.startswith("--config.") for argument in sys.argv):
         raise UsageError("--compare: takes the variants of the config file as they are; leave out --config.FIELD=VALUE")
+    if SEQUENCES.value and any(argument.startswith("--config.accumulation") for argument in sys.argv):
+        raise UsageError("--sequences_per_device: says how many micro-batches there are; leave out --config.accumulation")
+    if SWEEP.value and TOPOLOGY.value:
+        raise UsageError("--topology: does nothing beside --sweep_topologies; leave out one of them")
     found = plans()
     if JSON.value:
         as_dict = {name: plan._asdict() for name, plan in found.items()}

@@ -1,14 +1,16 @@
 """Trains a model: python -m experiments.train --config=configs/kha_tiny.py --workdir=runs/kha_tiny
 
-The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or config, 65 data, 70 another process did not come
+The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or config, 65 data, 70 another process did not come, is gone
 or cannot go on, 74 checkpoint storage, 75 stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps.
 """
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import logging
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -28,8 +30,7 @@ from kha_jax.config import to_dict
 from kha_jax.data.loader import to_device
 from kha_jax.data.tokens import cache_folder
 from kha_jax.metrics import Meter, MetricsFile, TensorBoard, bits_per_byte
-from kha_jax.ops.attention import unavailable
-from kha_jax.training import RunConfig, Trainer, make_trainer
+from kha_jax.training import RunConfig, make_trainer
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/NAME of the config file by default.")
@@ -50,13 +51,18 @@ def join_processes() -> None:
     """See processes.join, for the flags.
 
     Raises:
-        UsageError: the flags are incomplete.
+        UsageError: the flags are incomplete or contradict each other.
         WaitError: some process did not come.
     """
-    given = {"coordinator_address": COORDINATOR.value, "num_processes": PROCESSES.value, "process_id": PROCESS.value}
+    given = {"coordinator_address": COORDINATOR.value or None, "num_processes": PROCESSES.value, "process_id": PROCESS.value}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
         raise UsageError(f"--{missing[0]}: is needed together with {' and '.join('--' + n for n in given if n not in missing)}")
+    if not missing:
+        if PROCESS.value >= PROCESSES.value:
+            raise UsageError(f"--process_id={PROCESS.value}: must be below --num_processes={PROCESSES.value}; they count from 0")
+        if not re.fullmatch(r".+:\d+", COORDINATOR.value):
+            raise UsageError(f"--coordinator_address={COORDINATOR.value}: must be HOST:PORT, such as 10.0.0.1:1234")
     processes.join(**given, seconds=WAIT.value, give_up=command_line.give_up)
 
 
@@ -132,37 +138,6 @@ def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str,
     if source.bytes_per_token:
         values["val_bits_per_byte"] = bits_per_byte(values["val_loss"], source.bytes_per_token)
     return values
-
-
-def checked_mesh(config: RunConfig) -> jax.sharding.Mesh:
-    """The run's mesh over all devices.
-
-    Raises:
-        UsageError, ConfigError: names what does not divide over it or cannot run on it.
-    """
-    mesh = sharding.make_mesh(config.mesh)
-    ways = mesh.shape["data"] * mesh.shape["expert"]
-    if config.batch_size // config.accumulation % ways:
-        found = f"found {config.batch_size} / {config.accumulation}"
-        raise UsageError(f"config.batch_size: must divide by {ways} devices in each micro-batch, {found}")
-    if config.seq_len % mesh.shape["model"]:
-        raise UsageError(f"config.seq_len: must divide by mesh.model={mesh.shape['model']}, found {config.seq_len}")
-    problem = unavailable(config.model.attention.kernel, jax.default_backend(), config.seq_len)
-    if problem:
-        raise UsageError(f"config.model.attention.kernel: {problem}")
-    return mesh
-
-
-def checked_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
-    """The run's trainer.
-
-    Raises:
-        UsageError: names a parameter that does not divide over the mesh.
-    """
-    try:
-        return make_trainer(config, mesh)
-    except ValueError as error:
-        raise UsageError(f"config.mesh: {error}") from None
 
 
 class Reporter:
@@ -242,15 +217,18 @@ def main() -> int:
     if PRINT_CONFIG.value:
         print(json.dumps(to_dict(config), indent=1))
         return command_line.DONE
+    if TENSORBOARD.value and importlib.util.find_spec("tensorboardX") is None:
+        raise UsageError("--tensorboard: needs the extra: pip install -e '.[tensorboard]'")
 
     # ---------------------------------------------------------------- processes, devices, folder, data
     join_processes()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
     with processes.together("set-up", WAIT.value):
-        mesh = checked_mesh(config)
+        mesh = sharding.make_mesh(config.mesh)
+        config.check_on(mesh.shape, jax.default_backend())
         workdir, lock = open_workdir(config)
         train_source, validation_source = (config.data.open(split, config.seq_len, config.seed) for split in ("train", "validation"))
-        trainer = checked_trainer(config, mesh)
+        trainer = make_trainer(config, mesh)
     processes.same("config", json.dumps(to_dict(config)), "start all with the same command")
     processes.same("--workdir", (workdir / "lock").read_text(), "name a folder that all of them see")
     processes.same("config.data", train_source.fingerprint, "give all of them the same")

@@ -14,6 +14,7 @@ PEAK_FLOPS = {
     "v5p": 459e12,
     "v5 lite": 197e12,
     "v5e": 197e12,
+    "TPU v5": 459e12,  # what a v5p calls itself; the lite ones have matched above
     "v6 lite": 918e12,
     "v6e": 918e12,
     "v4": 275e12,

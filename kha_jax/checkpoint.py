@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from kha_jax import processes
 
 MANIFEST = "MANIFEST.json"
+WAIT_SECONDS = 1800  # that processes wait for one another around a save
 VERIFY_SECONDS = 3600  # that other processes wait for process 0 to read every file of a checkpoint
 log = logging.getLogger("kha_jax")
 
@@ -84,14 +85,18 @@ class Checkpoints:
         Raises:
             CheckpointError: this save could not start, or the previous one failed.
         """
-        self.wait()
-        if step == self.saved_step:
-            return
         target = self.folder / f"{step:08d}"
+        with processes.together(f"start of the checkpoint of step {step}", WAIT_SECONDS):
+            self.wait()
+            if step == self.saved_step:
+                return
+            try:
+                if jax.process_index() == 0:
+                    shutil.rmtree(target, ignore_errors=True)
+                    target.mkdir(parents=True)
+            except OSError as error:
+                raise CheckpointError(f"{target} could not be written: {error}") from error
         try:
-            if jax.process_index() == 0:
-                shutil.rmtree(target, ignore_errors=True)
-                target.mkdir(parents=True)
             self.checkpointer.save(target / "state", state)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{target} could not be written: {error}") from error
@@ -131,7 +136,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, then frees the threads."""
         try:
-            self.wait()
+            with processes.together("end of the last checkpoint", WAIT_SECONDS):
+                self.wait()
         finally:
             self.background.shutdown()
             self.checkpointer.close()

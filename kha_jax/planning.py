@@ -7,6 +7,7 @@ so that the step is as long as its slowest part.
 
 import importlib.util
 import math
+import re
 from typing import Any, Iterator, NamedTuple
 
 import jax
@@ -99,18 +100,23 @@ class Plan(NamedTuple):
 def placed(config: RunConfig, slice_: Topology, sequences: int | None) -> RunConfig:
     """The run on a slice: with `sequences` on a device at once, and as many micro-batches as its batch then needs.
 
+    A batch that is smaller than all devices hold at once is raised to that, with fewer steps for the same tokens.
+
     Raises:
-        ConfigError: the batch or the mesh does not divide.
+        ConfigError: the batch or the mesh does not divide, or the kernel is of another platform.
     """
-    data, expert, _ = config.mesh.shape(slice_.chips)
-    ways = data * expert
-    if sequences is None:
-        sequences = max(1, config.batch_size // config.accumulation // ways)
-    at_once = sequences * ways
-    batch = max(config.batch_size, at_once)
-    if batch % at_once:
-        raise ConfigError("config.batch_size", f"must be a multiple of {sequences} sequences on {ways} devices, found {config.batch_size}")
-    return config.replace(batch_size=batch, accumulation=batch // at_once)
+    sizes = dict(zip(sharding.MESH_AXES, config.mesh.shape(slice_.chips)))
+    ways = sizes["data"] * sizes["expert"]
+    if sequences is not None:
+        at_once = sequences * ways
+        batch = max(config.batch_size, at_once)
+        if batch % at_once:
+            found = f"found {config.batch_size}"
+            raise ConfigError("config.batch_size", f"must be a multiple of {at_once}, {sequences} on each of {ways} devices, {found}")
+        steps = max(1, config.steps * config.batch_size // batch)  # a larger batch sees the same tokens
+        config = config.replace(batch_size=batch, accumulation=batch // at_once, steps=steps)
+    config.check_on(sizes, "tpu")
+    return config
 
 
 class Remedy(NamedTuple):
@@ -128,19 +134,28 @@ def remedies(config: RunConfig, slice_: Topology) -> Iterator[Remedy]:
     """
     flags: tuple[str, ...] = ()
     if config.model.remat != "full":
-        config, flags = config.replace(model=config.model.replace(remat="full")), ("--remat=full",)
+        config, flags = config.replace(model=config.model.replace(remat="full")), ("--config.model.remat=full",)
         yield Remedy(flags, config, slice_)
     data, expert, _ = config.mesh.shape(slice_.chips)
     sequences = config.batch_size // config.accumulation // (data * expert)
     for fewer in (n for n in range(sequences - 1, 0, -1) if sequences % n == 0):
         accumulation = config.accumulation * sequences // fewer
         yield Remedy((*flags, f"--config.accumulation={accumulation}"), config.replace(accumulation=accumulation), slice_)
-    spread = config.replace(mesh=config.mesh.replace(preset=None, data=-1))
-    same_kind = (topology(name) for name in TOPOLOGIES)
-    for larger in sorted((t for t in same_kind if t.chip == slice_.chip and t.chips > slice_.chips), key=lambda t: t.chips):
-        if config.batch_size % math.prod(spread.mesh.shape(larger.chips)[:2]) == 0:
-            fewest = placed(spread, larger, 1)
-            yield Remedy((*flags, f"--topology={larger.name}", f"--config.accumulation={fewest.accumulation}"), fewest, larger)
+    for name, full_name in TOPOLOGIES.items():
+        larger = topology(full_name)
+        if larger.chip != slice_.chip or larger.chips <= slice_.chips:
+            continue
+        preset = name if config.mesh.preset else None
+        fills = -1 in (config.mesh.data, config.mesh.expert, config.mesh.model)
+        mesh = config.mesh.replace(preset=preset, data=config.mesh.data if fills else -1)
+        changes = {field: getattr(mesh, field) for field in ("preset", "data")}
+        moved = [f"--config.mesh.{field}={value}" for field, value in changes.items() if value != getattr(config.mesh, field)]
+        try:
+            fewest = placed(config.replace(mesh=mesh), larger, 1)
+        except ConfigError:
+            continue  # something does not divide over it
+        change = (*flags, f"--topology={name}", f"--config.accumulation={fewest.accumulation}", *moved)
+        yield Remedy(change, fewest, larger)
 
 
 def has_libtpu() -> bool:
@@ -148,19 +163,38 @@ def has_libtpu() -> bool:
 
 
 def compiled_memory(config: RunConfig, slice_: Topology) -> tuple[float, float]:
-    """(peak, temporaries) in bytes per device of one train step, compiled for the slice through libtpu."""
+    """(peak, temporaries) in bytes per device of one train step, compiled for the slice through libtpu.
+
+    Raises:
+        ConfigError: libtpu knows no such slice.
+    """
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=slice_.name).devices
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=slice_.name).devices
+    except RuntimeError as error:
+        raise ConfigError("--topology", f"libtpu knows no slice {slice_.name}: {' '.join(str(error).split())}") from None
     mesh = sharding.make_mesh(config.mesh, devices)
     trainer, rows = make_trainer(config, mesh), sharding.batch_sharding(mesh)
     ids = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32, sharding=rows)
     batch = {name: ids for name in ("tokens", "targets", "positions", "segment_ids")}
     batch["weights"] = jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=rows)
     step = jax.jit(trainer.train_step, donate_argnums=0, out_shardings=(trainer.shardings, None))
-    memory = step.lower(trainer.abstract, batch).compile().memory_analysis()
+    try:
+        memory = step.lower(trainer.abstract, batch).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        return needed + _held_bytes(trainer.abstract), needed
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     return float(getattr(memory, "peak_memory_in_bytes", 0) or whole), float(memory.temp_size_in_bytes)
+
+
+def _needed(message: str) -> float | None:
+    """Bytes of temporaries that the compiler wanted when it ran out of HBM, or None for another failure."""
+    sizes = [float(number) * 2**30 for number in re.findall(r"\b([\d.]+)G", message)]
+    return max(sizes) if "HBM" in message and "RESOURCE_EXHAUSTED" in message and sizes else None
 
 
 def _abstract_state(config: RunConfig, chips: int) -> tuple[TrainState, dict[str, int]]:
@@ -174,6 +208,12 @@ def _held(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
+def _gathered_over(leaf: jax.ShapeDtypeStruct, sizes: dict[str, int]) -> int:
+    """Devices over which FSDP gathers an array when it is used."""
+    parts = [part for part in leaf.sharding.spec if part in FSDP]
+    return math.prod(sizes[axis] for part in parts for axis in ((part,) if isinstance(part, str) else part))
+
+
 def _held_bytes(tree: Any) -> float:
     return float(sum(_held(leaf) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)))
 
@@ -183,14 +223,15 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     chips, chip, model = slice_.chips, slice_.chip, config.model
     cost = accounting.account(model, config.seq_len, tokens=config.batch_size * config.seq_len)
     tokens = config.batch_size * config.seq_len
-    local_tokens = tokens / config.accumulation / chips
     state, sizes = _abstract_state(config, chips)
+    local_tokens = tokens / config.accumulation / sizes["data"] / sizes["expert"]
+    weights = sum(_held(leaf) * _gathered_over(leaf, sizes) for leaf in jax.tree.leaves(state.params))  # that a device computes with
     params_bytes, optimizer_bytes = _held_bytes(state.params), _held_bytes((state.optimizer, state.balance))
     activations = local_tokens * model.width * model.layers * np.dtype(model.numerics.dtype).itemsize
     if compiled:
         peak, temporaries = compiled_memory(config, slice_)
     else:
-        temporaries = _estimated_temporaries(config, local_tokens, cost, params_bytes, activations)
+        temporaries = _estimated_temporaries(config, local_tokens, weights, sizes["model"], params_bytes, activations)
         peak = params_bytes + optimizer_bytes + temporaries
 
     # The backward pass costs two forward ones; full rematerialisation runs the layers forward once more.
@@ -198,7 +239,7 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     executed = cost.training_flops * (3 + again) / 3 * tokens
     moved = _moved(config, state.params, sizes)
     passes = 3 + again
-    hbm = passes * config.accumulation * _pass_bytes(config, local_tokens, cost) + 3 * (params_bytes + optimizer_bytes)
+    hbm = passes * config.accumulation * _pass_bytes(config, local_tokens, weights, sizes["model"]) + 3 * (params_bytes + optimizer_bytes)
     times = {
         "compute": executed / chips / chip.flops / EFFICIENCY, "HBM": hbm / chip.hbm_bandwidth,
         "links": sum(moved.values()) / chip.link_bandwidth,
@@ -229,9 +270,9 @@ def _moved(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[str, f
     item = np.dtype(config.model.numerics.dtype).itemsize
     gathered, replicated, devices = 0.0, 0.0, math.prod(sizes.values())
     for leaf in jax.tree.leaves(params):
-        axes = [axis for part in leaf.sharding.spec if part in FSDP for axis in ((part,) if isinstance(part, str) else part)]
-        gathered += item * _held(leaf) * (math.prod(sizes[axis] for axis in axes) - 1)
-        replicated += 0 if axes else 4 * _held(leaf)
+        ways = _gathered_over(leaf, sizes)
+        gathered += item * _held(leaf) * (ways - 1)
+        replicated += 4 * _held(leaf) if ways == 1 else 0
     moved = {
         "all-gather": 2 * gathered * config.accumulation, "reduce-scatter": gathered * config.accumulation,
         "all-reduce": 2 * replicated * (devices - 1) / devices * config.accumulation,
@@ -245,21 +286,21 @@ def _moved(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[str, f
     return {kind: size for kind, size in moved.items() if size}
 
 
-def _pass_bytes(config: RunConfig, local_tokens: float, cost: accounting.Accounting) -> float:
+def _pass_bytes(config: RunConfig, local_tokens: float, weights: float, model_ways: int) -> float:
     """HBM traffic of one pass over the layers, roughly: weights once, and each stream of a token written and read once."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
     heads, value_width = model.attention.projection.output_shape()
-    per_token = 8 * model.width + 6 * heads * value_width + model.feed_forward.stream_floats(model.width)
-    return item * (cost.parameters + 2 * model.layers * per_token * local_tokens)
+    per_token = 8 * model.width + (6 * heads * value_width + model.feed_forward.stream_floats(model.width)) / model_ways
+    return item * (weights + 2 * model.layers * per_token * local_tokens)
 
 
-def _estimated_temporaries(config, local_tokens, cost, params_bytes, activations) -> float:
+def _estimated_temporaries(config, local_tokens, weights, model_ways, params_bytes, activations) -> float:
     """Gradients, saved activations, one layer's gathered weights with their gradients, its streams, and the loss's table and logits."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
     heads, value_width = model.attention.projection.output_shape()
     saved = {"none": 12.0, "dots": 5.0, "full": 1.0}[model.remat] * activations
-    layer = 2 * item * (cost.parameters - model.vocabulary_size * model.width) / model.layers
-    streams = item * local_tokens * (8 * model.width + 8 * heads * value_width)
-    between = 2 * item * model.feed_forward.tokens_at_once(local_tokens) * model.feed_forward.stream_floats(model.width)
-    table = (item + 4) * model.vocabulary_size * model.width
-    return params_bytes + saved + max(layer + streams + between, table)
+    table = model.vocabulary_size * model.width / model_ways
+    layer = 2 * item * (weights - table) / model.layers
+    streams = item * local_tokens * (8 * model.width + 8 * heads * value_width / model_ways)
+    between = 2 * item * model.feed_forward.tokens_at_once(local_tokens) * model.feed_forward.stream_floats(model.width) / model_ways
+    return params_bytes + saved + max(layer + streams + between, (item + 4) * model.vocabulary_size * model.width)

@@ -90,6 +90,12 @@ def together(name: str, seconds: int) -> Iterator[None]:
         raise problem
 
 
+def lost_peer(error: Exception) -> bool:
+    """Whether the runtime failed because another process is gone, as far as its message tells."""
+    gone = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "UNKNOWN: Gloo")
+    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1 and str(error).startswith(gone)
+
+
 def from_leader(name: str, compute: Callable[[], int], seconds: int) -> int:
     """What process 0 computes, on every process; raises as `together` does."""
     found = 0

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kha_jax.config import Config, near
+from kha_jax.config import Config, ConfigError, near
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
@@ -80,10 +80,12 @@ class MeshConfig(Config):
         self.require(meant == devices, "config.mesh.preset", f"{self.preset!r} has {meant} devices, found {devices}")
         sizes = [getattr(self, axis) for axis in MESH_AXES]
         known = math.prod(size for size in sizes if size != -1)
+        listed = " x ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
+        remedy = "use data=-1 to fill"
         if -1 in sizes:
             sizes[sizes.index(-1)] = devices // known
-        listed = " x ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
-        self.require(math.prod(sizes) == devices, "config.mesh", f"{listed} does not make {devices} devices; use data=-1 to fill")
+            remedy = f"use sizes that divide {devices}"
+        self.require(math.prod(sizes) == devices, "config.mesh", f"{listed} does not make {devices} devices; {remedy}")
         return tuple(sizes)
 
 
@@ -102,8 +104,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         devices = devices[:1]
     shape, types = config.shape(len(devices)), (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=types)
+    if slices == 1:  # heads of one layer may lie across a physical axis: without splitting, few shapes fit a torus of 4 x 4 x 4
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=types)
     problem = f"must divide by the {slices} slices, which only data spans, found {shape[0]}"
     config.require(shape[0] % slices == 0, "config.mesh.data", problem)
     return Mesh(hybrid_devices(shape, slices, devices), MESH_AXES, axis_types=types)
@@ -111,7 +114,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 def hybrid_devices(shape: tuple[int, int, int], slices: int, devices: list[Any]) -> np.ndarray:
     """Devices in the mesh's shape, the slow network between slices on the outer part of `data` alone."""
-    return mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1), devices)
+    within = (shape[0] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
@@ -193,7 +197,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of arrays or shapes boxed with their logical axes; unboxed leaves are replicated.
 
     Raises:
-        ValueError: names the array and the dimension that its mesh axes do not divide.
+        ConfigError: names the array and the dimension that its mesh axes do not divide.
     """
 
     def one(path, leaf):
@@ -204,7 +208,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
         for size, axis, part in zip(leaf.value.shape, leaf.names, partition):
             ways = math.prod(mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
             if size % ways:
-                raise ValueError(f"{name}: dimension {axis!r} of {size} does not divide into {ways} (mesh axis {part})")
+                raise ConfigError("config.mesh", f"{name}: dimension {axis!r} of {size} does not divide into {ways} (mesh axis {part})")
         return NamedSharding(mesh, partition)
 
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

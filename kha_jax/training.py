@@ -13,6 +13,7 @@ import optax
 from kha_jax import data, moe, optimizer
 from kha_jax.config import Config, choice
 from kha_jax.model import Batch, ModelConfig, Transformer
+from kha_jax.ops.attention import unavailable
 from kha_jax.ops.losses import TokenSums
 from kha_jax.optimizer import OptimizerConfig
 from kha_jax.sharding import MeshConfig, tree_shardings, using
@@ -86,6 +87,21 @@ class RunConfig(Config):
         self.require(self.seq_len >= shortest, "seq_len", f"must be at least {shortest} for this data, found {self.seq_len}")
 
 
+    def check_on(self, sizes: dict[str, int], platform: str) -> None:
+        """Checks that the run can be placed on a mesh with these sizes.
+
+        Raises:
+            ConfigError: names what does not divide over it, or the kernel that does not run there.
+        """
+        ways, rows = sizes["data"] * sizes["expert"], self.batch_size // self.accumulation
+        problem = f"must divide by {ways} devices in each micro-batch, found {self.batch_size} / {self.accumulation}"
+        self.require(rows % ways == 0, "config.batch_size", problem)
+        problem = f"must divide by mesh.model={sizes['model']}, found {self.seq_len}"
+        self.require(self.seq_len % sizes["model"] == 0, "config.seq_len", problem)
+        missing = unavailable(self.model.attention.kernel, platform, self.seq_len)
+        self.require(missing is None, "config.model.attention.kernel", str(missing))
+
+
 class TrainState(NamedTuple):
     """All that changes while training. step counts batches; the optimiser counts the updates that were applied.
 
@@ -135,7 +151,7 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     """Builds the model and optimiser of a run and says how its state is laid out on the mesh.
 
     Raises:
-        ValueError: when a parameter does not divide over the mesh.
+        ConfigError: names a parameter that does not divide over the mesh.
     """
     model = config.model.build()
     # Parameters do not depend on the kernel, and not every kernel runs on the one token that they are made with.

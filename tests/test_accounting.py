@@ -162,6 +162,12 @@ def test_causal_halves_the_scores_only():
     assert difference == scores(4096) - scores(4097 / 2)
 
 
-def test_peaks_are_found_by_device_kind():
-    assert peak_flops("TPU v5p") == 459e12
+def test_an_unknown_device_has_no_peak():
     assert math.isnan(peak_flops("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"), [("TPU v5", 459e12), ("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("TPU v6 lite", 918e12), ("NVIDIA H200", 989e12)]
+)
+def test_the_peak_is_found_by_what_a_device_calls_itself(kind, peak):
+    assert peak_flops(kind) == peak

@@ -1,6 +1,7 @@
 """Plans: the analytic half against the numbers it must reach, golden plans of the presets, and the compiled half where libtpu is."""
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kha_jax import planning
 from kha_jax.config import ConfigError, from_dict
 from kha_jax.planning import TOPOLOGIES, placed, plan, remedies, topology
 from kha_jax.sharding import MeshConfig
@@ -63,21 +65,47 @@ def test_names_and_batches_that_do_not_work_are_refused():
     for bad in ("v7:2x2", "v5p", "v5p:4x", "v5p-12"):
         with pytest.raises(ConfigError, match="--topology: .*" + bad):
             topology(bad)
-    with pytest.raises(ConfigError, match="config.batch_size: must be a multiple of 3 sequences on 64 devices, found 512"):
+    with pytest.raises(ConfigError, match="config.batch_size: must be a multiple of 192, 3 on each of 64 devices, found 512"):
         planned(sequences=3)
 
 
 def test_remedies_come_from_the_cheapest_on():
     run, slice_ = config(), topology("v5e-64")
     run = placed(run.replace(model=run.model.replace(remat="dots")), slice_, 4)
-    found = list(remedies(run, slice_))
+    found, full = list(remedies(run, slice_)), "--config.model.remat=full"
     assert [remedy.flags for remedy in found] == [
-        ("--remat=full",), ("--remat=full", "--config.accumulation=4"), ("--remat=full", "--config.accumulation=8"),
-        ("--remat=full", "--topology=v5e:16x16", "--config.accumulation=2"),
+        (full,), (full, "--config.accumulation=4"), (full, "--config.accumulation=8"),
+        (full, "--topology=v5e-256", "--config.accumulation=2"),
     ]  # fmt: skip
     assert all(remedy.config.model.remat == "full" and remedy.config.batch_size == 512 for remedy in found)
     peaks = [plan(remedy.config, remedy.slice_, compiled=False).peak_bytes_per_device for remedy in found]
     assert plan(run, slice_, compiled=False).peak_bytes_per_device > peaks[0] > peaks[1] > peaks[2] > peaks[3]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "moved"),
+    [
+        ({"preset": "v5e-64"}, ("--config.mesh.preset=v5e-256",)), ({"data": 64}, ("--config.mesh.data=-1",)),
+        ({"data": 16, "expert": -1}, ()), ({"data": -1, "model": 4}, ()),
+    ],
+)  # fmt: skip
+def test_a_larger_slice_comes_with_what_the_mesh_then_needs(mesh, moved):
+    run, slice_ = config(), topology("v5e-64")
+    *_, last = remedies(placed(run.replace(mesh=MeshConfig(**mesh)), slice_, 1), slice_)
+    assert last.flags[0] == "--topology=v5e-256" and last.flags[2:] == moved
+    assert math.prod(last.config.mesh.shape(256)) == 256
+
+
+def test_what_the_compiler_wanted_is_read_from_its_complaint():
+    wanted = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, temporaries (21.40G) exceeds available HBM (15.75G)."
+    assert planning._needed(wanted) == 21.4 * GIB
+    assert planning._needed("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: 17.1M") is None
+    assert planning._needed("INTERNAL: HBM (1.0G)") is None
+
+
+def test_a_larger_batch_sees_the_same_tokens():
+    run = placed(config(), topology("v5p-64"), 32)
+    assert run.batch_size == 1024 and run.steps == config().steps // 2
 
 
 def test_a_fixed_mesh_is_kept_or_refused_by_name():
@@ -98,7 +126,7 @@ def command(*flags):
 
 def test_the_command_prints_json_and_says_what_would_fit():
     code, out, err = command("--topology=v5e-64", "--sequences_per_device=16", "--nocompile", "--json")
-    assert code == 0 and "fits with --config.accumulation=2 at" in err, err
+    assert code == 0 and "fits with --config.accumulation=2 --config.batch_size=1024: 8 sequences a device" in err, err
     found = json.loads(out)
     promised = "params_total params_active peak_bytes_per_device hbm_bytes_per_device fits flops_per_step step_seconds mfu"
     assert {*promised.split(), "tokens_per_second", "chip_hours", "source"} <= set(found)

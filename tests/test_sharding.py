@@ -183,13 +183,13 @@ def test_unboxed_leaves_are_replicated():
 def test_dimensions_that_do_not_divide_are_named(sizes, leaf, problem):
     with pytest.raises(ValueError) as error:
         tree_shardings({"layers": {"query": leaf}}, mesh_of(*sizes))
-    assert str(error.value).startswith(f"layers/query: {problem}")
+    assert str(error.value).startswith(f"config.mesh: layers/query: {problem}")
     tree_shardings({"layers": {"query": leaf}}, mesh_of(1, 1, 1))  # one device takes any size
 
 
 def test_the_transformer_names_the_parameter_that_does_not_divide():
     shapes = boxed_shapes(model().replace(feed_forward=SwiGLU(width=12)))
-    with pytest.raises(ValueError, match="^layers/feed_forward/down: dimension 'feed_forward' of 12 does not divide into 8"):
+    with pytest.raises(ValueError, match="^config.mesh: layers/feed_forward/down: dimension 'feed_forward' of 12 does not divide into 8"):
         tree_shardings(shapes, mesh_of(1, 1, 8))
 
 
