@@ -145,15 +145,13 @@ def remedies(config: RunConfig, slice_: Topology) -> Iterator[Remedy]:
         larger = topology(full_name)
         if larger.chip != slice_.chip or larger.chips <= slice_.chips:
             continue
-        preset = name if config.mesh.preset else None
         fills = -1 in (config.mesh.data, config.mesh.expert, config.mesh.model)
-        mesh = config.mesh.replace(preset=preset, data=config.mesh.data if fills else -1)
-        changes = {field: getattr(mesh, field) for field in ("preset", "data")}
-        moved = [f"--config.mesh.{field}={value}" for field, value in changes.items() if value != getattr(config.mesh, field)]
+        mesh = {"preset": name if config.mesh.preset else None, "data": config.mesh.data if fills else -1}
         try:
-            fewest = placed(config.replace(mesh=mesh), larger, 1)
+            fewest = placed(config.replace(mesh=config.mesh.replace(**mesh)), larger, 1)
         except ConfigError:
-            continue  # something does not divide over it
+            continue  # no preset has this name, or something does not divide over it
+        moved = [f"--config.mesh.{field}={value}" for field, value in mesh.items() if value != getattr(config.mesh, field)]
         change = (*flags, f"--topology={name}", f"--config.accumulation={fewest.accumulation}", *moved)
         yield Remedy(change, fewest, larger)
 

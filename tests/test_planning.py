@@ -96,6 +96,12 @@ def test_a_larger_slice_comes_with_what_the_mesh_then_needs(mesh, moved):
     assert math.prod(last.config.mesh.shape(256)) == 256
 
 
+def test_a_preset_of_one_device_is_advised_a_slice_that_is_a_preset():
+    run = config(name="dense_600m")
+    run = placed(run.replace(mesh=MeshConfig(preset="1-device")), topology("v5e-1"), 1)
+    assert [remedy.flags[0] for remedy in remedies(run, topology("v5e-1"))] == ["--topology=v5e-64", "--topology=v5e-256"]
+
+
 def test_what_the_compiler_wanted_is_read_from_its_complaint():
     wanted = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, temporaries (21.40G) exceeds available HBM (15.75G)."
     assert planning._needed(wanted) == 21.4 * GIB
