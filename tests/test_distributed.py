@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 16
 RUN = (
-    "--config=configs/kha_moe_tiny.py", "--config.batch_size=8", "--config.seq_len=64", "--config.model.layers=1",
+    "--config=configs/kha_moe_tiny.py", "--config.batch_size=8", "--config.seq_len=256", "--config.model.layers=1",
     "--config.model.width=32", "--config.model.attention.projection.head_dim=8", "--config.evaluation.every=8",
     "--config.evaluation.batches=1",
     "--config.checkpoint.every=4", "--config.mesh.data=2", "--config.mesh.expert=4", f"--config.steps={STEPS}",
@@ -54,14 +54,14 @@ def test_two_processes_train_stop_and_resume_as_one(tmp_path):
     assert code == 0, err
     both = start_two(tmp_path / "two", cache)
     metrics = tmp_path / "two" / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("grad_norm") < 5:
+    while not metrics.exists() or metrics.read_text().count("grad_norm") < 2:
         assert all(process.poll() is None for process in both), [finish(process) for process in both]
         time.sleep(0.01)
     both[1].send_signal(signal.SIGTERM)  # one of them is told, all of them save and leave
     codes = [finish(process) for process in both]
     assert [code for code, _ in codes] == [75, 75], codes
     stopped = max(losses(tmp_path / "two")[0])
-    assert 5 <= stopped < STEPS
+    assert 2 <= stopped < STEPS
     codes = [finish(process) for process in start_two(tmp_path / "two", cache)]
     assert [code for code, _ in codes] == [0, 0], codes
     for ours, theirs in zip(losses(tmp_path / "two"), losses(tmp_path / "one")):
