@@ -7,13 +7,17 @@ READY := $(VENV)/ready-$(EXTRAS)
 # Huge pages for large buffers: a training step on a CPU gains 10-25%.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test benchmark setup clean
+.PHONY: train test lint benchmark setup clean
 
 train: setup
 	$(RUN) -m experiments.train --config=configs/kha_tiny.py --workdir=runs/kha_tiny
 
 test: setup
 	$(RUN) -m pytest
+
+lint: setup
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
 
 benchmark: EXTRAS = test,interop
 benchmark: setup

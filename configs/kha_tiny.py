@@ -1,10 +1,11 @@
-"""A 1.3M-parameter KHA transformer on the text of Python's standard library: three minutes on two CPU cores.
+"""A 1.3M-parameter KHA transformer on the text of Python's standard library: three minutes on two
+CPU cores.
 
     python -m experiments.train --config=configs/kha_tiny.py --workdir=runs/kha_tiny
     python -m experiments.train --config=configs/kha_tiny.py:baseline --workdir=runs/baseline
 
-Variants: mlp (default: KHA-MLP on values, the paper's main setting), linear (KHA-Linear on q, k, v), gate, baseline.
-Expect about 2 bits per byte on held-out modules from 8 at the start.
+Variants: mlp (default: KHA-MLP on values, the paper's main setting), linear (KHA-Linear on q, k,
+v), gate, baseline. Expect about 2 bits per byte on held-out modules from 8 at the start.
 """
 
 from configs import base

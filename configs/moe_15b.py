@@ -1,4 +1,5 @@
-"""A mixture of the paper's exploration (table 5): 14.6B parameters, 1.6B active, 64 experts of which 4 are active, 100B tokens.
+"""A mixture of the paper's exploration (table 5): 14.6B parameters, 1.6B active, 64 experts of
+which 4 are active, 100B tokens.
 
     python -m experiments.train --config=configs/moe_15b.py --workdir=FOLDER
     python -m experiments.plan --config=configs/moe_15b.py --topology=v5p-128
@@ -10,6 +11,8 @@ from configs import base
 from kha_jax.moe import MoE
 
 get_config = base.pretraining(
-    layers=23, width=2048, feed_forward=MoE(experts=64, top_k=4, width=1536, chunk_tokens=8192),
+    layers=23,
+    width=2048,
+    feed_forward=MoE(experts=64, top_k=4, width=1536, chunk_tokens=8192),
     tokens=10**11,
 )

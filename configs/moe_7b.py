@@ -1,4 +1,5 @@
-"""A mixture of the paper's exploration (tables 1 to 3): 6.6B parameters, 0.88B active, 64 experts of which 4 are active, 75B tokens.
+"""A mixture of the paper's exploration (tables 1 to 3): 6.6B parameters, 0.88B active, 64 experts
+of which 4 are active, 75B tokens.
 
     python -m experiments.train --config=configs/moe_7b.py --workdir=FOLDER
     python -m experiments.plan --config=configs/moe_7b.py --topology=v5p-64
@@ -10,6 +11,8 @@ from configs import base
 from kha_jax.moe import MoE
 
 get_config = base.pretraining(
-    layers=18, width=1536, feed_forward=MoE(experts=64, top_k=4, width=1152, chunk_tokens=8192),
+    layers=18,
+    width=1536,
+    feed_forward=MoE(experts=64, top_k=4, width=1152, chunk_tokens=8192),
     tokens=75 * 10**9,
 )

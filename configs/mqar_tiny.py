@@ -1,10 +1,12 @@
-"""Multi-query associative recall: a 2-layer KHA transformer that learns to look values up, half a minute on two CPU cores.
+"""Multi-query associative recall: a 2-layer KHA transformer that learns to look values up, half a
+minute on two CPU cores.
 
     python -m experiments.train --config=configs/mqar_tiny.py --workdir=runs/mqar
     python -m experiments.train --config=configs/mqar_tiny.py:baseline --workdir=runs/mqar_baseline
 
-Watch val_accuracy: it lingers near one in four (guessing among the four values shown), then rises steeply to 100% once the model
-has found the look-up. More pairs (--config.data.pairs=8) or fewer heads make it hard.
+Watch val_accuracy: it lingers near one in four (guessing among the four values shown), then rises
+steeply to 100% once the model has found the look-up. More pairs (--config.data.pairs=8) or fewer
+heads make it hard.
 """
 
 from configs import base

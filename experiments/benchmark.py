@@ -1,12 +1,16 @@
-"""Measures this machine: python -m experiments.benchmark [--suite=dense|moe|decode|variants|startup]
+"""Measures this machine: python -m experiments.benchmark
+[--suite=dense|moe|decode|variants|startup]
 
-dense: one training step of the peer shape (4 layers, D 256, 8 query and 4 key/value heads of 64, SwiGLU 768, vocabulary 4096,
-tied, float32, batch 8 x 256, AdamW) here and in transformers on PyTorch (extra: interop), each in a process of its own, taking
-turns, so that a noisy machine is noisy for all. moe: the same with 16 experts of 192, 4 active, then the expert computation alone
-against one dense feed-forward on the same rows. decode: 128 greedy tokens after a prompt of 32, here and by transformers' generate,
-then the cost of one token against the length of the cache for every projection. variants: what each projection and mixer costs at
-the paper's 0.8B-6.6B attention, counted and not timed. startup: seconds from the command to the first step of configs/kha_tiny.py,
-cold and with a warm compilation cache. Nothing here is a test; the figures go into the README with the machine's name.
+dense: one training step of the peer shape (4 layers, D 256, 8 query and 4 key/value heads of 64,
+SwiGLU 768, vocabulary 4096, tied, float32, batch 8 x 256, AdamW) here and in transformers on
+PyTorch (extra: interop), each in a process of its own, taking turns, so that a noisy machine is
+noisy for all. moe: the same with 16 experts of 192, 4 active, then the expert computation alone
+against one dense feed-forward on the same rows. decode: 128 greedy tokens after a prompt of 32,
+here and by transformers' generate, then the cost of one token against the length of the cache for
+every projection. variants: what each projection and mixer costs at the paper's 0.8B-6.6B attention,
+counted and not timed. startup: seconds from the command to the first step of configs/kha_tiny.py,
+cold and with a warm compilation cache. Nothing here is a test; the figures go into the README with
+the machine's name.
 """
 
 import json
@@ -28,16 +32,21 @@ from rich.table import Table
 from experiments import command_line, peers
 from experiments.command_line import UsageError
 
-SUITE = flags.DEFINE_enum("suite", "dense", ["dense", "moe", "decode", "variants", "startup"], "What to measure.")
+SUITE = flags.DEFINE_enum(
+    "suite", "dense", ["dense", "moe", "decode", "variants", "startup"], "What to measure."
+)
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Turns of each implementation.", lower_bound=1)
-TORCH_COMPILE = flags.DEFINE_bool("torch_compile", True, "Also measure torch.compile (about 30 s to compile).")
+TORCH_COMPILE = flags.DEFINE_bool(
+    "torch_compile", True, "Also measure torch.compile (about 30 s to compile)."
+)
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 CONSOLE = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
 def _serve(connection: Any, make: Callable[..., peers.Step], arguments: tuple) -> None:
-    """A worker: makes the step, then times it once for every message; (wall seconds, CPU seconds) each."""
+    """A worker: makes the step, then times it once for every message; (wall seconds, CPU seconds)
+    each."""
     try:
         began = time.perf_counter()
         step = make(*arguments)
@@ -53,7 +62,8 @@ def _serve(connection: Any, make: Callable[..., peers.Step], arguments: tuple) -
 
 
 def interleave(makers: dict[str, tuple], rounds: int) -> dict[str, dict[str, float]]:
-    """Median, minimum and CPU seconds of each step, taken in turns; what cannot run is printed with its reason."""
+    """Median, minimum and CPU seconds of each step, taken in turns; what cannot run is printed with
+    its reason."""
     context, workers = multiprocessing.get_context("spawn"), {}
     for name, (make, *arguments) in makers.items():
         ours, theirs = context.Pipe()
@@ -77,7 +87,12 @@ def interleave(makers: dict[str, tuple], rounds: int) -> dict[str, dict[str, flo
         ours.send(False)
         process.join()
         wall, cpu = zip(*times)
-        out[name] = {"median": statistics.median(wall), "minimum": min(wall), "cpu": statistics.median(cpu), "first": first}
+        out[name] = {
+            "median": statistics.median(wall),
+            "minimum": min(wall),
+            "cpu": statistics.median(cpu),
+            "first": first,
+        }
     return out
 
 
@@ -87,43 +102,77 @@ def dense(mixture: bool = False) -> dict[str, Any]:
 
     variants = {"baseline": "baseline", "KHA-MLP on v": "mlp", "KHA-Linear on q, k, v": "linear"}
     makers = {
-        "matmul 2048^3": (peers.matmul_step,), **{name: (peers.kha_jax_step, v, mixture) for name, v in variants.items()},
+        "matmul 2048^3": (peers.matmul_step,),
+        **{name: (peers.kha_jax_step, v, mixture) for name, v in variants.items()},
         "transformers eager": (peers.transformers_step, False, mixture),
-    }  # fmt: skip
+    }
     if TORCH_COMPILE.value:
         makers["transformers torch.compile"] = (peers.transformers_step, True, mixture)
     results = interleave(makers, ROUNDS.value)
     matmul = results.pop("matmul 2048^3")
     rate = 2 * 2048**3 / matmul["median"]
     tokens = peers.BATCH * peers.LENGTH
-    cost = lambda variant: account(peers.peer_run(variant, mixture).model, peers.LENGTH, tokens=tokens)  # noqa: E731
+
+    def cost(variant):
+        return account(peers.peer_run(variant, mixture).model, peers.LENGTH, tokens=tokens)
+
     flops = {name: cost(variant).training_flops * tokens for name, variant in variants.items()}
-    table = Table(title=f"training step, peer shape, {machine()}; matmul rate {rate / 1e9:.0f} GFLOP/s")
-    for column in ("", "median ms", "minimum ms", "CPU ms", "first step s", "GFLOP/s", "of matmul rate", "time / baseline"):
+    table = Table(
+        title=f"training step, peer shape, {machine()}; matmul rate {rate / 1e9:.0f} GFLOP/s"
+    )
+    for column in (
+        "",
+        "median ms",
+        "minimum ms",
+        "CPU ms",
+        "first step s",
+        "GFLOP/s",
+        "of matmul rate",
+        "time / baseline",
+    ):
         table.add_column(column, justify="right")
     for name, row in results.items():
         achieved = flops.get(name, flops["baseline"]) / row["median"]
-        row.update(gflops=achieved / 1e9, matmul_share=achieved / rate, ratio=row["median"] / results["baseline"]["median"])
+        row.update(
+            gflops=achieved / 1e9,
+            matmul_share=achieved / rate,
+            ratio=row["median"] / results["baseline"]["median"],
+        )
         cells = [f"{row[key] * 1e3:.0f}" for key in ("median", "minimum", "cpu")]
-        table.add_row(name, *cells, f"{row['first']:.1f}", f"{row['gflops']:.0f}", f"{row['matmul_share']:.0%}", f"{row['ratio']:.3f}")
+        table.add_row(
+            name,
+            *cells,
+            f"{row['first']:.1f}",
+            f"{row['gflops']:.0f}",
+            f"{row['matmul_share']:.0%}",
+            f"{row['ratio']:.3f}",
+        )
     CONSOLE.print(table)
     return {"matmul_gflops": rate / 1e9, **results}
 
 
 def expert_kernels() -> dict[str, Any]:
     """Median time of each kernel over that of one dense feed-forward on the same rows."""
-    table = Table(title=f"experts, forward and backward, times one dense feed-forward on the same rows, {machine()}")
+    table = Table(
+        title=(
+            "experts, forward and backward, times one dense feed-forward on the same rows, "
+            f"{machine()}"
+        )
+    )
     out: dict[str, Any] = {}
     for column in ("experts, active", "dense ms", "blocked ms", "blocked", "its minimum", "ragged"):
         table.add_column(column, justify="right")
     for E, K in ((16, 4), (64, 4), (128, 8)):
         makers = {kernel: (peers.expert_step, kernel, E, K) for kernel in ("dense", "blocked")}
         rows = interleave(makers, ROUNDS.value)
-        slow = interleave({"ragged": (peers.expert_step, "ragged", E, K)}, 1)  # minutes at 128 experts: one turn says enough
+        # minutes at 128 experts: one turn says enough
+        slow = interleave({"ragged": (peers.expert_step, "ragged", E, K)}, 1)
         base = rows["dense"]
         ratios = [f"{rows['blocked'][key] / base[key]:.2f}" for key in ("median", "minimum")]
         times = [f"{rows[name]['median'] * 1e3:.0f}" for name in ("dense", "blocked")]
-        table.add_row(f"{E}, {K}", *times, *ratios, f"{slow['ragged']['median'] / base['median']:.0f}")
+        table.add_row(
+            f"{E}, {K}", *times, *ratios, f"{slow['ragged']['median'] / base['median']:.0f}"
+        )
         out[f"{E}, {K}"] = {**rows, **slow}
     CONSOLE.print(table)
     return out
@@ -134,17 +183,29 @@ def decode() -> dict[str, Any]:
     out: dict[str, Any] = {}
     for batch in (1, 8):
         makers = {
-            "baseline": (peers.kha_jax_generation, "baseline", batch), "KHA-Linear on q, k, v": (peers.kha_jax_generation, "linear", batch),
+            "baseline": (peers.kha_jax_generation, "baseline", batch),
+            "KHA-Linear on q, k, v": (peers.kha_jax_generation, "linear", batch),
             "KHA-MLP on v": (peers.kha_jax_generation, "mlp", batch),
-            **{f"transformers, {c} cache": (peers.transformers_generation, c, batch) for c in ("dynamic", "static")},
-        }  # fmt: skip
+            **{
+                f"transformers, {c} cache": (peers.transformers_generation, c, batch)
+                for c in ("dynamic", "static")
+            },
+        }
         results = interleave(makers, ROUNDS.value)
         theirs = [row["median"] for name, row in results.items() if name.startswith("transformers")]
-        table = Table(title=f"greedy decoding, prompt {peers.PROMPT}, {peers.NEW} new, batch {batch}, {machine()}")
+        table = Table(
+            title=(
+                f"greedy decoding, prompt {peers.PROMPT}, {peers.NEW} new, batch {batch}, "
+                f"{machine()}"
+            )
+        )
         for column in ("", "new tokens/s", "best tokens/s", "times the faster generate"):
             table.add_column(column, justify="right")
         for name, row in results.items():
-            row["tokens_per_second"], best = batch * peers.NEW / row["median"], batch * peers.NEW / row["minimum"]
+            row["tokens_per_second"], best = (
+                batch * peers.NEW / row["median"],
+                batch * peers.NEW / row["minimum"],
+            )
             ratio = f"{min(theirs) / row['median']:.2f}" if theirs else "?"
             table.add_row(name, f"{row['tokens_per_second']:.0f}", f"{best:.0f}", ratio)
         CONSOLE.print(table)
@@ -152,23 +213,37 @@ def decode() -> dict[str, Any]:
     return {**out, "cache": cache_lengths()}
 
 
-def cache_lengths(lengths: tuple[int, ...] = (256, 1024, 4096, 16384), batch: int = 8) -> dict[str, Any]:
+def cache_lengths(
+    lengths: tuple[int, ...] = (256, 1024, 4096, 16384), batch: int = 8
+) -> dict[str, Any]:
     """Milliseconds of one token in every row of a batch, by projection and length of the cache."""
     from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 
     H, N = peers.HEAD_DIM, peers.HEADS
     projections = {
-        "MHA 8/8": GroupedQuery(query_heads=N, kv_heads=N, head_dim=H), "GQA 8/4": GroupedQuery(query_heads=N, kv_heads=4, head_dim=H),
-        "MQA 8/1": GroupedQuery(query_heads=N, kv_heads=1, head_dim=H), "GTA 8/4": GroupedTied(query_heads=N, kv_heads=4, head_dim=H),
+        "MHA 8/8": GroupedQuery(query_heads=N, kv_heads=N, head_dim=H),
+        "GQA 8/4": GroupedQuery(query_heads=N, kv_heads=4, head_dim=H),
+        "MQA 8/1": GroupedQuery(query_heads=N, kv_heads=1, head_dim=H),
+        "GTA 8/4": GroupedTied(query_heads=N, kv_heads=4, head_dim=H),
         "MLA 4H": Latent(query_heads=N, head_dim=H, value_dim=H, rope_dim=H // 2, kv_lora=4 * H),
-        "GLA 2 x 2H": Latent(query_heads=N, head_dim=H, value_dim=H, rope_dim=H // 2, kv_lora=2 * H, groups=2),
-    }  # fmt: skip
-    table = Table(title=f"ms for one token in each of {batch} rows, float32, against the cached tokens, {machine()}")
+        "GLA 2 x 2H": Latent(
+            query_heads=N, head_dim=H, value_dim=H, rope_dim=H // 2, kv_lora=2 * H, groups=2
+        ),
+    }
+    table = Table(
+        title=(
+            f"ms for one token in each of {batch} rows, float32, against the cached tokens, "
+            f"{machine()}"
+        )
+    )
     for column in ("", "floats cached per token and layer", *map(str, lengths)):
         table.add_column(column, justify="right")
     out: dict[str, list[float]] = {name: [] for name in projections}
     for length in lengths:
-        steps = {name: peers.one_more_token(projection, length, batch) for name, projection in projections.items()}
+        steps = {
+            name: peers.one_more_token(projection, length, batch)
+            for name, projection in projections.items()
+        }
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(2 + ROUNDS.value):
             for name, step in steps.items():
@@ -199,45 +274,94 @@ def variants() -> dict[str, Any]:
         "GQA 32/4": GroupedQuery(query_heads=32, kv_heads=4, head_dim=128),
         "MQA 32/1": GroupedQuery(query_heads=32, kv_heads=1, head_dim=128),
         "GTA 32/4": GroupedTied(query_heads=32, kv_heads=4, head_dim=128),
-        "MLA 512": Latent(kv_lora=512, **latent), "GLA 2 x 256": Latent(kv_lora=256, groups=2, **latent),
-    }  # fmt: skip
+        "MLA 512": Latent(kv_lora=512, **latent),
+        "GLA 2 x 256": Latent(kv_lora=256, groups=2, **latent),
+    }
 
     def fused(config: AttentionConfig, platform: str) -> str:
         projection = config.projection
-        kernel = best_kernel(platform, jnp.bfloat16, length, projection.key_width(), projection.output_shape()[1])
+        kernel = best_kernel(
+            platform, jnp.bfloat16, length, projection.key_width(), projection.output_shape()[1]
+        )
         return "-" if kernel == "chunked" else kernel
 
-    table = Table(title=f"one attention layer of width {width}, {length} visible tokens at most; {layers} layers of cache in bf16")
-    columns = ("", "parameters, M", "forward MFLOP per token", "cache, bytes per token", "takes", "of them fold", "fused on TPU", "on GPU")
+    table = Table(
+        title=(
+            f"one attention layer of width {width}, {length} visible tokens at most; {layers} "
+            "layers of cache in bf16"
+        )
+    )
+    columns = (
+        "",
+        "parameters, M",
+        "forward MFLOP per token",
+        "cache, bytes per token",
+        "takes",
+        "of them fold",
+        "fused on TPU",
+        "on GPU",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     out: dict[str, Any] = {}
     for name, projection in projections.items():
         config = AttentionConfig(projection=projection)
         cost = {
-            "parameters": config.parameters(width), "flops": config.flops(width, (length + 1) / 2, step),
+            "parameters": config.parameters(width),
+            "flops": config.flops(width, (length + 1) / 2, step),
             "cache_bytes": 2 * layers * projection.cache_floats(),
-        }  # fmt: skip
-        fits = [kind for kind, mixer in STREAM_MIXERS.items() if kind != "none" and projection.refusal("value", mixer()) is None]
+        }
+        fits = [
+            kind
+            for kind, mixer in STREAM_MIXERS.items()
+            if kind != "none" and projection.refusal("value", mixer()) is None
+        ]
         folds = [kind for kind in fits if STREAM_MIXERS[kind].linear]
-        row = (f"{cost['parameters'] / 1e6:.2f}", f"{cost['flops'] / 1e6:.1f}", f"{cost['cache_bytes']:,}")
-        table.add_row(name, *row, ", ".join(fits), ", ".join(folds), fused(config, "tpu"), fused(config, "gpu"))
+        row = (
+            f"{cost['parameters'] / 1e6:.2f}",
+            f"{cost['flops'] / 1e6:.1f}",
+            f"{cost['cache_bytes']:,}",
+        )
+        table.add_row(
+            name,
+            *row,
+            ", ".join(fits),
+            ", ".join(folds),
+            fused(config, "tpu"),
+            fused(config, "gpu"),
+        )
         out[name] = cost
     CONSOLE.print(table)
 
     plain = AttentionConfig(projection=projections["GQA 32/4"])
     table = Table(title=f"mixers on GQA 32/4, a step of {step:,} tokens: added to the layer above")
-    for column in ("", "parameters", "forward FLOPs", "of the attention", "folds", "decoding FLOPs"):
+    for column in (
+        "",
+        "parameters",
+        "forward FLOPs",
+        "of the attention",
+        "folds",
+        "decoding FLOPs",
+    ):
         table.add_column(column, justify="right")
     for kind, mixer in STREAM_MIXERS.items():
         for places in (("value",), ("query", "key", "value")) if kind != "none" else ():
             config = plain.replace(**{slot: mixer() for slot in places})
-            more = config.flops(width, (length + 1) / 2, step) - plain.flops(width, (length + 1) / 2, step)
+            more = config.flops(width, (length + 1) / 2, step) - plain.flops(
+                width, (length + 1) / 2, step
+            )
             one = 0 if mixer.linear else config.flops(width, 1, 1) - plain.flops(width, 1, 1)
             share = more / plain.flops(width, (length + 1) / 2, step)
             label = f"{kind} on {', '.join(slot[0] for slot in places)}"
             added = config.parameters(width) - plain.parameters(width)
-            table.add_row(label, f"{added:,}", f"{more:,.0f}", f"{share:.3%}", "yes" if mixer.linear else "no", f"{one:,.0f}")
+            table.add_row(
+                label,
+                f"{added:,}",
+                f"{more:,.0f}",
+                f"{share:.3%}",
+                "yes" if mixer.linear else "no",
+                f"{one:,.0f}",
+            )
             out[label] = {"parameters": added, "flops": more, "decoding_flops": one}
     CONSOLE.print(table)
     return out
@@ -248,9 +372,21 @@ def startup() -> dict[str, Any]:
     out = {}
     with tempfile.TemporaryDirectory() as cache:
         for run in ("cold", "cached"):
-            command = [sys.executable, "-m", "experiments.train", "--config.steps=2", f"--workdir={cache}/{run}"]
+            command = [
+                sys.executable,
+                "-m",
+                "experiments.train",
+                "--config.steps=2",
+                f"--workdir={cache}/{run}",
+            ]
             began, environment = time.perf_counter(), {**os.environ, "KHA_JAX_CACHE": cache}
-            with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            with subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            ) as process:
                 for line in process.stderr:
                     if re.match("first step after", line):
                         out[run] = time.perf_counter() - began
@@ -265,7 +401,9 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+            name = next(
+                (line.split(":")[1].strip() for line in file if line.startswith("model name")), name
+            )
     return f"{os.cpu_count()} cores of {name}, jax {jax.__version__}"
 
 

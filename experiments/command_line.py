@@ -24,20 +24,25 @@ class UsageError(Exception):
 
 
 def define_config(default: str = DEFAULT_CONFIG) -> Any:
-    """The flag --config=file.py[:variant], with --config.a.b=value for single fields; complaints end the program at once.
+    """The flag --config=file.py[:variant], with --config.a.b=value for single fields; complaints
+    end the program at once.
 
-    config_flags already reads the command line when the flag is defined, so the overrides are checked here.
+    config_flags already reads the command line when the flag is defined, so the overrides are
+    checked here.
     """
     try:
         _check_config_arguments(sys.argv[1:], default)
-        return config_flags.DEFINE_config_file("config", default, "Run config, FILE.py or FILE.py:VARIANT.", lock_config=True)
+        return config_flags.DEFINE_config_file(
+            "config", default, "Run config, FILE.py or FILE.py:VARIANT.", lock_config=True
+        )
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USAGE)
 
 
 def _check_config_arguments(arguments: list[str], default: str) -> None:
-    """Raises UsageError when the config file does not load or an override names no field or has the wrong type."""
+    """Raises UsageError when the config file does not load or an override names no field or has the
+    wrong type."""
     named = [a.split("=", 1)[1] for a in arguments if re.match(r"--?config=", a)]
     path, _, variant = (named or [default])[-1].partition(":")
     if not Path(path).is_file():
@@ -46,7 +51,9 @@ def _check_config_arguments(arguments: list[str], default: str) -> None:
     try:
         config = runpy.run_path(path)["get_config"](*filter(None, [variant]))
     except KeyError as error:
-        raise UsageError(f"--config={path}: has no {error}; a config file defines get_config(variant)") from None
+        raise UsageError(
+            f"--config={path}: has no {error}; a config file defines get_config(variant)"
+        ) from None
     except (ValueError, TypeError) as error:
         raise UsageError(f"--config={path}: {error}") from None
     for argument in arguments:
@@ -98,12 +105,15 @@ def load_variant(cls: type, path: str, variant: str) -> Any:
 
 
 def _parse_flags(argv: list[str], words: int) -> list[str]:
-    """absl's parser, with every complaint turned into one line; returns the words that are no flags, `words` of them at most."""
+    """absl's parser, with every complaint turned into one line; returns the words that are no
+    flags, `words` of them at most."""
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         known = [flag.name for flag in flags.FLAGS.get_flags_for_module(sys.argv[0])]
-        raise UsageError(f"--{error.flagname} is not a known flag; {near(error.flagname, ['config', *known])}") from None
+        raise UsageError(
+            f"--{error.flagname} is not a known flag; {near(error.flagname, ['config', *known])}"
+        ) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from None
     if len(rest) > words + 1:
@@ -120,11 +130,14 @@ def read_config(path: Path, cls: type) -> Any:
     try:
         return from_dict(cls, json.loads(path.read_text()))
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}: is damaged ({error}); put back the one that the run was started with") from None
+        raise UsageError(
+            f"{path}: is damaged ({error}); put back the one that the run was started with"
+        ) from None
 
 
 def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, dict[str, Any]]:
-    """(RunConfig, step, variables) of a checkpoint in a run folder, on one device; by default of the newest good one.
+    """(RunConfig, step, variables) of a checkpoint in a run folder, on one device; by default of
+    the newest good one.
 
     Raises:
         UsageError: there is no such run or step.
@@ -158,7 +171,9 @@ def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, di
         checkpoints.close()
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], path: str = ""
+) -> dict[str, tuple[Any, Any]]:
     """Dotted fields whose values differ, with both values."""
     out: dict[str, tuple[Any, Any]] = {}
     for name in {**old, **new}:
@@ -172,13 +187,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> dic
 
 
 def give_up(message: str) -> None:
-    """Ends the process at once for want of the others: leaving in order would wait for them once more."""
+    """Ends the process at once for want of the others: leaving in order would wait for them once
+    more."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(HANG)
 
 
 def run(main: Callable[..., int | None], words: int = 0) -> None:
-    """Parses the flags, calls main and leaves with the contract's exit code; expected errors are one line on stderr.
+    """Parses the flags, calls main and leaves with the contract's exit code; expected errors are
+    one line on stderr.
 
     words: how many arguments that are not flags main takes, at most.
     """
@@ -190,7 +207,14 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(logging.StreamHandler(sys.stderr))
-    codes = {UsageError: USAGE, ConfigError: USAGE, DataError: DATA, PeerError: HANG, WaitError: HANG, CheckpointError: STORAGE}
+    codes = {
+        UsageError: USAGE,
+        ConfigError: USAGE,
+        DataError: DATA,
+        PeerError: HANG,
+        WaitError: HANG,
+        CheckpointError: STORAGE,
+    }
     try:
         code = main(*_parse_flags(sys.argv, words)) or DONE
     except tuple(codes) as error:
@@ -202,5 +226,8 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
         if not lost_peer(error):
             raise
         reason = " ".join(str(error).split())
-        give_up(f"another process of the run is gone; start all of them again and they go on from the newest checkpoint ({reason})")
+        give_up(
+            "another process of the run is gone; start all of them again and they go on from "
+            f"the newest checkpoint ({reason})"
+        )
     sys.exit(code)

@@ -1,8 +1,10 @@
-"""Turns one run folder into another: python -m experiments.convert absorb --workdir=runs/linear --out=runs/linear_absorbed
+"""Turns one run folder into another: python -m experiments.convert absorb --workdir=runs/linear
+--out=runs/linear_absorbed
 
-absorb: folds linear mixers into the weights around them in float32, compares the logits with those of the mixers applied to the
-activations, on random tokens, prints the largest change, and writes a baseline run (config.json and a checkpoint of the same step)
-that every command reads. The optimiser's moments start anew in it; its schedule does not.
+absorb: folds linear mixers into the weights around them in float32, compares the logits with those
+of the mixers applied to the activations, on random tokens, prints the largest change, and writes a
+baseline run (config.json and a checkpoint of the same step) that every command reads. The
+optimiser's moments start anew in it; its schedule does not.
 """
 
 import json
@@ -28,14 +30,23 @@ from kha_jax.training import RunConfig, TrainState, make_trainer
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
 OUT = flags.DEFINE_string("out", None, "Run folder to write; must not hold checkpoints.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
-TOLERANCE = flags.DEFINE_float("tolerance", 1e-3, "Largest accepted change, relative to the largest logit.", lower_bound=0)
+TOLERANCE = flags.DEFINE_float(
+    "tolerance", 1e-3, "Largest accepted change, relative to the largest logit.", lower_bound=0
+)
 
 log = logging.getLogger("kha_jax")
 
 
-def logit_change(before: tuple[ModelConfig, Any], after: tuple[ModelConfig, Any], seq_len: int) -> tuple[float, float]:
-    """(largest change, largest logit) over two rows of random tokens, both models computed in float32."""
-    ids = np.random.default_rng(0).integers(0, before[0].vocabulary_size, (2, min(seq_len, 256))).astype(np.int32)
+def logit_change(
+    before: tuple[ModelConfig, Any], after: tuple[ModelConfig, Any], seq_len: int
+) -> tuple[float, float]:
+    """(largest change, largest logit) over two rows of random tokens, both models computed in
+    float32."""
+    ids = (
+        np.random.default_rng(0)
+        .integers(0, before[0].vocabulary_size, (2, min(seq_len, 256)))
+        .astype(np.int32)
+    )
 
     def logits(model, variables):
         exact = model.replace(numerics=model.numerics.replace(dtype="float32"))
@@ -45,7 +56,9 @@ def logit_change(before: tuple[ModelConfig, Any], after: tuple[ModelConfig, Any]
     return float(np.abs(first - second).max()), float(np.abs(first).max())
 
 
-def write_run(folder: Path, config: RunConfig, step: int, variables: dict[str, Any], source: str) -> None:
+def write_run(
+    folder: Path, config: RunConfig, step: int, variables: dict[str, Any], source: str
+) -> None:
     """A run folder with one checkpoint, whose optimiser has no moments yet."""
     trainer = make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     fresh = jax.jit(trainer.init)(jax.random.key(config.seed)).optimizer
@@ -56,7 +69,11 @@ def write_run(folder: Path, config: RunConfig, step: int, variables: dict[str, A
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
     except OSError as error:
         raise UsageError(f"--out={folder} cannot be written: {error.strerror}") from None
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, {"converted_from": source, "jax": jax.__version__})
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        config.checkpoint.keep,
+        {"converted_from": source, "jax": jax.__version__},
+    )
     checkpoints.save(step, state)
     checkpoints.close()
 
@@ -76,13 +93,21 @@ def absorb() -> None:
     if not slots:
         raise UsageError(f"--workdir={WORKDIR.value}: nothing to fold; the model has no mixers")
     model, folded = absorb_model(config.model, variables)
-    apart = {slot: getattr(config.model.attention, slot).replace(apply="activations") for slot in slots}
+    apart = {
+        slot: getattr(config.model.attention, slot).replace(apply="activations") for slot in slots
+    }
     unfolded = config.model.replace(attention=config.model.attention.replace(**apart))
     change, largest = logit_change((unfolded, variables), (model, folded), config.seq_len)
     if not change <= TOLERANCE.value * largest:
-        raise UsageError(f"--tolerance={TOLERANCE.value}: folding changes a logit by {change:.3g} of {largest:.3g}; nothing written")
+        raise UsageError(
+            f"--tolerance={TOLERANCE.value}: folding changes a logit by {change:.3g} of "
+            f"{largest:.3g}; nothing written"
+        )
     write_run(out, config.replace(model=model), step, folded, f"{WORKDIR.value} step {step}")
-    print(f"folded {', '.join(slots)}: largest logit change {change:.3g} of {largest:.3g}, in float32; {out} is a baseline at step {step}")
+    print(
+        f"folded {', '.join(slots)}: largest logit change {change:.3g} of {largest:.3g}, in "
+        f"float32; {out} is a baseline at step {step}"
+    )
 
 
 COMMANDS = {"absorb": absorb}
@@ -91,7 +116,9 @@ COMMANDS = {"absorb": absorb}
 def main(command: str = "") -> None:
     """Runs one command."""
     if command not in COMMANDS:
-        raise UsageError(f"{command or 'no command'!r}: is not a command; {near(command, COMMANDS)}")
+        raise UsageError(
+            f"{command or 'no command'!r}: is not a command; {near(command, COMMANDS)}"
+        )
     COMMANDS[command]()
 
 

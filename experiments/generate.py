@@ -1,7 +1,9 @@
-"""Continues text with a trained model: python -m experiments.generate --workdir=runs/kha_tiny --prompt='def main('
+"""Continues text with a trained model: python -m experiments.generate --workdir=runs/kha_tiny
+--prompt='def main('
 
-Reads the run's newest checkpoint, folds linear mixers into the weights and samples. One prompt is streamed to the terminal; several,
-of any lengths, are decoded as one batch and printed one after another. A row stops at the end of its document.
+Reads the run's newest checkpoint, folds linear mixers into the weights and samples. One prompt is
+streamed to the terminal; several, of any lengths, are decoded as one batch and printed one after
+another. A row stops at the end of its document.
 """
 
 import logging
@@ -18,11 +20,15 @@ from kha_jax.decoding import Decoder, Sampling, absorb_if_linear
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
-PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeat the flag for a batch. \\n and \\t are understood.")
+PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "Text to continue; repeat the flag for a batch. \\n and \\t are understood."
+)
 TOKENS = flags.DEFINE_integer("tokens", 200, "New tokens at most.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Draw among that many likeliest tokens.")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens that together have this probability.")
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Draw among the likeliest tokens that together have this probability."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0, upper_bound=2**32 - 1)
 ABSORB = flags.DEFINE_bool("absorb", True, "Fold linear mixers into the weights first.")
 
@@ -36,14 +42,19 @@ def main() -> None:
         raise UsageError("--prompt: is required; write --prompt='text to continue'")
     config, step, variables = command_line.read_run(WORKDIR.value, STEP.value)
     if not hasattr(config.data, "tokenizer"):
-        raise UsageError(f"--workdir={WORKDIR.value}: was trained on {type(config.data).__name__}, which is not text")
+        raise UsageError(
+            f"--workdir={WORKDIR.value}: was trained on {type(config.data).__name__}, which is "
+            "not text"
+        )
     tokenizer = config.data.tokenizer()
     if not all(PROMPT.value):
         raise UsageError("--prompt: is empty; give at least one character")
     prompts = [tokenizer.encode(text.encode()).tolist() for text in PROMPT.value]
     longest = max(map(len, prompts)) + TOKENS.value
     if longest > config.seq_len:
-        log.warning("up to %d tokens with the prompt; the model was trained on %d", longest, config.seq_len)
+        log.warning(
+            "up to %d tokens with the prompt; the model was trained on %d", longest, config.seq_len
+        )
 
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
     trained = config.model, variables
@@ -57,7 +68,9 @@ def main() -> None:
         for prompt, row in zip(prompts, rows):
             print(f"--- {tokenizer.decode(prompt)!r}\n{tokenizer.decode([*prompt, *row])}")
         made = sum(map(len, rows))
-    log.info("step %d: %d new tokens in %.1f s with compilation", step, made, time.perf_counter() - began)
+    log.info(
+        "step %d: %d new tokens in %.1f s with compilation", step, made, time.perf_counter() - began
+    )
 
 
 def stream(decoder: Decoder, tokenizer, prompt: list[int], settings: dict) -> int:
@@ -68,7 +81,8 @@ def stream(decoder: Decoder, tokenizer, prompt: list[int], settings: dict) -> in
         made += part[0].tolist()
         if settings["end"] in made:
             made = made[: made.index(settings["end"])]
-        text = tokenizer.decode([*prompt, *made]).rstrip("\ufffd")  # half a character: the next part may bring the rest
+        # half a character: the next part may bring the rest
+        text = tokenizer.decode([*prompt, *made]).rstrip("\ufffd")
         sys.stdout.write(text[len(shown) :])
         sys.stdout.flush()
         shown = text if len(text) > len(shown) else shown

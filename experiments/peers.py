@@ -1,6 +1,8 @@
-"""What the benchmark times, here and in the peers: each function makes a step that is called again and again.
+"""What the benchmark times, here and in the peers: each function makes a step that is called again
+and again.
 
-The peer shape is the small transformer of LAYERS, WIDTH, ... below in float32; its figures are in the README.
+The peer shape is the small transformer of LAYERS, WIDTH, ... below in float32; its figures are in
+the README.
 """
 
 import os
@@ -15,7 +17,8 @@ Step = Callable[[], Any]
 
 
 def peer_run(variant: str, mixture: bool = False) -> Any:
-    """The peer shape as a RunConfig; `variant` is a key of configs.base.KNOCKING. mixture: 16 experts of 192, 4 active."""
+    """The peer shape as a RunConfig; `variant` is a key of configs.base.KNOCKING. mixture: 16
+    experts of 192, 4 active."""
     from configs import base
     from kha_jax.attention import AttentionConfig
     from kha_jax.attention.projections import GroupedQuery
@@ -25,12 +28,20 @@ def peer_run(variant: str, mixture: bool = False) -> Any:
     from kha_jax.parameters import Numerics
     from kha_jax.training import RunConfig
 
-    attention = AttentionConfig(projection=GroupedQuery(query_heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM))
+    attention = AttentionConfig(
+        projection=GroupedQuery(query_heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    )
     model = ModelConfig(
-        layers=LAYERS, width=WIDTH, vocabulary_size=VOCABULARY, attention=base.with_knocking(attention, variant),
-        feed_forward=MoE(experts=EXPERTS, top_k=TOP_K, width=EXPERT_WIDTH) if mixture else SwiGLU(width=FEED_FORWARD),
-        numerics=Numerics(dtype="float32"), loss=LossConfig(chunk_tokens=512),
-    )  # fmt: skip
+        layers=LAYERS,
+        width=WIDTH,
+        vocabulary_size=VOCABULARY,
+        attention=base.with_knocking(attention, variant),
+        feed_forward=MoE(experts=EXPERTS, top_k=TOP_K, width=EXPERT_WIDTH)
+        if mixture
+        else SwiGLU(width=FEED_FORWARD),
+        numerics=Numerics(dtype="float32"),
+        loss=LossConfig(chunk_tokens=512),
+    )
     return RunConfig(batch_size=BATCH, seq_len=LENGTH, model=model)
 
 
@@ -52,9 +63,12 @@ def kha_jax_step(variant: str, mixture: bool = False) -> Step:
     ids = tokens().astype(np.int32)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
     batch = {
-        "tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": positions, "segment_ids": np.zeros_like(positions),
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "positions": positions,
+        "segment_ids": np.zeros_like(positions),
         "weights": np.ones((BATCH, LENGTH), np.float32),
-    }  # fmt: skip
+    }
     compiled = jax.jit(trainer.train_step, donate_argnums=0)
 
     def step():
@@ -65,18 +79,32 @@ def kha_jax_step(variant: str, mixture: bool = False) -> Step:
 
 
 def transformers_model(mixture: bool = False) -> Any:
-    """Qwen3 of the peer shape in transformers, or Qwen3-MoE with grouped_mm experts, on all cores."""
+    """Qwen3 of the peer shape in transformers, or Qwen3-MoE with grouped_mm experts, on all
+    cores."""
     import torch
     import transformers
 
     torch.set_num_threads(os.cpu_count())
     shape = dict(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=True, use_cache=False, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        tie_word_embeddings=True,
+        use_cache=False,
+        eos_token_id=None,
+    )
     if not mixture:
         return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape)).float()
-    experts = dict(num_experts=EXPERTS, num_experts_per_tok=TOP_K, moe_intermediate_size=EXPERT_WIDTH, norm_topk_prob=True)
+    experts = dict(
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        moe_intermediate_size=EXPERT_WIDTH,
+        norm_topk_prob=True,
+    )
     config = transformers.Qwen3MoeConfig(**shape, **experts, experts_implementation="grouped_mm")
     return transformers.Qwen3MoeForCausalLM(config).float()
 
@@ -87,7 +115,9 @@ def transformers_step(compiled: bool, mixture: bool = False) -> Step:
 
     model = transformers_model(mixture)
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=7.5e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=7.5e-4, betas=(0.9, 0.95), weight_decay=0.1
+    )
     ids = torch.from_numpy(tokens()[:, :-1].copy())
 
     def step():
@@ -109,8 +139,8 @@ def matmul_step(size: int = 2048) -> Step:
 
 
 def expert_step(kernel: str, E: int, K: int) -> Step:
-    """Forward and backward of `ops.experts` on 2048 tokens with an even random choice, in float32; `dense` is one feed-forward of an
-    expert's width on as many rows."""
+    """Forward and backward of `ops.experts` on 2048 tokens with an even random choice, in float32;
+    `dense` is one feed-forward of an expert's width on as many rows."""
     import jax
     import jax.numpy as jnp
 
@@ -119,14 +149,22 @@ def expert_step(kernel: str, E: int, K: int) -> Step:
 
     N, D, F = BATCH * LENGTH, WIDTH, EXPERT_WIDTH
     draw = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(draw.normal(size=shape) * 0.05, jnp.float32)  # noqa: E731
+
+    def normal(*shape):
+        return jnp.asarray(draw.normal(size=shape) * 0.05, jnp.float32)
+
     chosen = jnp.asarray(np.argsort(draw.random((N, E)), axis=1)[:, :K])
     if kernel == "dense":
         arguments = normal(N * K, D), normal(D, F), normal(D, F), normal(F, D)
-        value = lambda x, gate, up, down: jnp.sum(swiglu(x @ gate, x @ up) @ down)  # noqa: E731
+
+        def value(x, gate, up, down):
+            return jnp.sum(swiglu(x @ gate, x @ up) @ down)
     else:
         arguments = normal(N, D), normal(N, K), normal(E, D, F), normal(E, D, F), normal(E, F, D)
-        value = lambda x, weights, *matrices: jnp.sum(experts(x, chosen, weights, *matrices, kernel=kernel))  # noqa: E731
+
+        def value(x, weights, *matrices):
+            return jnp.sum(experts(x, chosen, weights, *matrices, kernel=kernel))
+
     step = jax.jit(jax.value_and_grad(value, argnums=tuple(range(len(arguments)))))
     return lambda: jax.block_until_ready(step(*arguments))
 
@@ -158,12 +196,21 @@ def transformers_generation(cache: str, batch: int) -> Step:
 
     model = transformers_model().eval()
     ids = torch.from_numpy(prompts(batch))
-    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "cache_implementation": cache, "use_cache": True}
-    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
+    settings = {
+        "max_new_tokens": NEW,
+        "min_new_tokens": NEW,
+        "do_sample": False,
+        "cache_implementation": cache,
+        "use_cache": True,
+    }
+    return lambda: model.generate(
+        ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings
+    )
 
 
 def one_more_token(projection: Any, slots: int, batch: int) -> Step:
-    """One decoding step of the peer shape with this projection, whose cache of `slots` is full but for one."""
+    """One decoding step of the peer shape with this projection, whose cache of `slots` is full but
+    for one."""
     import jax
     import jax.numpy as jnp
     from flax import linen as nn
@@ -171,13 +218,19 @@ def one_more_token(projection: Any, slots: int, batch: int) -> Step:
     from kha_jax import decoding
 
     model = peer_run("baseline").model
-    model = model.replace(attention=model.attention.replace(projection=projection, kernel="chunked"))
+    model = model.replace(
+        attention=model.attention.replace(projection=projection, kernel="chunked")
+    )
     variables = nn.unbox(jax.jit(model.build().init)(jax.random.key(0), np.zeros((1, 8), np.int32)))
     weights, pad = decoding.unstack(model, variables), jnp.zeros((batch,), jnp.int32)
     ids = jax.ShapeDtypeStruct((batch, 8), jnp.int32)
-    _, shapes = jax.eval_shape(lambda w, t, p: decoding.prefill(model, w, t, p, slots), weights, ids, pad)
+    _, shapes = jax.eval_shape(
+        lambda w, t, p: decoding.prefill(model, w, t, p, slots), weights, ids, pad
+    )
     box = [jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), shapes)]
-    extend = jax.jit(lambda w, cache, t, slot, p: decoding.extend(model, w, cache, t, slot, p), donate_argnums=1)
+    extend = jax.jit(
+        lambda w, cache, t, slot, p: decoding.extend(model, w, cache, t, slot, p), donate_argnums=1
+    )
 
     def step():
         logits, cache = extend(weights, box.pop(), pad, jnp.int32(slots - 1), pad)

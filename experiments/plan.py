@@ -1,7 +1,9 @@
-"""Decides on a laptop whether a run fits a pod: python -m experiments.plan --config=configs/kha_moe_6b.py --topology=v5p:4x4x4
+"""Decides on a laptop whether a run fits a pod: python -m experiments.plan
+--config=configs/kha_moe_6b.py --topology=v5p:4x4x4
 
-Compiles the real train step for the slice, without a TPU, through libtpu (extra: plan), and prints memory per device, FLOPs, bytes
-moved, a roofline of the step, and days and chip-hours for the whole run. Without libtpu memory is estimated, and it says so.
+Compiles the real train step for the slice, without a TPU, through libtpu (extra: plan), and prints
+memory per device, FLOPs, bytes moved, a roofline of the step, and days and chip-hours for the whole
+run. Without libtpu memory is estimated, and it says so.
 """
 
 import json
@@ -9,9 +11,19 @@ import os
 import sys
 
 # Before jax is imported: this process computes on the CPU, and libtpu must not look for chips.
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # read by libtpu, which would complain; the slice is what --topology says
-for quiet, level in (("TPU_MIN_LOG_LEVEL", "3"), ("TF_CPP_MIN_LOG_LEVEL", "3"), ("TPU_STDERR_LOG_LEVEL", "3")):
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+)
+# read by libtpu, which would complain; the slice is what --topology says
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+for quiet, level in (
+    ("TPU_MIN_LOG_LEVEL", "3"),
+    ("TF_CPP_MIN_LOG_LEVEL", "3"),
+    ("TPU_STDERR_LOG_LEVEL", "3"),
+):
     os.environ.setdefault(quiet, level)
 
 from absl import flags  # noqa: E402
@@ -27,12 +39,23 @@ from kha_jax.training import RunConfig  # noqa: E402
 
 CONFIG = command_line.define_config(str(command_line.REPOSITORY / "configs" / "kha_moe_6b.py"))
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, f"KIND:SHAPE, such as v5p:4x4x4, or one of {', '.join(TOPOLOGIES)}; by default the mesh's preset, or v5p-128."
+    "topology",
+    None,
+    f"KIND:SHAPE, such as v5p:4x4x4, or one of {', '.join(TOPOLOGIES)}; by default the mesh's "
+    "preset, or v5p-128.",
 )
-SEQUENCES = flags.DEFINE_integer("sequences_per_device", None, "Rows of a micro-batch on a device.", lower_bound=1)
-REMAT = flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "Instead of the config's policy.")
+SEQUENCES = flags.DEFINE_integer(
+    "sequences_per_device", None, "Rows of a micro-batch on a device.", lower_bound=1
+)
+REMAT = flags.DEFINE_enum(
+    "remat", None, ["none", "dots", "full"], "Instead of the config's policy."
+)
 SWEEP = flags.DEFINE_list("sweep_topologies", [], "Plan for each of these slices.")
-COMPARE = flags.DEFINE_list("compare", [], "Plan these variants of the config file, such as baseline,linear,mlp, on one slice.")
+COMPARE = flags.DEFINE_list(
+    "compare",
+    [],
+    "Plan these variants of the config file, such as baseline,linear,mlp, on one slice.",
+)
 COMPILE = flags.DEFINE_bool("compile", True, "Compile for the slice; off: estimate the memory.")
 JSON = flags.DEFINE_bool("json", False, "Print the plans as JSON.")
 
@@ -49,14 +72,26 @@ def plans() -> dict[str, Plan]:
         runs = {name: command_line.load_variant(RunConfig, path, name) for name in COMPARE.value}
     compiled = COMPILE.value and planning.has_libtpu()
     if COMPILE.value and not compiled:
-        print("libtpu is not installed, memory is estimated; for the compiled figures: pip install -e '.[plan]'", file=sys.stderr)
+        print(
+            "libtpu is not installed, memory is estimated; for the compiled figures: pip install "
+            "-e '.[plan]'",
+            file=sys.stderr,
+        )
     out = {}
     meant = config.mesh.preset if config.mesh.preset in TOPOLOGIES else "v5p-128"
     for slice_name in SWEEP.value or [TOPOLOGY.value or meant]:
         slice_ = planning.topology(slice_name)
         for name, run in runs.items():
-            run = run if REMAT.value is None else run.replace(model=run.model.replace(remat=REMAT.value))
-            label = name if COMPARE.value and not SWEEP.value else f"{slice_name} {name if COMPARE.value else ''}".strip()
+            run = (
+                run
+                if REMAT.value is None
+                else run.replace(model=run.model.replace(remat=REMAT.value))
+            )
+            label = (
+                name
+                if COMPARE.value and not SWEEP.value
+                else f"{slice_name} {name if COMPARE.value else ''}".strip()
+            )
             out[label] = advise(run, slice_, compiled)
     return out
 
@@ -66,17 +101,27 @@ def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
     run = planning.placed(asked, slice_, SEQUENCES.value)
     raised = [f"--config.batch_size={run.batch_size}"] if run.batch_size != asked.batch_size else []
     if raised:
-        print(f"{slice_.name}: planned with config.batch_size={run.batch_size} instead of {asked.batch_size}", file=sys.stderr)
+        print(
+            f"{slice_.name}: planned with config.batch_size={run.batch_size} instead of "
+            f"{asked.batch_size}",
+            file=sys.stderr,
+        )
     found = planning.plan(run, slice_, compiled)
     if not found.fits:
-        remedy = "no change of rematerialisation, accumulation or slice that is known here does; split the model further"
+        remedy = (
+            "no change of rematerialisation, accumulation or slice that is known here does; "
+            "split the model further"
+        )
         for remedy_flags, changed, where in planning.remedies(run, slice_):
             try:
                 then = planning.plan(changed, where, compiled)
             except ConfigError:
                 continue  # something does not divide over the larger slice
             if then.fits:
-                size = f"{then.sequences_per_device} sequences a device, {then.peak_bytes_per_device / GIB:.1f} GiB"
+                size = (
+                    f"{then.sequences_per_device} sequences a device, "
+                    f"{then.peak_bytes_per_device / GIB:.1f} GiB"
+                )
                 remedy = f"fits with {' '.join([*remedy_flags, *raised])}: {size}"
                 break
         peak, room = found.peak_bytes_per_device / GIB, slice_.chip.hbm_bytes / GIB
@@ -88,36 +133,69 @@ def show(found: dict[str, Plan]) -> None:
     """One column a plan."""
     rows = {
         "chips": lambda p: f"{p.chips} {p.topology}",
-        "sequences a device x micro-batches": lambda p: f"{p.sequences_per_device} x {p.accumulation}",
-        "parameters, active": lambda p: f"{p.params_total / 1e6:,.0f}M, {p.params_active / 1e6:,.0f}M",
-        "GiB parameters + optimiser": lambda p: f"{p.params_bytes_per_device / GIB:.2f} + {p.optimizer_bytes_per_device / GIB:.2f}",
+        "sequences a device x micro-batches": lambda p: (
+            f"{p.sequences_per_device} x {p.accumulation}"
+        ),
+        "parameters, active": lambda p: (
+            f"{p.params_total / 1e6:,.0f}M, {p.params_active / 1e6:,.0f}M"
+        ),
+        "GiB parameters + optimiser": lambda p: (
+            f"{p.params_bytes_per_device / GIB:.2f} + {p.optimizer_bytes_per_device / GIB:.2f}"
+        ),
         "GiB saved activations": lambda p: f"{p.activation_bytes_per_device / GIB:.2f}",
         "GiB temporaries": lambda p: f"{p.temporary_bytes_per_device / GIB:.2f}",
-        "GiB at the peak, of": lambda p: f"{p.peak_bytes_per_device / GIB:.2f}, {p.hbm_bytes_per_device / GIB:.1f}",
-        "fits": lambda p: "yes" if p.fits else "NO", "memory is": lambda p: p.source,
+        "GiB at the peak, of": lambda p: (
+            f"{p.peak_bytes_per_device / GIB:.2f}, {p.hbm_bytes_per_device / GIB:.1f}"
+        ),
+        "fits": lambda p: "yes" if p.fits else "NO",
+        "memory is": lambda p: p.source,
         "PFLOP a step": lambda p: f"{p.flops_per_step / 1e15:.3g}",
-        "GB moved a step": lambda p: ", ".join(f"{kind} {size / 1e9:{',.0f' if size > 1e10 else '.1g'}}" for kind, size in p.moved.items()),
-        "s compute / HBM / links": lambda p: f"{p.compute_seconds:.3f} / {p.hbm_seconds:.3f} / {p.link_seconds:.3f}",
-        "s a step, bound by": lambda p: f"{p.step_seconds:.4f}, {p.bound}", "planned MFU": lambda p: f"{p.mfu:.1%}",
-        "tokens a second": lambda p: f"{p.tokens_per_second:,.0f}", "days, chip-hours": lambda p: f"{p.days:.1f}, {p.chip_hours:,.0f}",
-    }  # fmt: skip
-    table = Table(title=f"roofline: matrix units at {EFFICIENCY:.0%} of their peak, memory and links at all of theirs, fully overlapped")
+        "GB moved a step": lambda p: ", ".join(
+            f"{kind} {size / 1e9:{',.0f' if size > 1e10 else '.1g'}}"
+            for kind, size in p.moved.items()
+        ),
+        "s compute / HBM / links": lambda p: (
+            f"{p.compute_seconds:.3f} / {p.hbm_seconds:.3f} / {p.link_seconds:.3f}"
+        ),
+        "s a step, bound by": lambda p: f"{p.step_seconds:.4f}, {p.bound}",
+        "planned MFU": lambda p: f"{p.mfu:.1%}",
+        "tokens a second": lambda p: f"{p.tokens_per_second:,.0f}",
+        "days, chip-hours": lambda p: f"{p.days:.1f}, {p.chip_hours:,.0f}",
+    }
+    table = Table(
+        title=(
+            f"roofline: matrix units at {EFFICIENCY:.0%} of their peak, memory and links at all "
+            "of theirs, fully overlapped"
+        )
+    )
     table.add_column("")
     for name in found:
         table.add_column(name, justify="right")
     for label, cell in rows.items():
         table.add_row(label, *[cell(plan) for plan in found.values()])
-    Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 60 + 44 * len(found)).print(table)
+    Console(
+        soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 60 + 44 * len(found)
+    ).print(table)
 
 
 def main() -> None:
     """See the module's docstring."""
     if COMPARE.value and any(argument.startswith("--config.") for argument in sys.argv):
-        raise UsageError("--compare: takes the variants of the config file as they are; leave out --config.FIELD=VALUE")
-    if SEQUENCES.value and any(argument.startswith("--config.accumulation") for argument in sys.argv):
-        raise UsageError("--sequences_per_device: says how many micro-batches there are; leave out --config.accumulation")
+        raise UsageError(
+            "--compare: takes the variants of the config file as they are; leave out "
+            "--config.FIELD=VALUE"
+        )
+    if SEQUENCES.value and any(
+        argument.startswith("--config.accumulation") for argument in sys.argv
+    ):
+        raise UsageError(
+            "--sequences_per_device: says how many micro-batches there are; leave out "
+            "--config.accumulation"
+        )
     if SWEEP.value and TOPOLOGY.value:
-        raise UsageError("--topology: does nothing beside --sweep_topologies; leave out one of them")
+        raise UsageError(
+            "--topology: does nothing beside --sweep_topologies; leave out one of them"
+        )
     found = plans()
     if JSON.value:
         as_dict = {name: plan._asdict() for name, plan in found.items()}

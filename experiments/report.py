@@ -1,4 +1,5 @@
-"""Draws the curves of runs: python -m experiments.report --workdirs=runs/kha_tiny,runs/baseline --out=curves.png (extra: plots)."""
+"""Draws the curves of runs: python -m experiments.report --workdirs=runs/kha_tiny,runs/baseline
+--out=curves.png (extra: plots)."""
 
 import json
 from pathlib import Path
@@ -9,7 +10,9 @@ from experiments import command_line
 from experiments.command_line import UsageError
 
 WORKDIRS = flags.DEFINE_list("workdirs", [], "Run folders, drawn in this order.")
-OUT = flags.DEFINE_string("out", "curves.png", "The figure to write; the suffix decides the format.")
+OUT = flags.DEFINE_string(
+    "out", "curves.png", "The figure to write; the suffix decides the format."
+)
 
 
 def read_metrics(workdir: Path) -> list[dict]:
@@ -36,7 +39,8 @@ def smoothed(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 
 def main() -> None:
-    """Training loss, smoothed; validation bits per byte (or loss, for data without bytes); for mixtures the worst layer's MaxVio."""
+    """Training loss, smoothed; validation bits per byte (or loss, for data without bytes); for
+    mixtures the worst layer's MaxVio."""
     if not WORKDIRS.value:
         raise UsageError("--workdirs: name at least one run folder")
     try:
@@ -48,17 +52,31 @@ def main() -> None:
         raise UsageError("this command needs the extra: pip install -e '.[plots]'") from None
     runs = {Path(name): read_metrics(Path(name)) for name in WORKDIRS.value}
     balanced = any("max_violation" in row for rows in runs.values() for row in rows)
-    figure, axes = pyplot.subplots(1, 3 if balanced else 2, figsize=(13 if balanced else 9, 3.4), layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, 3 if balanced else 2, figsize=(13 if balanced else 9, 3.4), layout="constrained"
+    )
     left, right = axes[:2]
     for workdir, rows in runs.items():
         left.plot(*smoothed(rows, "loss"), label=workdir.name, linewidth=1.2)
         if any("max_violation" in row for row in rows):
-            worst = [{"step": row["step"], "worst": max(row["max_violation"])} for row in rows if "max_violation" in row]
+            worst = [
+                {"step": row["step"], "worst": max(row["max_violation"])}
+                for row in rows
+                if "max_violation" in row
+            ]
             axes[2].plot(*smoothed(worst, "worst"), label=workdir.name, linewidth=1.2)
         key = "val_bits_per_byte" if any("val_bits_per_byte" in row for row in rows) else "val_loss"
         points = [(row["step"], row[key]) for row in rows if key in row]
-        right.plot(*zip(*points), marker="o", markersize=3, label=f"{workdir.name}: {points[-1][1]:.3f}", linewidth=1.2)
-        right.set_ylabel({"val_bits_per_byte": "validation bits per byte", "val_loss": "validation loss"}[key])
+        right.plot(
+            *zip(*points),
+            marker="o",
+            markersize=3,
+            label=f"{workdir.name}: {points[-1][1]:.3f}",
+            linewidth=1.2,
+        )
+        right.set_ylabel(
+            {"val_bits_per_byte": "validation bits per byte", "val_loss": "validation loss"}[key]
+        )
     left.set_ylabel("training loss (nats per token)")
     if balanced:
         axes[2].axhline(0.2, color="grey", linewidth=0.8, linestyle="--")

@@ -1,7 +1,8 @@
 """Trains a model: python -m experiments.train --config=configs/kha_tiny.py --workdir=runs/kha_tiny
 
-The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or config, 65 data, 70 another process did not come, is gone
-or cannot go on, 74 checkpoint storage, 75 stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps.
+The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or config, 65 data, 70
+another process did not come, is gone or cannot go on, 74 checkpoint storage, 75 stopped by SIGTERM
+or Ctrl-C after a save (run it again), 76 too many non-finite steps.
 """
 
 import fcntl
@@ -33,18 +34,45 @@ from kha_jax.metrics import Meter, MetricsFile, TensorBoard, bits_per_byte
 from kha_jax.training import RunConfig, make_trainer
 
 CONFIG = command_line.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/NAME of the config file by default.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run folder; runs/NAME of the config file by default."
+)
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the resolved config and stop.")
-TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard scalars (extra: tensorboard).")
-COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for several processes outside SLURM and TPU pods.")
-PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; with --coordinator_address.", lower_bound=1)
-PROCESS = flags.DEFINE_integer("process_id", None, "This process, from 0; with --coordinator_address.", lower_bound=0)
-WAIT = flags.DEFINE_integer("wait_seconds", 300, "How long processes wait for one another before they give up.", lower_bound=1)
-ALLOW_CHANGES = flags.DEFINE_list("allow_changes", [], "Config fields that may differ from the run being resumed.")
+TENSORBOARD = flags.DEFINE_bool(
+    "tensorboard", False, "Also write TensorBoard scalars (extra: tensorboard)."
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "host:port of process 0, for several processes outside SLURM and TPU pods.",
+)
+PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes of the run; with --coordinator_address.", lower_bound=1
+)
+PROCESS = flags.DEFINE_integer(
+    "process_id", None, "This process, from 0; with --coordinator_address.", lower_bound=0
+)
+WAIT = flags.DEFINE_integer(
+    "wait_seconds",
+    300,
+    "How long processes wait for one another before they give up.",
+    lower_bound=1,
+)
+ALLOW_CHANGES = flags.DEFINE_list(
+    "allow_changes", [], "Config fields that may differ from the run being resumed."
+)
 
 log = logging.getLogger("kha_jax")
 # Fields that may change on resume: they decide what is recorded, not what is learnt.
-FREE = ("evaluation.", "checkpoint.", "profile.", "mesh.", "max_nonfinite_steps", "data.cache_dir", "model.attention.kernel")
+FREE = (
+    "evaluation.",
+    "checkpoint.",
+    "profile.",
+    "mesh.",
+    "max_nonfinite_steps",
+    "data.cache_dir",
+    "model.attention.kernel",
+)
 
 
 def join_processes() -> None:
@@ -54,15 +82,28 @@ def join_processes() -> None:
         UsageError: the flags are incomplete or contradict each other.
         WaitError: some process did not come.
     """
-    given = {"coordinator_address": COORDINATOR.value or None, "num_processes": PROCESSES.value, "process_id": PROCESS.value}
+    given = {
+        "coordinator_address": COORDINATOR.value or None,
+        "num_processes": PROCESSES.value,
+        "process_id": PROCESS.value,
+    }
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
-        raise UsageError(f"--{missing[0]}: is needed together with {' and '.join('--' + n for n in given if n not in missing)}")
+        raise UsageError(
+            f"--{missing[0]}: is needed together with "
+            f"{' and '.join('--' + n for n in given if n not in missing)}"
+        )
     if not missing:
         if PROCESS.value >= PROCESSES.value:
-            raise UsageError(f"--process_id={PROCESS.value}: must be below --num_processes={PROCESSES.value}; they count from 0")
+            raise UsageError(
+                f"--process_id={PROCESS.value}: must be below --num_processes={PROCESSES.value}; "
+                "they count from 0"
+            )
         if not re.fullmatch(r".+:\d+", COORDINATOR.value):
-            raise UsageError(f"--coordinator_address={COORDINATOR.value}: must be HOST:PORT, such as 10.0.0.1:1234")
+            raise UsageError(
+                f"--coordinator_address={COORDINATOR.value}: must be HOST:PORT, such as "
+                "10.0.0.1:1234"
+            )
     processes.join(**given, seconds=WAIT.value, give_up=command_line.give_up)
 
 
@@ -79,10 +120,16 @@ class Stop:
         if self.asked:
             os._exit(command_line.PREEMPTED)
         self.asked = True
-        log.info("%s: saving after this step; once more leaves at once", signal.Signals(number).name)
+        log.info(
+            "%s: saving after this step; once more leaves at once", signal.Signals(number).name
+        )
 
     def now(self, step: int) -> bool:
-        return self.asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+        return (
+            self.asked
+            if jax.process_count() == 1
+            else multihost_utils.reached_preemption_sync_point(step)
+        )
 
 
 def open_workdir(config: RunConfig) -> tuple[Path, Any]:
@@ -91,20 +138,28 @@ def open_workdir(config: RunConfig) -> tuple[Path, Any]:
     Raises:
         UsageError: the folder cannot be written, is in use, or holds another run.
     """
-    name = Path(flags.FLAGS["config"].config_filename or "run").stem if "config" in flags.FLAGS else "run"
+    name = (
+        Path(flags.FLAGS["config"].config_filename or "run").stem
+        if "config" in flags.FLAGS
+        else "run"
+    )
     workdir = Path(WORKDIR.value or command_line.REPOSITORY / "runs" / name)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / "lock", "a+")
     except OSError as error:
-        raise UsageError(f"--workdir={workdir} cannot be written: {error.strerror}; name another folder") from None
+        raise UsageError(
+            f"--workdir={workdir} cannot be written: {error.strerror}; name another folder"
+        ) from None
     if jax.process_index() != 0:
         return workdir, lock
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
-        raise UsageError(f"--workdir={workdir} is in use by process {lock.read().strip()}; name another folder") from None
+        raise UsageError(
+            f"--workdir={workdir} is in use by process {lock.read().strip()}; name another folder"
+        ) from None
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {os.uname().nodename}")
     lock.flush()
@@ -122,7 +177,9 @@ def _keep_config(path: Path, config: RunConfig) -> None:
                 log.info("resuming with %s changed: %s -> %s", field, before, after)
             elif not field.startswith(FREE):
                 message = f"this run began with {before!r}, found {after!r}"
-                raise UsageError(f"config.{field}: {message}; use another --workdir or --allow_changes={field}")
+                raise UsageError(
+                    f"config.{field}: {message}; use another --workdir or --allow_changes={field}"
+                )
     path.write_text(json.dumps(new, indent=1) + "\n")
 
 
@@ -130,9 +187,15 @@ def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str,
     """Loss, accuracy and, for text, bits per byte over the first validation batches."""
     rows, placement = sharding.local_rows(mesh, config.batch_size), sharding.batch_sharding(mesh)
     wanted = min(config.evaluation.batches, max(1, len(source) // config.batch_size))
-    reader = data.batches(source, batch_size=config.batch_size, rows=rows, seed=0, start=0, stop=wanted, shuffle=False)
-    sums = [step_function(state, to_device(batch, placement, config.batch_size)) for batch in reader]
-    total = jax.tree.map(lambda *parts: float(np.sum([np.asarray(part, np.float64) for part in parts])), *sums)
+    reader = data.batches(
+        source, batch_size=config.batch_size, rows=rows, seed=0, start=0, stop=wanted, shuffle=False
+    )
+    sums = [
+        step_function(state, to_device(batch, placement, config.batch_size)) for batch in reader
+    ]
+    total = jax.tree.map(
+        lambda *parts: float(np.sum([np.asarray(part, np.float64) for part in parts])), *sums
+    )
     tokens = max(total.tokens, 1.0)
     values = {"val_loss": total.loss / tokens, "val_accuracy": total.correct / tokens}
     if source.bytes_per_token:
@@ -141,18 +204,23 @@ def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str,
 
 
 class Reporter:
-    """Where metrics go: the terminal, metrics.jsonl and TensorBoard, on process 0 alone. A step is reported while the next one runs.
+    """Where metrics go: the terminal, metrics.jsonl and TensorBoard, on process 0 alone. A step is
+    reported while the next one runs.
 
     nonfinite: consecutive steps that were not applied.
     """
 
     def __init__(self, config: RunConfig, mesh: jax.sharding.Mesh, workdir: Path, first_step: int):
         self.config, self.pending, self.nonfinite = config, None, 0
-        cost = accounting.account(config.model, config.seq_len, tokens=config.batch_size * config.seq_len)
+        cost = accounting.account(
+            config.model, config.seq_len, tokens=config.batch_size * config.seq_len
+        )
         peak = accounting.peak_flops(jax.devices()[0].device_kind) * mesh.devices.size
         self.meter = Meter(cost.training_flops, peak)
         leader = jax.process_index() == 0
-        self.sinks: list[Any] = [MetricsFile(workdir / "metrics.jsonl", first_step)] if leader else []
+        self.sinks: list[Any] = (
+            [MetricsFile(workdir / "metrics.jsonl", first_step)] if leader else []
+        )
         if leader and TENSORBOARD.value:
             self.sinks.append(TensorBoard(workdir / "tensorboard"))
         self.progress = Progress(first_step, config.steps, enabled=leader)
@@ -177,8 +245,17 @@ class Reporter:
         values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         self.nonfinite = self.nonfinite + 1 if values["nonfinite"] else 0
         if self.nonfinite:
-            found, rows = f"loss {values['loss']}, gradient norm {values['grad_norm']}", self.config.batch_size
-            log.warning("step %d not applied: %s; examples %d to %d", step, found, (step - 1) * rows, step * rows - 1)
+            found, rows = (
+                f"loss {values['loss']}, gradient norm {values['grad_norm']}",
+                self.config.batch_size,
+            )
+            log.warning(
+                "step %d not applied: %s; examples %d to %d",
+                step,
+                found,
+                (step - 1) * rows,
+                step * rows - 1,
+            )
         self.now(step, {**values, **self.meter.read(self.config.batch_size * self.config.seq_len)})
 
     def evaluated(self, step: int) -> bool:
@@ -220,17 +297,23 @@ def main() -> int:
     if TENSORBOARD.value and importlib.util.find_spec("tensorboardX") is None:
         raise UsageError("--tensorboard: needs the extra: pip install -e '.[tensorboard]'")
 
-    # ---------------------------------------------------------------- processes, devices, folder, data
+    # ---------------------------------------------------------------- processes, devices, folder,
+    # data
     join_processes()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
     with processes.together("set-up", WAIT.value):
         mesh = sharding.make_mesh(config.mesh)
         config.check_on(mesh.shape, jax.default_backend())
         workdir, lock = open_workdir(config)
-        train_source, validation_source = (config.data.open(split, config.seq_len, config.seed) for split in ("train", "validation"))
+        train_source, validation_source = (
+            config.data.open(split, config.seq_len, config.seed)
+            for split in ("train", "validation")
+        )
         trainer = make_trainer(config, mesh)
     processes.same("config", json.dumps(to_dict(config)), "start all with the same command")
-    processes.same("--workdir", (workdir / "lock").read_text(), "name a folder that all of them see")
+    processes.same(
+        "--workdir", (workdir / "lock").read_text(), "name a folder that all of them see"
+    )
     processes.same("config.data", train_source.fingerprint, "give all of them the same")
     stop = Stop()
     if config.data.vocabulary_size() < config.model.vocabulary_size:
@@ -242,23 +325,39 @@ def main() -> int:
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, about)
     first_step = checkpoints.newest_good() or 0
     if first_step >= config.steps:
-        print(f"{workdir} already has its {config.steps} steps; train again with another --workdir, or remove the folder")
+        print(
+            f"{workdir} already has its {config.steps} steps; train again with another "
+            "--workdir, or remove the folder"
+        )
         return command_line.DONE
     if first_step:
         state = checkpoints.restore(first_step, trainer.abstract)
     else:
         state = jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(config.seed))
-    reporter, profile = Reporter(config, mesh, workdir, first_step), Profile(config, workdir / "profile")
+    reporter, profile = (
+        Reporter(config, mesh, workdir, first_step),
+        Profile(config, workdir / "profile"),
+    )
 
     # ---------------------------------------------------------------- the loop
-    train_step = jax.jit(trainer.train_step, donate_argnums=0, out_shardings=(trainer.shardings, None))
+    train_step = jax.jit(
+        trainer.train_step, donate_argnums=0, out_shardings=(trainer.shardings, None)
+    )
     evaluation_step = jax.jit(trainer.evaluation_step)
     rows, placement = sharding.local_rows(mesh, config.batch_size), sharding.batch_sharding(mesh)
-    where = {"batch_size": config.batch_size, "rows": rows, "seed": config.seed, "start": first_step, "stop": config.steps}
+    where = {
+        "batch_size": config.batch_size,
+        "rows": rows,
+        "seed": config.seed,
+        "start": first_step,
+        "stop": config.steps,
+    }
     reader = data.batches(train_source, **where)
 
     def evaluation_due(step: int) -> bool:
-        return config.evaluation.every > 0 and (step == config.steps or step % config.evaluation.every == 0)
+        return config.evaluation.every > 0 and (
+            step == config.steps or step % config.evaluation.every == 0
+        )
 
     def evaluate_and_report(step: int) -> None:
         reporter.now(step, evaluate(evaluation_step, state, validation_source, config, mesh))
@@ -280,17 +379,23 @@ def main() -> int:
 
         last, stopping = step == config.steps, stop.now(step)
         evaluate_now = evaluation_due(step) and (last or not stopping)
-        save_now = last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
+        save_now = (
+            last or stopping or (config.checkpoint.every and step % config.checkpoint.every == 0)
+        )
         if evaluate_now or save_now:
             reporter.flush()
             paused = time.perf_counter()
             if evaluate_now:
                 evaluate_and_report(step)
-            if save_now:  # the state is finite whatever the step was: a non-finite update is never applied
+            # the state is finite whatever the step was: a non-finite update is never applied
+            if save_now:
                 checkpoints.save(step, state)
             reporter.meter.pause(time.perf_counter() - paused)
         if reporter.nonfinite >= config.max_nonfinite_steps:
-            log.error("stopped after %d consecutive non-finite steps; the newest checkpoint is intact", reporter.nonfinite)
+            log.error(
+                "stopped after %d consecutive non-finite steps; the newest checkpoint is intact",
+                reporter.nonfinite,
+            )
             code = command_line.NON_FINITE
             break
         if stopping and not last:

@@ -1,7 +1,8 @@
 """What a model costs, counted from its config: parameters, FLOPs per token, cache per token.
 
-FLOPs count the multiply-adds of matrix products twice, as published model FLOPs do; norms, activations and the embedding lookup
-are left out. Causal attention is counted over the keys that are visible, (T + 1) / 2 on average.
+FLOPs count the multiply-adds of matrix products twice, as published model FLOPs do; norms,
+activations and the embedding lookup are left out. Causal attention is counted over the keys that
+are visible, (T + 1) / 2 on average.
 """
 
 import math
@@ -9,7 +10,8 @@ from typing import NamedTuple
 
 from kha_jax.model import ModelConfig
 
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a fragment of jax's device_kind.
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a fragment of jax's
+# device_kind.
 PEAK_FLOPS = {
     "v5p": 459e12,
     "v5 lite": 197e12,
@@ -27,9 +29,10 @@ PEAK_FLOPS = {
 class Accounting(NamedTuple):
     """Costs of a model at one sequence length.
 
-    parameters: all of them. active: those that one token passes through. knocking: those of the stream mixers, part of both.
-    forward_flops, training_flops: per token; a training step costs three forward passes, recomputation not counted.
-    cache_floats: numbers per token that a decoder keeps over all layers.
+    parameters: all of them. active: those that one token passes through. knocking: those of the
+    stream mixers, part of both. forward_flops, training_flops: per token; a training step costs
+    three forward passes, recomputation not counted. cache_floats: numbers per token that a decoder
+    keeps over all layers.
     """
 
     parameters: int
@@ -40,11 +43,14 @@ class Accounting(NamedTuple):
     cache_floats: int
 
 
-def account(model: ModelConfig, seq_len: int, causal: bool = True, tokens: float = math.inf) -> Accounting:
+def account(
+    model: ModelConfig, seq_len: int, causal: bool = True, tokens: float = math.inf
+) -> Accounting:
     """Counts one model.
 
-    causal=False counts every query against all seq_len keys, as a kernel without skipping does. tokens: of a step; linear mixers
-    applied to the weights cost the same whatever it is, so their share of a token vanishes as it grows (the default).
+    causal=False counts every query against all seq_len keys, as a kernel without skipping does.
+    tokens: of a step; linear mixers applied to the weights cost the same whatever it is, so their
+    share of a token vanishes as it grows (the default).
     """
     D, layers = model.width, model.layers
     attention, segments = model.attention, model.feed_forward.segments(layers)
@@ -52,8 +58,15 @@ def account(model: ModelConfig, seq_len: int, causal: bool = True, tokens: float
     outside = tables + D
     per_layer = attention.parameters(D) + 2 * D
     context = (seq_len + 1) / 2 if causal else seq_len
-    over_layers = lambda count: sum(n * count(feed_forward) for _, n, feed_forward in segments)  # noqa: E731
-    forward = layers * attention.flops(D, context, tokens) + over_layers(lambda f: f.flops(D)) + 2 * model.vocabulary_size * D
+
+    def over_layers(count):
+        return sum(n * count(feed_forward) for _, n, feed_forward in segments)
+
+    forward = (
+        layers * attention.flops(D, context, tokens)
+        + over_layers(lambda f: f.flops(D))
+        + 2 * model.vocabulary_size * D
+    )
     return Accounting(
         parameters=outside + layers * per_layer + over_layers(lambda f: f.parameters(D)),
         active=outside + layers * per_layer + over_layers(lambda f: f.active_parameters(D)),
@@ -66,4 +79,6 @@ def account(model: ModelConfig, seq_len: int, causal: bool = True, tokens: float
 
 def peak_flops(device_kind: str) -> float:
     """bf16 FLOP/s of one device, or NaN where unknown."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), math.nan)
+    return next(
+        (peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), math.nan
+    )

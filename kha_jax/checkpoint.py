@@ -1,7 +1,9 @@
-"""Checkpoints that count only once they are whole: Orbax arrays, then a manifest with the checksum of every file.
+"""Checkpoints that count only once they are whole: Orbax arrays, then a manifest with the checksum
+of every file.
 
-Layout: `<workdir>/checkpoints/<step>/state/...` and, written last, `<step>/MANIFEST.json`. A folder without a manifest is a
-leftover of an interrupted save; it is passed over and removed by the next save of that step.
+Layout: `<workdir>/checkpoints/<step>/state/...` and, written last, `<step>/MANIFEST.json`. A folder
+without a manifest is a leftover of an interrupted save; it is passed over and removed by the next
+save of that step.
 """
 
 import concurrent.futures
@@ -25,12 +27,16 @@ log = logging.getLogger("kha_jax")
 
 
 class CheckpointError(Exception):
-    """A checkpoint that could not be written or read. The message names the folder and the reason."""
+    """A checkpoint that could not be written or read. The message names the folder and the
+    reason."""
 
 
 def _checksum(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def _files(folder: Path) -> list[Path]:
@@ -60,7 +66,8 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. Saves run in the background; their errors are raised by the next call.
+    """The checkpoints of one run folder. Saves run in the background; their errors are raised by
+    the next call.
 
     Args:
         folder: created when the first checkpoint is saved.
@@ -77,10 +84,13 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, oldest first."""
-        return sorted(int(p.parent.name) for p in self.folder.glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
+        return sorted(
+            int(p.parent.name) for p in self.folder.glob(f"*/{MANIFEST}") if p.parent.name.isdigit()
+        )
 
     def save(self, step: int, state: Any) -> None:
-        """Starts saving `state`; its arrays are copied before this returns. The step saved or restored last is left alone.
+        """Starts saving `state`; its arrays are copied before this returns. The step saved or
+        restored last is left alone.
 
         Raises:
             CheckpointError: this save could not start, or the previous one failed.
@@ -143,14 +153,19 @@ class Checkpoints:
             self.checkpointer.close()
 
     def newest_good(self, set_aside: bool = True) -> int | None:
-        """The newest step whose files verify, logging each one that is passed over; None when there is no checkpoint yet.
+        """The newest step whose files verify, logging each one that is passed over; None when there
+        is no checkpoint yet.
 
-        set_aside: damaged ones that are newer no longer count from here on, as a writer needs; a reader changes nothing.
+        set_aside: damaged ones that are newer no longer count from here on, as a writer needs; a
+        reader changes nothing.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is good. Training never restarts from scratch over them.
+            CheckpointError: there are checkpoints, but none is good. Training never restarts from
+                scratch over them.
         """
-        step = processes.from_leader("newest checkpoint", lambda: self._newest_good(set_aside), VERIFY_SECONDS)
+        step = processes.from_leader(
+            "newest checkpoint", lambda: self._newest_good(set_aside), VERIFY_SECONDS
+        )
         return None if step < 0 else step
 
     def _newest_good(self, set_aside: bool) -> int:
@@ -169,7 +184,10 @@ class Checkpoints:
                 path.rename(path.with_suffix(".rejected"))
             return step
         if steps:
-            raise CheckpointError(f"{self.folder}: none of the checkpoints {steps} is intact; move the folder to start again")
+            raise CheckpointError(
+                f"{self.folder}: none of the checkpoints {steps} is intact; move the folder to "
+                "start again"
+            )
         return -1
 
     def restore(self, step: int, abstract: Any) -> Any:
@@ -182,12 +200,15 @@ class Checkpoints:
         try:
             state = self.checkpointer.restore(path, abstract)
         except Exception as error:
-            raise CheckpointError(f"{path} does not hold the state of this config: {error}") from error
+            raise CheckpointError(
+                f"{path} does not hold the state of this config: {error}"
+            ) from error
         self.saved_step = step
         return state
 
     def restore_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        """Some fields of the state saved at `step`, such as {"params": ...}, without reading the others.
+        """Some fields of the state saved at `step`, such as {"params": ...}, without reading the
+        others.
 
         Raises:
             CheckpointError: the files do not hold them.
@@ -199,8 +220,13 @@ class Checkpoints:
             with ocp.PyTreeCheckpointer() as reader:
                 part = reader.restore(path, args=arguments)
         except Exception as error:
-            raise CheckpointError(f"{path} does not hold {', '.join(abstract)} of this config: {error}") from error
+            raise CheckpointError(
+                f"{path} does not hold {', '.join(abstract)} of this config: {error}"
+            ) from error
         for name, leaf in jax.tree_util.tree_leaves_with_path(part):
-            if not isinstance(leaf, jax.Array):  # orbax hands back the description of what it does not find
-                raise CheckpointError(f"{path} does not hold {jax.tree_util.keystr(name, simple=True, separator='/')}")
+            # orbax hands back the description of what it does not find
+            if not isinstance(leaf, jax.Array):
+                raise CheckpointError(
+                    f"{path} does not hold {jax.tree_util.keystr(name, simple=True, separator='/')}"
+                )
         return part

@@ -1,9 +1,10 @@
 """Frozen, self-validating configs, and their form on the command line.
 
-A config derives from `Config`, which makes it a keyword-only frozen dataclass. It is checked when it is made: field types first, then
-its own `validate`. A slot that one of several configs may fill is declared with `choice`; on the command line the slot's
-`kind` (or another word) selects the config and the fields of all its members are known, so that switching the kind never
-needs another file. A field set for a kind that does not have it is an error.
+A config derives from `Config`, which makes it a keyword-only frozen dataclass. It is checked when
+it is made: field types first, then its own `validate`. A slot that one of several configs may fill
+is declared with `choice`; on the command line the slot's `kind` (or another word) selects the
+config and the fields of all its members are known, so that switching the kind never needs another
+file. A field set for a kind that does not have it is an error.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from ml_collections import config_dict
 
 
 class ConfigError(ValueError):
-    """A config value that cannot be used. The message names the field, what was found and what would work."""
+    """A config value that cannot be used. The message names the field, what was found and what
+    would work."""
 
     def __init__(self, field: str, problem: str):
         self.field, self.problem = field, problem
@@ -35,13 +37,15 @@ def near(word: str, known: typing.Iterable[str]) -> str:
 
 
 def choice(choices: Mapping[str, type], default: "Config", by: str = "kind") -> Any:
-    """A dataclass field that holds one of the configs in `choices`, selected by name under the key `by`."""
+    """A dataclass field that holds one of the configs in `choices`, selected by name under the key
+    `by`."""
     return dataclasses.field(default=default, metadata={"choices": choices, "by": by})
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 class Config:
-    """Base of all configs; subclasses become frozen keyword-only dataclasses that check field types, then `validate`."""
+    """Base of all configs; subclasses become frozen keyword-only dataclasses that check field
+    types, then `validate`."""
 
     _hints: ClassVar[dict[str, Any]]
 
@@ -61,7 +65,8 @@ class Config:
         self.validate()
 
     def validate(self) -> None:
-        """Raises ConfigError where fields contradict each other; the default has nothing to check."""
+        """Raises ConfigError where fields contradict each other; the default has nothing to
+        check."""
 
     def require(self, condition: bool, field: str, problem: str) -> None:
         """Raises ConfigError(field, problem) unless the condition holds."""
@@ -72,7 +77,11 @@ class Config:
         """Raises ConfigError for the first field that is set and below the minimum."""
         for field in fields:
             value = getattr(self, field)
-            self.require(value is None or value >= minimum, field, f"must be at least {minimum}, found {value}")
+            self.require(
+                value is None or value >= minimum,
+                field,
+                f"must be at least {minimum}, found {value}",
+            )
 
     def replace(self, **changes: Any) -> "Config":
         """A copy with some fields changed, validated again."""
@@ -87,7 +96,8 @@ def type_hints(cls: type) -> dict[str, Any]:
 
 
 def checked(value: Any, hint: Any, name: str) -> Any:
-    """The value if it fits the annotation (an int serves as a float, a list as a tuple), else ConfigError."""
+    """The value if it fits the annotation (an int serves as a float, a list as a tuple), else
+    ConfigError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         if value in arguments:
@@ -114,7 +124,8 @@ def kind_of(field: dataclasses.Field, value: Config) -> str:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Every field with its value, nested, choices with their kind: what config.json and --print_config show."""
+    """Every field with its value, nested, choices with their kind: what config.json and
+    --print_config show."""
     out: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -126,7 +137,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_config_dict(config: Config) -> config_dict.ConfigDict:
-    """The command line's form. In a choice, None stands for the chosen kind's default, so that kinds can be switched."""
+    """The command line's form. In a choice, None stands for the chosen kind's default, so that
+    kinds can be switched."""
     out = config_dict.ConfigDict()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -141,7 +153,9 @@ def to_config_dict(config: Config) -> config_dict.ConfigDict:
         elif isinstance(value, Config):
             out[field.name] = to_config_dict(value)
         elif value is None:
-            out[field.name] = config_dict.placeholder(_plain_type(type_hints(type(config))[field.name]))
+            out[field.name] = config_dict.placeholder(
+                _plain_type(type_hints(type(config))[field.name])
+            )
         else:
             out[field.name] = value
     return out
@@ -179,7 +193,9 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
             arguments[name] = _choice_from_dict(fields[name], value, where)
         elif isinstance(hints[name], type) and issubclass(hints[name], Config):
             if not isinstance(value, (Mapping, config_dict.ConfigDict)):
-                raise ConfigError(where, f"expected fields of {hints[name].__name__}, found {value!r}")
+                raise ConfigError(
+                    where, f"expected fields of {hints[name].__name__}, found {value!r}"
+                )
             arguments[name] = from_dict(hints[name], value, where)
         else:
             arguments[name] = value
@@ -198,19 +214,32 @@ def _choice_from_dict(field: dataclasses.Field, value: Any, path: str) -> Config
     for name, item in values.items():
         if name in own:
             continue
-        owners = [k for k, cls in choices.items() if name in {f.name for f in dataclasses.fields(cls)}]
+        owners = [
+            k for k, cls in choices.items() if name in {f.name for f in dataclasses.fields(cls)}
+        ]
         if not owners:
-            raise ConfigError(f"{path}.{name}", f"is not a known field; {near(name, own) if own else 'it has none'}")
+            raise ConfigError(
+                f"{path}.{name}",
+                f"is not a known field; {near(name, own) if own else 'it has none'}",
+            )
         if item is not None:
-            raise ConfigError(f"{path}.{name}", f"does nothing with {by}={kind!r}; it belongs to {' and '.join(owners)}")
-    return _construct(choices[kind], {k: v for k, v in values.items() if k in own and v is not None}, path)
+            raise ConfigError(
+                f"{path}.{name}",
+                f"does nothing with {by}={kind!r}; it belongs to {' and '.join(owners)}",
+            )
+    return _construct(
+        choices[kind], {k: v for k, v in values.items() if k in own and v is not None}, path
+    )
 
 
 def _construct(cls: type, arguments: dict[str, Any], path: str) -> Any:
     missing = [
-        f.name for f in dataclasses.fields(cls)
-        if f.name not in arguments and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]  # fmt: skip
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in arguments
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise ConfigError(f"{path}.{missing[0]}", "is required and was not given")
     try:

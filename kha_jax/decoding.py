@@ -1,7 +1,9 @@
-"""Generation: prefill, then a compiled loop that appends one token at a time to a preallocated cache.
+"""Generation: prefill, then a compiled loop that appends one token at a time to a preallocated
+cache.
 
-The cache is what the projection calls its state: transformed keys and values, GTA's tied states, the latents of MLA and GLA. Ragged
-prompts are padded on the left, so that every row writes to the same slot; `pad` counts the padding of each row.
+The cache is what the projection calls its state: transformed keys and values, GTA's tied states,
+the latents of MLA and GLA. Ragged prompts are padded on the left, so that every row writes to the
+same slot; `pad` counts the padding of each row.
 
 Legend: B batch, T prompt length with padding, S slots of the cache, V vocabulary.
 """
@@ -26,8 +28,9 @@ Variables = dict[str, Any]  # by collection: params, and balance where there is 
 
 
 class Sampling(Config):
-    """temperature: 0 takes the likeliest token. top_k: draw among that many likeliest tokens. top_p: draw among the likeliest
-    tokens that together have this probability (nucleus sampling, arXiv 1904.09751)."""
+    """temperature: 0 takes the likeliest token. top_k: draw among that many likeliest tokens.
+    top_p: draw among the likeliest tokens that together have this probability (nucleus sampling,
+    arXiv 1904.09751)."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -38,7 +41,9 @@ class Sampling(Config):
         self.at_least(1, "top_k")
         self.require(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], found {self.top_p}")
         for field, idle in (("top_k", self.top_k is None), ("top_p", self.top_p == 1.0)):
-            problem = f"does nothing with temperature=0, found {getattr(self, field)}; set a temperature"
+            problem = (
+                f"does nothing with temperature=0, found {getattr(self, field)}; set a temperature"
+            )
             self.require(idle or self.temperature > 0, field, problem)
 
 
@@ -53,14 +58,16 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
     if sampling.top_p < 1:
         descending = -jnp.sort(-logits_BV, axis=-1)
         p = jax.nn.softmax(descending, axis=-1)
-        chosen = jnp.cumsum(p, axis=-1) - p < sampling.top_p  # those before a token leave it room, so one always stays
+        # those before a token leave it room, so one always stays
+        chosen = jnp.cumsum(p, axis=-1) - p < sampling.top_p
         least = jnp.min(jnp.where(chosen, descending, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < least, MASKED, logits_BV)
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
 class Weights(NamedTuple):
-    """Variables as decoding reads them: outside the layers, and layer by layer, so that no step slices a stack."""
+    """Variables as decoding reads them: outside the layers, and layer by layer, so that no step
+    slices a stack."""
 
     outer: Variables
     layers: list[Variables]
@@ -69,18 +76,30 @@ class Weights(NamedTuple):
 def unstack(model: ModelConfig, variables: Variables) -> Weights:
     """The variables of a trained model, one tree a layer."""
     segments = {name: count for name, count, _ in model.feed_forward.segments(model.layers)}
-    pick = jax.jit(lambda tree, count: [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(count)], static_argnums=1)
+    pick = jax.jit(
+        lambda tree, count: [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(count)],
+        static_argnums=1,
+    )
     layers = []
     for name, count in segments.items():
-        layers += pick({collection: tree[name] for collection, tree in variables.items() if name in tree}, count)
-    outer = {c: {key: leaf for key, leaf in tree.items() if key not in segments} for c, tree in variables.items()}
+        layers += pick(
+            {collection: tree[name] for collection, tree in variables.items() if name in tree},
+            count,
+        )
+    outer = {
+        c: {key: leaf for key, leaf in tree.items() if key not in segments}
+        for c, tree in variables.items()
+    }
     return Weights(outer, layers)
 
 
 def blocks(model: ModelConfig) -> list[Block]:
     """The module of each layer."""
     segments = model.feed_forward.segments(model.layers)
-    make = lambda feed_forward: Block(config=model, feed_forward_config=feed_forward, numerics=model.numerics)  # noqa: E731
+
+    def make(feed_forward):
+        return Block(config=model, feed_forward_config=feed_forward, numerics=model.numerics)
+
     return [make(feed_forward) for _, count, feed_forward in segments for _ in range(count)]
 
 
@@ -110,24 +129,35 @@ def absorb_if_linear(model: ModelConfig, variables: Variables) -> tuple[ModelCon
     return absorb_model(model, variables)
 
 
-def prefill(model: ModelConfig, weights: Weights, tokens_BT: jax.Array, pad_B: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] after the last token of each row, and a cache of `slots` that holds the rows in its first T.
+def prefill(
+    model: ModelConfig, weights: Weights, tokens_BT: jax.Array, pad_B: jax.Array, slots: int
+) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] after the last token of each row, and a cache of `slots` that holds the rows in
+    its first T.
 
     tokens_BT: row b begins with pad_B[b] tokens that nothing looks at.
     """
     column = jnp.arange(tokens_BT.shape[1])
     positions_BT = jnp.maximum(column - pad_B[:, None], 0)
-    real_BT = (column >= pad_B[:, None]).astype(jnp.int32)  # as segment ids: padding is a document of its own
+    # as segment ids: padding is a document of its own
+    real_BT = (column >= pad_B[:, None]).astype(jnp.int32)
     transformer = model.build()
     x_BTD, cache = transformer.apply(weights.outer, tokens_BT, method="embed"), []
     for block, layer in zip(blocks(model), weights.layers):
         x_BTD, state = block.apply(layer, x_BTD, positions_BT, real_BT, method="prefill")
-        cache.append(jax.tree.map(lambda z: jnp.pad(z, [(0, 0), (0, slots - z.shape[1]), (0, 0)]), state))
+        cache.append(
+            jax.tree.map(lambda z: jnp.pad(z, [(0, 0), (0, slots - z.shape[1]), (0, 0)]), state)
+        )
     return transformer.apply(weights.outer, x_BTD[:, -1], method="next_token_logits"), cache
 
 
 def extend(
-    model: ModelConfig, weights: Weights, cache: Cache, tokens_B: jax.Array, slot: jax.Array, pad_B: jax.Array
+    model: ModelConfig,
+    weights: Weights,
+    cache: Cache,
+    tokens_B: jax.Array,
+    slot: jax.Array,
+    pad_B: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """Logits [B, V] after one more token in every row, and the cache with it at `slot`."""
     column = jnp.arange(jax.tree.leaves(cache)[0].shape[1])
@@ -136,13 +166,16 @@ def extend(
     transformer = model.build()
     x_B1D, extended = transformer.apply(weights.outer, tokens_B[:, None], method="embed"), []
     for block, layer, state in zip(blocks(model), weights.layers, cache):
-        x_B1D, state = block.apply(layer, x_B1D, positions_B1, state, slot, visible_BS, method="extend")
+        x_B1D, state = block.apply(
+            layer, x_B1D, positions_B1, state, slot, visible_BS, method="extend"
+        )
         extended.append(state)
     return transformer.apply(weights.outer, x_B1D[:, 0], method="next_token_logits"), extended
 
 
 class Progress(NamedTuple):
-    """Where a batch of generations stands. token_B: the last token of each row, not yet in the cache; slot: where it goes."""
+    """Where a batch of generations stands. token_B: the last token of each row, not yet in the
+    cache; slot: where it goes."""
 
     cache: Cache
     token_B: jax.Array
@@ -156,21 +189,27 @@ class Decoder:
     """Generates from one model on this process's default device.
 
     Args:
-        model: its config; scores of the prompt are computed by the platform's best kernel whatever it says.
-        variables: as trained, {"params": ...}. Linear mixers are best absorbed before (`absorb_if_linear`); any model works as it is.
+        model: its config; scores of the prompt are computed by the platform's best kernel whatever
+            it says.
+        variables: as trained, {"params": ...}. Linear mixers are best absorbed before
+            (`absorb_if_linear`); any model works as it is.
     """
 
     def __init__(self, model: ModelConfig, variables: Variables):
         self.model = model.replace(attention=model.attention.replace(kernel="auto"))
         self.weights = unstack(model, variables)
         self._start = jax.jit(self._start_, static_argnames=("sampling", "slots", "end"))
-        self._advance = jax.jit(self._advance_, static_argnames=("sampling", "count", "end"), donate_argnums=1)
+        self._advance = jax.jit(
+            self._advance_, static_argnames=("sampling", "count", "end"), donate_argnums=1
+        )
 
     def _start_(self, weights, tokens_BT, pad_B, key, *, sampling, slots, end) -> Progress:
         logits_BV, cache = prefill(self.model, weights, tokens_BT, pad_B, slots)
         key, now = jax.random.split(key)
         token_B = sample(logits_BV, now, sampling)
-        return Progress(cache, token_B, jnp.int32(tokens_BT.shape[1]), pad_B, _is(token_B, end), key)
+        return Progress(
+            cache, token_B, jnp.int32(tokens_BT.shape[1]), pad_B, _is(token_B, end), key
+        )
 
     def _advance_(self, weights, progress, *, sampling, count, end) -> tuple[Progress, jax.Array]:
         """Up to `count` more tokens in every row; stops early once all rows are done."""
@@ -186,22 +225,33 @@ class Decoder:
             token_B = sample(logits_BV, now, sampling)
             token_B = token_B if end is None else jnp.where(p.done_B, end, token_B)
             done_B = p.done_B | _is(token_B, end)
-            return i + 1, Progress(cache, token_B, p.slot + 1, p.pad_B, done_B, key), out_BC.at[:, i].set(token_B)
+            return (
+                i + 1,
+                Progress(cache, token_B, p.slot + 1, p.pad_B, done_B, key),
+                out_BC.at[:, i].set(token_B),
+            )
 
         filler = jnp.full((progress.token_B.shape[0], count), 0 if end is None else end, jnp.int32)
         _, progress, out_BC = jax.lax.while_loop(going, one, (0, progress, filler))
         return progress, out_BC
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], tokens: int, *, sampling: Sampling = Sampling(), seed: int = 0,
-        end: int | None = None, chunk: int = 8,
-    ) -> Iterator[np.ndarray]:  # fmt: skip
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        *,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        end: int | None = None,
+        chunk: int = 8,
+    ) -> Iterator[np.ndarray]:
         """Yields the new tokens, [B, at most `chunk`] at a time.
 
         Args:
             prompts: token ids of each row, of any lengths from one.
             tokens: new tokens per row.
-            end: the id that ends a row; what follows it in the row is `end` again, and a batch stops once all rows have ended.
+            end: the id that ends a row; what follows it in the row is `end` again, and a batch
+                stops once all rows have ended.
 
         Raises:
             ValueError: an empty prompt, an id outside the vocabulary, or no tokens to make.
@@ -210,19 +260,30 @@ class Decoder:
         longest = max(map(len, prompts))
         length = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         pad = np.array([length - len(prompt) for prompt in prompts], np.int32)
-        padded = np.stack([np.pad(np.asarray(prompt, np.int32), (p, 0)) for prompt, p in zip(prompts, pad)])
+        padded = np.stack(
+            [np.pad(np.asarray(prompt, np.int32), (p, 0)) for prompt, p in zip(prompts, pad)]
+        )
         slots = length + -(-tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        progress = self._start(self.weights, padded, pad, jax.random.key(seed), sampling=sampling, slots=slots, end=end)
+        progress = self._start(
+            self.weights, padded, pad, jax.random.key(seed), sampling=sampling, slots=slots, end=end
+        )
         yield np.asarray(progress.token_B)[:, None]
         left = tokens - 1
         while left > 0 and not np.all(progress.done_B):
-            progress, out = self._advance(self.weights, progress, sampling=sampling, count=min(chunk, tokens - 1), end=end)
+            progress, out = self._advance(
+                self.weights, progress, sampling=sampling, count=min(chunk, tokens - 1), end=end
+            )
             yield np.asarray(out)[:, :left]
             left -= chunk
 
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int, **settings: Any) -> list[list[int]]:
-        """The new tokens of each row, without the `end` that stopped it; see `stream`, whose settings it takes."""
-        rows = np.concatenate(list(self.stream(prompts, tokens, **{"chunk": tokens, **settings})), axis=1).tolist()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], tokens: int, **settings: Any
+    ) -> list[list[int]]:
+        """The new tokens of each row, without the `end` that stopped it; see `stream`, whose
+        settings it takes."""
+        rows = np.concatenate(
+            list(self.stream(prompts, tokens, **{"chunk": tokens, **settings})), axis=1
+        ).tolist()
         end = settings.get("end")
         return [row[: row.index(end)] if end in row else row for row in rows]
 
@@ -238,6 +299,11 @@ def _check(prompts: Sequence[Sequence[int]], tokens: int, vocabulary_size: int) 
         raise ValueError("prompts: there is none")
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"prompts[{row}]: is empty; begin with a token, such as the end of a document")
+            raise ValueError(
+                f"prompts[{row}]: is empty; begin with a token, such as the end of a document"
+            )
         if not 0 <= min(prompt) <= max(prompt) < vocabulary_size:
-            raise ValueError(f"prompts[{row}]: ids must be in [0, {vocabulary_size}), found {min(prompt)} to {max(prompt)}")
+            raise ValueError(
+                f"prompts[{row}]: ids must be in [0, {vocabulary_size}), found {min(prompt)} to "
+                f"{max(prompt)}"
+            )

@@ -6,14 +6,15 @@ import flax.linen as nn
 import jax
 
 from kha_jax.config import Config
-from kha_jax.ops.linear import linear
 from kha_jax.ops.gating import swiglu
+from kha_jax.ops.linear import linear
 from kha_jax.parameters import Module
 from kha_jax.sharding import constrain
 
 
 class FeedForward(Config):
-    """What the model and the accounting ask of a feed-forward layer; sizes are per layer of a model of width D."""
+    """What the model and the accounting ask of a feed-forward layer; sizes are per layer of a model
+    of width D."""
 
     def parameters(self, model_width: int) -> int:
         """Parameters of one layer."""
@@ -28,7 +29,8 @@ class FeedForward(Config):
         return 2 * self.active_parameters(model_width)
 
     def stream_floats(self, model_width: int) -> int:
-        """Numbers per token that the forward pass makes between the layer's input and its output."""
+        """Numbers per token that the forward pass makes between the layer's input and its
+        output."""
         raise NotImplementedError
 
     def tokens_at_once(self, tokens: float) -> float:
@@ -36,7 +38,8 @@ class FeedForward(Config):
         return tokens
 
     def segments(self, layers: int) -> list[tuple[str, int, "FeedForward"]]:
-        """(name, layers, feed-forward) of the runs of equal layers, first to last: each is one scan."""
+        """(name, layers, feed-forward) of the runs of equal layers, first to last: each is one
+        scan."""
         return [("layers", layers, self)]
 
     def build(self, **arguments: Any) -> Module:

@@ -1,4 +1,5 @@
-"""Metrics of a run: one JSON object a line, optional TensorBoard, and the meter that turns times into rates."""
+"""Metrics of a run: one JSON object a line, optional TensorBoard, and the meter that turns times
+into rates."""
 
 import json
 import logging
@@ -16,10 +17,11 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object a line with its step. Opening it at a step cuts it back to the lines up to that step.
+    """`metrics.jsonl`: one object a line with its step. Opening it at a step cuts it back to the
+    lines up to that step.
 
-    A failing disk costs metrics and not the run: the first failure is logged, all are counted in `lost`. `last` is the last line
-    that was kept.
+    A failing disk costs metrics and not the run: the first failure is logged, all are counted in
+    `lost`. `last` is the last line that was kept.
     """
 
     def __init__(self, path: Path, from_step: int):
@@ -65,7 +67,9 @@ class TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            raise ImportError("--tensorboard needs the extra: pip install -e '.[tensorboard]'") from None
+            raise ImportError(
+                "--tensorboard needs the extra: pip install -e '.[tensorboard]'"
+            ) from None
         self.writer = SummaryWriter(str(folder))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -96,10 +100,14 @@ class Meter:
         self.since += seconds
 
     def read(self, tokens: float) -> dict[str, float]:
-        """tokens_per_second, data_wait_fraction and, where the peak is known, model_flops_utilization since the last reading."""
+        """tokens_per_second, data_wait_fraction and, where the peak is known,
+        model_flops_utilization since the last reading."""
         now = time.perf_counter()
         elapsed = max(now - self.since, 1e-9)
-        rates = {"tokens_per_second": tokens / elapsed, "data_wait_fraction": min(1.0, self.waited / elapsed)}
+        rates = {
+            "tokens_per_second": tokens / elapsed,
+            "data_wait_fraction": min(1.0, self.waited / elapsed),
+        }
         if not math.isnan(self.peak):
             rates["model_flops_utilization"] = tokens / elapsed * self.flops / self.peak
         self.waited, self.since = 0.0, now

@@ -1,4 +1,5 @@
-"""The decoder-only transformer: embedding, a scanned stack of pre-norm blocks, final norm, output embedding, loss.
+"""The decoder-only transformer: embedding, a scanned stack of pre-norm blocks, final norm, output
+embedding, loss.
 
 Legend: B batch, T position, D model width, V vocabulary.
 """
@@ -29,7 +30,8 @@ Batch = dict[str, jax.Array]
 
 
 class LossConfig(Config):
-    """z_loss: weight of the squared log-partition. chunk_tokens: tokens whose logits exist at once, over the whole batch."""
+    """z_loss: weight of the squared log-partition. chunk_tokens: tokens whose logits exist at once,
+    over the whole batch."""
 
     z_loss: float = 0.0
     chunk_tokens: int = 1024
@@ -42,9 +44,10 @@ class LossConfig(Config):
 class ModelConfig(Config):
     """A decoder-only transformer.
 
-    layers, width (D), vocabulary_size (V). embeddings: `tied` shares the input and output table, `untied` has two. stack:
-    `scan` compiles one block for all layers, `unroll` lays them out (the parameters are the same tree). remat: what the
-    backward pass recomputes: `none`, `dots` keeps matrix products of the layer, `full` keeps the layer's input only.
+    layers, width (D), vocabulary_size (V). embeddings: `tied` shares the input and output table,
+    `untied` has two. stack: `scan` compiles one block for all layers, `unroll` lays them out (the
+    parameters are the same tree). remat: what the backward pass recomputes: `none`, `dots` keeps
+    matrix products of the layer, `full` keeps the layer's input only.
     """
 
     layers: int = 4
@@ -85,16 +88,30 @@ class Block(Module):
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None):
         """The block's output and named metrics."""
-        x_BTD, attention_aux, aux = self._residuals(x_BTD, lambda y: self.attention(y, positions_BT, segment_ids_BT))
+        x_BTD, attention_aux, aux = self._residuals(
+            x_BTD, lambda y: self.attention(y, positions_BT, segment_ids_BT)
+        )
         return x_BTD, {**attention_aux, **aux}
 
     def prefill(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array):
         """The block's output and the state of its attention; see Attention.prefill."""
-        return self._residuals(x_BTD, lambda y: self.attention.prefill(y, positions_BT, segment_ids_BT))[:2]
+        return self._residuals(
+            x_BTD, lambda y: self.attention.prefill(y, positions_BT, segment_ids_BT)
+        )[:2]
 
-    def extend(self, x_B1D: jax.Array, positions_B1: jax.Array, cache: State, slot: jax.Array, visible_BS: jax.Array):
-        """The block's output for one more token and the cache that holds it; see Attention.extend."""
-        return self._residuals(x_B1D, lambda y: self.attention.extend(y, positions_B1, cache, slot, visible_BS))[:2]
+    def extend(
+        self,
+        x_B1D: jax.Array,
+        positions_B1: jax.Array,
+        cache: State,
+        slot: jax.Array,
+        visible_BS: jax.Array,
+    ):
+        """The block's output for one more token and the cache that holds it; see
+        Attention.extend."""
+        return self._residuals(
+            x_B1D, lambda y: self.attention.extend(y, positions_B1, cache, slot, visible_BS)
+        )[:2]
 
     def _residuals(self, x_BTD, attend):
         x_BTD = constrain(x_BTD, "batch", "length", "features")
@@ -105,7 +122,8 @@ class Block(Module):
 
 
 class Transformer(Module):
-    """See ModelConfig. A batch holds tokens, targets, positions, segment_ids (int32) and weights (float32), all [B, T]."""
+    """See ModelConfig. A batch holds tokens, targets, positions, segment_ids (int32) and weights
+    (float32), all [B, T]."""
 
     config: ModelConfig
 
@@ -113,7 +131,9 @@ class Transformer(Module):
         c = self.config
         self.embedding = self.weight("embedding", vocabulary=c.vocabulary_size, embed=c.width)
         if c.embeddings == "untied":
-            self.unembedding = self.weight("unembedding", vocabulary=c.vocabulary_size, embed=c.width)
+            self.unembedding = self.weight(
+                "unembedding", vocabulary=c.vocabulary_size, embed=c.width
+            )
         self.final_norm = RMSNorm(numerics=self.numerics, axis="embed")
         block = Block
         if c.remat != "none":
@@ -128,14 +148,20 @@ class Transformer(Module):
                 unroll=length if c.stack == "unroll" else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            setattr(self, name, layers(config=c, feed_forward_config=feed_forward, numerics=self.numerics))
+            setattr(
+                self,
+                name,
+                layers(config=c, feed_forward_config=feed_forward, numerics=self.numerics),
+            )
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Embedded tokens [B, T, D]."""
         with jax.named_scope("embed"):
             return constrain(self.embedding[tokens_BT], "batch", "length", "features")
 
-    def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None):
+    def hidden(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
+    ):
         """Final normalised hidden states [B, T, D] and metrics stacked over layers."""
         x_BTD, aux = self.embed(tokens_BT), {}
         for name, _, _ in self.config.feed_forward.segments(self.config.layers):
@@ -147,8 +173,14 @@ class Transformer(Module):
         """The output embedding [V, D]."""
         return self.embedding if self.config.embeddings == "tied" else self.unembedding
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None, segment_ids_BT: jax.Array | None = None):
-        """Logits [B, T, V] in float32, for tests and small vocabularies; training goes through `loss`."""
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ):
+        """Logits [B, T, V] in float32, for tests and small vocabularies; training goes through
+        `loss`."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         x_BTD, _ = self.hidden(tokens_BT, positions_BT, segment_ids_BT)
@@ -156,14 +188,17 @@ class Transformer(Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32 of normalised hidden states."""
-        return jnp.einsum("BTD,VD->BTV", x_BTD, self.output_table(), preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "BTD,VD->BTV", x_BTD, self.output_table(), preferred_element_type=jnp.float32
+        )
 
     def next_token_logits(self, x_BD: jax.Array) -> jax.Array:
         """Logits [B, V] in float32 of the last block's outputs."""
         return self.logits(self.final_norm(x_BD)[:, None])[:, 0]
 
     def loss(self, batch: Batch) -> tuple[jax.Array, tuple[losses.TokenSums, dict[str, Any]]]:
-        """The objective summed over the batch's weighted tokens, the token sums, and the layers' metrics."""
+        """The objective summed over the batch's weighted tokens, the token sums, and the layers'
+        metrics."""
         x_BTD, aux = self.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
         objective, sums = self._cross_entropy(x_BTD, batch["targets"], batch["weights"])
         if "router_loss" in aux:
@@ -171,11 +206,14 @@ class Transformer(Module):
         return objective, (sums, aux)
 
     def _cross_entropy(self, x_BTD, targets_BT, weights_BT):
-        """Each device takes its own tokens, split over all mesh axes, through the whole table, whose gradient is summed once."""
+        """Each device takes its own tokens, split over all mesh axes, through the whole table,
+        whose gradient is summed once."""
         c, tokens = self.config.loss, ("batch", "loss_length")
 
         def local(x_BTD, table_VD, targets_BT, weights_BT):
-            sums = losses.cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, z_loss=c.z_loss, chunk_tokens=chunk)
+            sums = losses.cross_entropy(
+                x_BTD, table_VD, targets_BT, weights_BT, z_loss=c.z_loss, chunk_tokens=chunk
+            )
             return jax.tree.map(lambda z: jax.lax.psum(z, axes), sums) if axes else sums
 
         axes = () if current_mesh() is None or current_mesh().size == 1 else MESH_AXES

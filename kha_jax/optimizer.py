@@ -1,7 +1,9 @@
-"""AdamW with warm-up and cosine decay, per-role weight decay, and the knobs of the knocking matrices.
+"""AdamW with warm-up and cosine decay, per-role weight decay, and the knobs of the knocking
+matrices.
 
-A parameter's role follows from its logical axes: knocking matrices carry `knock_in`, other parameters with two or more axes
-(layers not counted) are weights, and the rest (norm scales) are vectors, which are never decayed.
+A parameter's role follows from its logical axes: knocking matrices carry `knock_in`, other
+parameters with two or more axes (layers not counted) are weights, and the rest (norm scales) are
+vectors, which are never decayed.
 """
 
 from typing import Any, Literal
@@ -16,8 +18,9 @@ from kha_jax.config import Config
 class KnockingOptimizerConfig(Config):
     """How knocking matrices are trained.
 
-    decay: `weights` shrinks them like any weight (the paper states no exclusion), `none` leaves them alone, `to_identity` pulls
-    them back to their initial value. learning_rate_multiplier: factor on their learning rate.
+    decay: `weights` shrinks them like any weight (the paper states no exclusion), `none` leaves
+    them alone, `to_identity` pulls them back to their initial value. learning_rate_multiplier:
+    factor on their learning rate.
     """
 
     decay: Literal["weights", "none", "to_identity"] = "weights"
@@ -30,8 +33,9 @@ class KnockingOptimizerConfig(Config):
 class OptimizerConfig(Config):
     """AdamW (arXiv 1711.05101), the paper's section 4.1 by default.
 
-    learning_rate: at the peak. warmup_fraction: share of the steps with a linear rise. final_fraction: share of the peak that
-    the cosine ends at. weight_decay: decoupled. clip_norm: bound on the global gradient norm.
+    learning_rate: at the peak. warmup_fraction: share of the steps with a linear rise.
+    final_fraction: share of the peak that the cosine ends at. weight_decay: decoupled. clip_norm:
+    bound on the global gradient norm.
     """
 
     learning_rate: float = 7.5e-4
@@ -46,15 +50,22 @@ class OptimizerConfig(Config):
 
     def validate(self):
         for field in ("learning_rate", "eps", "clip_norm"):
-            self.require(getattr(self, field) > 0, field, f"must be positive, found {getattr(self, field)}")
+            self.require(
+                getattr(self, field) > 0, field, f"must be positive, found {getattr(self, field)}"
+            )
         for field in ("b1", "b2", "warmup_fraction", "final_fraction"):
             value = getattr(self, field)
-            self.require(0 <= value < 1 or field == "final_fraction" and value == 1, field, f"must be in [0, 1), found {value}")
+            self.require(
+                0 <= value < 1 or field == "final_fraction" and value == 1,
+                field,
+                f"must be in [0, 1), found {value}",
+            )
         self.at_least(0, "weight_decay")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of update number `count` (from 0): warm-up to the peak, then cosine to final_fraction of it."""
+    """Learning rate of update number `count` (from 0): warm-up to the peak, then cosine to
+    final_fraction of it."""
     warmup = max(1, round(config.warmup_fraction * steps))
     peak = config.learning_rate
     cosine = optax.cosine_decay_schedule(peak, max(1, steps - warmup), config.final_fraction)
@@ -63,7 +74,8 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def roles(axes: Any) -> Any:
-    """The role of every parameter (`knocking`, `weight` or `vector`) from a tree of logical axis names."""
+    """The role of every parameter (`knocking`, `weight` or `vector`) from a tree of logical axis
+    names."""
 
     def one(names: tuple[str, ...]) -> str:
         if "knock_in" in names:
@@ -73,15 +85,17 @@ def roles(axes: Any) -> Any:
     return jax.tree.map(one, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
-def make(config: OptimizerConfig, steps: int, axes: Any, initial_knocking: Any = None) -> optax.GradientTransformation:
+def make(
+    config: OptimizerConfig, steps: int, axes: Any, initial_knocking: Any = None
+) -> optax.GradientTransformation:
     """The optimiser for parameters with the given logical axes.
 
     Args:
         config: see OptimizerConfig.
         steps: length of the run, for the schedule.
         axes: tree of logical axis names, shaped like the parameters.
-        initial_knocking: tree shaped like the parameters that holds the initial value of every knocking matrix (anything
-            elsewhere); needed for knocking decay `to_identity`.
+        initial_knocking: tree shaped like the parameters that holds the initial value of every
+            knocking matrix (anything elsewhere); needed for knocking decay `to_identity`.
     """
     role = roles(axes)
     knocking = config.knocking

@@ -13,8 +13,8 @@ from kha_jax.ops.norm import rms_norm
 class Numerics(Config):
     """Precision and initial scale, shared by every module of a model.
 
-    dtype: of activations and matrix products. param_dtype: of the stored parameters. init_std: standard deviation of the
-    initial projections and embeddings. norm_eps: of the RMS norms.
+    dtype: of activations and matrix products. param_dtype: of the stored parameters. init_std:
+    standard deviation of the initial projections and embeddings. norm_eps: of the RMS norms.
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -28,20 +28,27 @@ class Numerics(Config):
 
 
 class Module(nn.Module):
-    """Base of all modules: parameters are declared by logical axis names (`sharding.RULES`) and cast where they are used."""
+    """Base of all modules: parameters are declared by logical axis names (`sharding.RULES`) and
+    cast where they are used."""
 
     numerics: Numerics
 
-    def weight(self, name: str, init: Callable | None = None, dtype: str | None = None, **axes: int) -> jax.Array:
-        """A parameter with one `logical axis=size` per dimension, normal(init_std) by default, cast to `dtype` or the compute dtype."""
+    def weight(
+        self, name: str, init: Callable | None = None, dtype: str | None = None, **axes: int
+    ) -> jax.Array:
+        """A parameter with one `logical axis=size` per dimension, normal(init_std) by default, cast
+        to `dtype` or the compute dtype."""
         init = nn.initializers.normal(self.numerics.init_std) if init is None else init
         boxed_init = nn.with_logical_partitioning(init, tuple(axes))
-        parameter = self.param(name, boxed_init, tuple(axes.values()), jnp.dtype(self.numerics.param_dtype))
+        parameter = self.param(
+            name, boxed_init, tuple(axes.values()), jnp.dtype(self.numerics.param_dtype)
+        )
         return parameter.astype(dtype or self.numerics.dtype)
 
 
 class RMSNorm(Module):
-    """`ops.norm.rms_norm` with a learned scale, one weight per entry of the last axis, that starts at one."""
+    """`ops.norm.rms_norm` with a learned scale, one weight per entry of the last axis, that starts
+    at one."""
 
     axis: str
 

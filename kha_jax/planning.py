@@ -1,8 +1,10 @@
-"""What a run would cost on a TPU pod: the real train step compiled ahead of time for chips that are not there, and a roofline.
+"""What a run would cost on a TPU pod: the real train step compiled ahead of time for chips that are
+not there, and a roofline.
 
-Memory is XLA's own analysis of the compiled step. FLOPs come from the accounting, since XLA counts a loop's body once. Times are a
-roofline: the matrix units at EFFICIENCY of their data-sheet rate, memory and links at all of theirs, everything perfectly overlapped,
-so that the step is as long as its slowest part.
+Memory is XLA's own analysis of the compiled step. FLOPs come from the accounting, since XLA counts
+a loop's body once. Times are a roofline: the matrix units at EFFICIENCY of their data-sheet rate,
+memory and links at all of theirs, everything perfectly overlapped, so that the step is as long as
+its slowest part.
 """
 
 import importlib.util
@@ -19,12 +21,18 @@ from kha_jax.accounting import PEAK_FLOPS
 from kha_jax.config import ConfigError, near
 from kha_jax.training import RunConfig, TrainState, make_trainer
 
-FSDP = (sharding.RULES["embed"], sharding.RULES["expert_embed"])  # the mesh axes over which weights are gathered when they are used
-EFFICIENCY = 0.75  # of the peak, in the matrix products and the attention kernel; an assumption, not a measurement
+# the mesh axes over which weights are gathered when they are used
+FSDP = (
+    sharding.RULES["embed"],
+    sharding.RULES["expert_embed"],
+)
+# Of the peak, in the matrix products and the attention kernel: an assumption, not a measurement.
+EFFICIENCY = 0.75
 
 
 class Chip(NamedTuple):
-    """One device by its data sheet: dense bf16 FLOP/s, bytes of HBM, bytes/s of HBM, bytes/s of its links, all directions together."""
+    """One device by its data sheet: dense bf16 FLOP/s, bytes of HBM, bytes/s of HBM, bytes/s of its
+    links, all directions together."""
 
     flops: float
     hbm_bytes: float
@@ -37,12 +45,21 @@ CHIPS = {
     "v5e": Chip(PEAK_FLOPS["v5e"], 15.75 * 2**30, 819e9, 200e9),
     "v6e": Chip(PEAK_FLOPS["v6e"], 31.25 * 2**30, 1640e9, 448e9),
 }
-# One device, one host, and the slices of sharding.PRESETS, by their vendor's names and as libtpu calls them.
+# One device, one host, and the slices of sharding.PRESETS, by their vendor's names and as libtpu
+# calls them.
 TOPOLOGIES = {
-    "v5e-1": "v5e:1x1", "v5e-4": "v5e:2x2", "v5e-64": "v5e:8x8", "v5e-256": "v5e:16x16",
-    "v5p-8": "v5p:2x2x1", "v5p-64": "v5p:4x4x2", "v5p-128": "v5p:4x4x4",
-    "v6e-1": "v6e:1x1", "v6e-4": "v6e:2x2", "v6e-64": "v6e:8x8", "v6e-256": "v6e:16x16",
-}  # fmt: skip
+    "v5e-1": "v5e:1x1",
+    "v5e-4": "v5e:2x2",
+    "v5e-64": "v5e:8x8",
+    "v5e-256": "v5e:16x16",
+    "v5p-8": "v5p:2x2x1",
+    "v5p-64": "v5p:4x4x2",
+    "v5p-128": "v5p:4x4x4",
+    "v6e-1": "v6e:1x1",
+    "v6e-4": "v6e:2x2",
+    "v6e-64": "v6e:8x8",
+    "v6e-256": "v6e:16x16",
+}
 
 
 class Topology(NamedTuple):
@@ -61,13 +78,22 @@ def topology(name: str) -> Topology:
     """
     full = TOPOLOGIES.get(name, name)
     kind, _, shape = full.partition(":")
-    if kind not in CHIPS or not shape or not all(part.isdigit() and int(part) for part in shape.split("x")):
-        raise ConfigError("--topology", f"{name!r} is not KIND:SHAPE with a kind of {', '.join(CHIPS)}; {near(name, TOPOLOGIES)}")
+    if (
+        kind not in CHIPS
+        or not shape
+        or not all(part.isdigit() and int(part) for part in shape.split("x"))
+    ):
+        raise ConfigError(
+            "--topology",
+            f"{name!r} is not KIND:SHAPE with a kind of {', '.join(CHIPS)}; "
+            f"{near(name, TOPOLOGIES)}",
+        )
     return Topology(full, math.prod(map(int, shape.split("x"))), CHIPS[kind])
 
 
 class Plan(NamedTuple):
-    """Sizes are bytes per device, times seconds of one optimiser step, `moved` bytes per device and step by kind of collective."""
+    """Sizes are bytes per device, times seconds of one optimiser step, `moved` bytes per device and
+    step by kind of collective."""
 
     topology: str
     chips: int
@@ -98,9 +124,11 @@ class Plan(NamedTuple):
 
 
 def placed(config: RunConfig, slice_: Topology, sequences: int | None) -> RunConfig:
-    """The run on a slice: with `sequences` on a device at once, and as many micro-batches as its batch then needs.
+    """The run on a slice: with `sequences` on a device at once, and as many micro-batches as its
+    batch then needs.
 
-    A batch that is smaller than all devices hold at once is raised to that, with fewer steps for the same tokens.
+    A batch that is smaller than all devices hold at once is raised to that, with fewer steps for
+    the same tokens.
 
     Raises:
         ConfigError: the batch or the mesh does not divide, or the kernel is of another platform.
@@ -112,15 +140,20 @@ def placed(config: RunConfig, slice_: Topology, sequences: int | None) -> RunCon
         batch = max(config.batch_size, at_once)
         if batch % at_once:
             found = f"found {config.batch_size}"
-            raise ConfigError("config.batch_size", f"must be a multiple of {at_once}, {sequences} on each of {ways} devices, {found}")
-        steps = max(1, config.steps * config.batch_size // batch)  # a larger batch sees the same tokens
+            raise ConfigError(
+                "config.batch_size",
+                f"must be a multiple of {at_once}, {sequences} on each of {ways} devices, {found}",
+            )
+        # a larger batch sees the same tokens
+        steps = max(1, config.steps * config.batch_size // batch)
         config = config.replace(batch_size=batch, accumulation=batch // at_once, steps=steps)
     config.check_on(sizes, "tpu")
     return config
 
 
 class Remedy(NamedTuple):
-    """A change that saves memory: the flags that make it, and what they make of the run and the slice."""
+    """A change that saves memory: the flags that make it, and what they make of the run and the
+    slice."""
 
     flags: tuple[str, ...]
     config: RunConfig
@@ -130,29 +163,49 @@ class Remedy(NamedTuple):
 def remedies(config: RunConfig, slice_: Topology) -> Iterator[Remedy]:
     """What may make a run fit that `placed` has put on the slice, cheapest first.
 
-    Full rematerialisation, then fewer sequences at once, then larger slices of the kind, whose FSDP leaves each device less state.
+    Full rematerialisation, then fewer sequences at once, then larger slices of the kind, whose FSDP
+    leaves each device less state.
     """
     flags: tuple[str, ...] = ()
     if config.model.remat != "full":
-        config, flags = config.replace(model=config.model.replace(remat="full")), ("--config.model.remat=full",)
+        config, flags = (
+            config.replace(model=config.model.replace(remat="full")),
+            ("--config.model.remat=full",),
+        )
         yield Remedy(flags, config, slice_)
     data, expert, _ = config.mesh.shape(slice_.chips)
     sequences = config.batch_size // config.accumulation // (data * expert)
     for fewer in (n for n in range(sequences - 1, 0, -1) if sequences % n == 0):
         accumulation = config.accumulation * sequences // fewer
-        yield Remedy((*flags, f"--config.accumulation={accumulation}"), config.replace(accumulation=accumulation), slice_)
+        yield Remedy(
+            (*flags, f"--config.accumulation={accumulation}"),
+            config.replace(accumulation=accumulation),
+            slice_,
+        )
     for name, full_name in TOPOLOGIES.items():
         larger = topology(full_name)
         if larger.chip != slice_.chip or larger.chips <= slice_.chips:
             continue
         fills = -1 in (config.mesh.data, config.mesh.expert, config.mesh.model)
-        mesh = {"preset": name if config.mesh.preset else None, "data": config.mesh.data if fills else -1}
+        mesh = {
+            "preset": name if config.mesh.preset else None,
+            "data": config.mesh.data if fills else -1,
+        }
         try:
             fewest = placed(config.replace(mesh=config.mesh.replace(**mesh)), larger, 1)
         except ConfigError:
             continue  # no preset has this name, or something does not divide over it
-        moved = [f"--config.mesh.{field}={value}" for field, value in mesh.items() if value != getattr(config.mesh, field)]
-        change = (*flags, f"--topology={name}", f"--config.accumulation={fewest.accumulation}", *moved)
+        moved = [
+            f"--config.mesh.{field}={value}"
+            for field, value in mesh.items()
+            if value != getattr(config.mesh, field)
+        ]
+        change = (
+            *flags,
+            f"--topology={name}",
+            f"--config.accumulation={fewest.accumulation}",
+            *moved,
+        )
         yield Remedy(change, fewest, larger)
 
 
@@ -161,7 +214,8 @@ def has_libtpu() -> bool:
 
 
 def compiled_memory(config: RunConfig, slice_: Topology) -> tuple[float, float]:
-    """(peak, temporaries) in bytes per device of one train step, compiled for the slice through libtpu.
+    """(peak, temporaries) in bytes per device of one train step, compiled for the slice through
+    libtpu.
 
     Raises:
         ConfigError: libtpu knows no such slice.
@@ -171,7 +225,9 @@ def compiled_memory(config: RunConfig, slice_: Topology) -> tuple[float, float]:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=slice_.name).devices
     except RuntimeError as error:
-        raise ConfigError("--topology", f"libtpu knows no slice {slice_.name}: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            "--topology", f"libtpu knows no slice {slice_.name}: {' '.join(str(error).split())}"
+        ) from None
     mesh = sharding.make_mesh(config.mesh, devices)
     trainer, rows = make_trainer(config, mesh), sharding.batch_sharding(mesh)
     ids = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32, sharding=rows)
@@ -185,12 +241,20 @@ def compiled_memory(config: RunConfig, slice_: Topology) -> tuple[float, float]:
         if needed is None:
             raise
         return needed + _held_bytes(trainer.abstract), needed
-    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    return float(getattr(memory, "peak_memory_in_bytes", 0) or whole), float(memory.temp_size_in_bytes)
+    whole = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    return float(getattr(memory, "peak_memory_in_bytes", 0) or whole), float(
+        memory.temp_size_in_bytes
+    )
 
 
 def _needed(message: str) -> float | None:
-    """Bytes of temporaries that the compiler wanted when it ran out of HBM, or None for another failure."""
+    """Bytes of temporaries that the compiler wanted when it ran out of HBM, or None for another
+    failure."""
     sizes = [float(number) * 2**30 for number in re.findall(r"\b([\d.]+)G", message)]
     return max(sizes) if "HBM" in message and "RESOURCE_EXHAUSTED" in message and sizes else None
 
@@ -198,7 +262,9 @@ def _needed(message: str) -> float | None:
 def _abstract_state(config: RunConfig, chips: int) -> tuple[TrainState, dict[str, int]]:
     """The run's state as it is laid out on this many devices, and the mesh's sizes."""
     sizes = dict(zip(sharding.MESH_AXES, config.mesh.shape(chips)))
-    return make_trainer(config, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))).abstract, sizes
+    return make_trainer(
+        config, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    ).abstract, sizes
 
 
 def _held(leaf: jax.ShapeDtypeStruct) -> int:
@@ -209,7 +275,9 @@ def _held(leaf: jax.ShapeDtypeStruct) -> int:
 def _gathered_over(leaf: jax.ShapeDtypeStruct, sizes: dict[str, int]) -> int:
     """Devices over which FSDP gathers an array when it is used."""
     parts = [part for part in leaf.sharding.spec if part in FSDP]
-    return math.prod(sizes[axis] for part in parts for axis in ((part,) if isinstance(part, str) else part))
+    return math.prod(
+        sizes[axis] for part in parts for axis in ((part,) if isinstance(part, str) else part)
+    )
 
 
 def _held_bytes(tree: Any) -> float:
@@ -217,53 +285,88 @@ def _held_bytes(tree: Any) -> float:
 
 
 def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
-    """Plans a run that `placed` has put on the slice. compiled: memory from XLA; otherwise estimated from the sizes."""
+    """Plans a run that `placed` has put on the slice. compiled: memory from XLA; otherwise
+    estimated from the sizes."""
     chips, chip, model = slice_.chips, slice_.chip, config.model
     cost = accounting.account(model, config.seq_len, tokens=config.batch_size * config.seq_len)
     tokens = config.batch_size * config.seq_len
     state, sizes = _abstract_state(config, chips)
     local_tokens = tokens / config.accumulation / sizes["data"] / sizes["expert"]
-    weights = sum(_held(leaf) * _gathered_over(leaf, sizes) for leaf in jax.tree.leaves(state.params))  # that a device computes with
-    params_bytes, optimizer_bytes = _held_bytes(state.params), _held_bytes((state.optimizer, state.balance))
-    activations = local_tokens * model.width * model.layers * np.dtype(model.numerics.dtype).itemsize
+    # that a device computes with
+    weights = sum(
+        _held(leaf) * _gathered_over(leaf, sizes) for leaf in jax.tree.leaves(state.params)
+    )
+    params_bytes, optimizer_bytes = (
+        _held_bytes(state.params),
+        _held_bytes((state.optimizer, state.balance)),
+    )
+    activations = (
+        local_tokens * model.width * model.layers * np.dtype(model.numerics.dtype).itemsize
+    )
     if compiled:
         peak, temporaries = compiled_memory(config, slice_)
     else:
-        temporaries = _estimated_temporaries(config, local_tokens, weights, sizes["model"], params_bytes, activations)
+        temporaries = _estimated_temporaries(
+            config, local_tokens, weights, sizes["model"], params_bytes, activations
+        )
         peak = params_bytes + optimizer_bytes + temporaries
 
-    # The backward pass costs two forward ones; full rematerialisation runs the layers forward once more.
+    # The backward pass costs two forward ones; full rematerialisation runs the layers forward once
+    # more.
     again = {"none": 0.0, "dots": 0.05, "full": 1.0}[model.remat]
     executed = cost.training_flops * (3 + again) / 3 * tokens
     moved = _moved(config, state.params, sizes)
     passes = 3 + again
-    hbm = passes * config.accumulation * _pass_bytes(config, local_tokens, weights, sizes["model"]) + 3 * (params_bytes + optimizer_bytes)
+    hbm = passes * config.accumulation * _pass_bytes(
+        config, local_tokens, weights, sizes["model"]
+    ) + 3 * (params_bytes + optimizer_bytes)
     times = {
-        "compute": executed / chips / chip.flops / EFFICIENCY, "HBM": hbm / chip.hbm_bandwidth,
+        "compute": executed / chips / chip.flops / EFFICIENCY,
+        "HBM": hbm / chip.hbm_bandwidth,
         "links": sum(moved.values()) / chip.link_bandwidth,
-    }  # fmt: skip
+    }
     bound = max(times, key=times.get)
     step = times[bound]
     seconds = step * config.steps
     return Plan(
-        topology=slice_.name, chips=chips, batch_size=config.batch_size,
-        sequences_per_device=config.batch_size // config.accumulation // (sizes["data"] * sizes["expert"]),
-        accumulation=config.accumulation, params_total=cost.parameters, params_active=cost.active,
-        params_bytes_per_device=params_bytes, optimizer_bytes_per_device=optimizer_bytes,
-        activation_bytes_per_device=activations, temporary_bytes_per_device=temporaries, peak_bytes_per_device=peak,
-        hbm_bytes_per_device=chip.hbm_bytes, fits=peak <= chip.hbm_bytes, flops_per_step=cost.training_flops * tokens, moved=moved,
-        compute_seconds=times["compute"], hbm_seconds=times["HBM"], link_seconds=times["links"], step_seconds=step, bound=bound,
-        mfu=cost.training_flops * tokens / chips / chip.flops / step, tokens_per_second=tokens / step, days=seconds / 86400,
-        chip_hours=seconds / 3600 * chips, source="compiled" if compiled else "analytic",
-    )  # fmt: skip
+        topology=slice_.name,
+        chips=chips,
+        batch_size=config.batch_size,
+        sequences_per_device=config.batch_size
+        // config.accumulation
+        // (sizes["data"] * sizes["expert"]),
+        accumulation=config.accumulation,
+        params_total=cost.parameters,
+        params_active=cost.active,
+        params_bytes_per_device=params_bytes,
+        optimizer_bytes_per_device=optimizer_bytes,
+        activation_bytes_per_device=activations,
+        temporary_bytes_per_device=temporaries,
+        peak_bytes_per_device=peak,
+        hbm_bytes_per_device=chip.hbm_bytes,
+        fits=peak <= chip.hbm_bytes,
+        flops_per_step=cost.training_flops * tokens,
+        moved=moved,
+        compute_seconds=times["compute"],
+        hbm_seconds=times["HBM"],
+        link_seconds=times["links"],
+        step_seconds=step,
+        bound=bound,
+        mfu=cost.training_flops * tokens / chips / chip.flops / step,
+        tokens_per_second=tokens / step,
+        days=seconds / 86400,
+        chip_hours=seconds / 3600 * chips,
+        source="compiled" if compiled else "analytic",
+    )
 
 
 def _moved(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[str, float]:
     """Bytes that a device sends in a step, by kind of collective.
 
-    FSDP gathers weights in the compute dtype for the forward and the backward pass of every micro-batch and reduce-scatters their
-    gradients; what is whole on every device has its gradient summed. `expert` gathers tokens and reduce-scatters results, in every
-    pass; `model` sums the outputs of attention and feed-forward.
+    FSDP gathers weights in the compute dtype for the forward and the backward pass of every
+    micro-batch and reduce-scatters their gradients; what is whole on every device has its gradient
+    summed. `expert` gathers tokens and reduce-scatters results, in every pass; `model` sums the
+    outputs of attention and feed-forward.
     """
     item = np.dtype(config.model.numerics.dtype).itemsize
     gathered, replicated, devices = 0.0, 0.0, math.prod(sizes.values())
@@ -272,9 +375,10 @@ def _moved(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[str, f
         gathered += item * _held(leaf) * (ways - 1)
         replicated += 4 * _held(leaf) if ways == 1 else 0
     moved = {
-        "all-gather": 2 * gathered * config.accumulation, "reduce-scatter": gathered * config.accumulation,
+        "all-gather": 2 * gathered * config.accumulation,
+        "reduce-scatter": gathered * config.accumulation,
         "all-reduce": 2 * replicated * (devices - 1) / devices * config.accumulation,
-    }  # fmt: skip
+    }
     passes = 3 if config.model.remat == "full" else 2  # of the layers, forward and backward
     tokens = config.batch_size * config.seq_len / sizes["data"] / sizes["expert"]
     stream = passes * item * tokens * config.model.width * config.model.layers
@@ -285,20 +389,37 @@ def _moved(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[str, f
 
 
 def _pass_bytes(config: RunConfig, local_tokens: float, weights: float, model_ways: int) -> float:
-    """HBM traffic of one pass over the layers, roughly: weights once, and each stream of a token written and read once."""
+    """HBM traffic of one pass over the layers, roughly: weights once, and each stream of a token
+    written and read once."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
     heads, value_width = model.attention.projection.output_shape()
-    per_token = 8 * model.width + (6 * heads * value_width + model.feed_forward.stream_floats(model.width)) / model_ways
+    per_token = (
+        8 * model.width
+        + (6 * heads * value_width + model.feed_forward.stream_floats(model.width)) / model_ways
+    )
     return item * (weights + 2 * model.layers * per_token * local_tokens)
 
 
-def _estimated_temporaries(config, local_tokens, weights, model_ways, params_bytes, activations) -> float:
-    """Gradients, saved activations, one layer's gathered weights with their gradients, its streams, and the loss's table and logits."""
+def _estimated_temporaries(
+    config, local_tokens, weights, model_ways, params_bytes, activations
+) -> float:
+    """Gradients, saved activations, one layer's gathered weights with their gradients, its streams,
+    and the loss's table and logits."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
     heads, value_width = model.attention.projection.output_shape()
     saved = {"none": 12.0, "dots": 5.0, "full": 1.0}[model.remat] * activations
     table = model.vocabulary_size * model.width / model_ways
     layer = 2 * item * (weights - table) / model.layers
     streams = item * local_tokens * (8 * model.width + 8 * heads * value_width / model_ways)
-    between = 2 * item * model.feed_forward.tokens_at_once(local_tokens) * model.feed_forward.stream_floats(model.width) / model_ways
-    return params_bytes + saved + max(layer + streams + between, (item + 4) * model.vocabulary_size * model.width)
+    between = (
+        2
+        * item
+        * model.feed_forward.tokens_at_once(local_tokens)
+        * model.feed_forward.stream_floats(model.width)
+        / model_ways
+    )
+    return (
+        params_bytes
+        + saved
+        + max(layer + streams + between, (item + 4) * model.vocabulary_size * model.width)
+    )

@@ -1,4 +1,5 @@
-"""Several processes of one run: how they find each other, and how they wait for one another, always by name and not for ever."""
+"""Several processes of one run: how they find each other, and how they wait for one another, always
+by name and not for ever."""
 
 import contextlib
 import hashlib
@@ -29,12 +30,17 @@ class PeerError(Exception):
 
 
 def join(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None, seconds: int, give_up: Callable[[str], Any]
-) -> None:  # fmt: skip
-    """Connects the processes of a run: by the arguments, or without them under SLURM and on TPU pods; one process needs nothing.
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    seconds: int,
+    give_up: Callable[[str], Any],
+) -> None:
+    """Connects the processes of a run: by the arguments, or without them under SLURM and on TPU
+    pods; one process needs nothing.
 
-    give_up: is called with a message, from another thread, when they have not come together within so many seconds; it must end the
-    process, since nothing else interrupts the runtime's own wait.
+    give_up: is called with a message, from another thread, when they have not come together within
+    so many seconds; it must end the process, since nothing else interrupts the runtime's own wait.
 
     Raises:
         WaitError: the runtime refuses.
@@ -43,11 +49,25 @@ def join(
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if coordinator_address is None and not slurm and not pod:
         return
-    where = f"at {coordinator_address}" if coordinator_address else "that SLURM started" if slurm else "of this TPU slice"
-    late = f"the processes {where} did not come together within {seconds} s; does each run this command and reach process 0?"
-    with _after(HINT_SECONDS, log.warning, f"still waiting for the processes {where}"), _after(seconds, give_up, late):
+    where = (
+        f"at {coordinator_address}"
+        if coordinator_address
+        else "that SLURM started"
+        if slurm
+        else "of this TPU slice"
+    )
+    late = (
+        f"the processes {where} did not come together within {seconds} s; does each run this "
+        "command and reach process 0?"
+    )
+    with (
+        _after(HINT_SECONDS, log.warning, f"still waiting for the processes {where}"),
+        _after(seconds, give_up, late),
+    ):
         try:
-            jax.distributed.initialize(coordinator_address, num_processes, process_id, initialization_timeout=seconds + 60)
+            jax.distributed.initialize(
+                coordinator_address, num_processes, process_id, initialization_timeout=seconds + 60
+            )
         except (RuntimeError, ValueError) as error:
             raise WaitError(f"the processes {where} did not come together: {error}") from None
 
@@ -66,7 +86,8 @@ def _after(seconds: float, action: Callable[[str], Any], message: str) -> Iterat
 
 @contextlib.contextmanager
 def together(name: str, seconds: int) -> Iterator[None]:
-    """All processes leave the block, or none does: where one of them raises, the others raise too, and nobody waits for it.
+    """All processes leave the block, or none does: where one of them raises, the others raise too,
+    and nobody waits for it.
 
     Raises:
         PeerError: another process raised.
@@ -78,11 +99,17 @@ def together(name: str, seconds: int) -> Iterator[None]:
     except Exception as raised:
         problem = raised
     if jax.process_count() > 1:
-        with _after(HINT_SECONDS, log.warning, f"still waiting for every process to finish {name!r}"):
+        with _after(
+            HINT_SECONDS, log.warning, f"still waiting for every process to finish {name!r}"
+        ):
             try:
-                multihost.get_barrier_sync_fn()(key=f"kha_jax {next(_waits)}: {name}", timeout_ms=1000 * seconds)
+                multihost.get_barrier_sync_fn()(
+                    key=f"kha_jax {next(_waits)}: {name}", timeout_ms=1000 * seconds
+                )
             except RuntimeError as raised:
-                raise WaitError(f"not every process finished {name!r} within {seconds} s: {problem or raised}") from None
+                raise WaitError(
+                    f"not every process finished {name!r} within {seconds} s: {problem or raised}"
+                ) from None
         failed = np.flatnonzero(multihost_utils.process_allgather(np.array(problem is not None)))
         if problem is None and len(failed):
             raise PeerError(f"{name}: process {failed[0]} cannot go on; it says why")
@@ -93,7 +120,11 @@ def together(name: str, seconds: int) -> Iterator[None]:
 def lost_peer(error: Exception) -> bool:
     """Whether the runtime failed because another process is gone, as far as its message tells."""
     gone = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "UNKNOWN: Gloo")
-    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1 and str(error).startswith(gone)
+    return (
+        isinstance(error, jax.errors.JaxRuntimeError)
+        and jax.process_count() > 1
+        and str(error).startswith(gone)
+    )
 
 
 def from_leader(name: str, compute: Callable[[], int], seconds: int) -> int:
@@ -102,7 +133,11 @@ def from_leader(name: str, compute: Callable[[], int], seconds: int) -> int:
     with together(name, seconds):
         if jax.process_index() == 0:
             found = compute()
-    return int(multihost_utils.broadcast_one_to_all(np.array(found, np.int32))) if jax.process_count() > 1 else found
+    return (
+        int(multihost_utils.broadcast_one_to_all(np.array(found, np.int32)))
+        if jax.process_count() > 1
+        else found
+    )
 
 
 def same(name: str, content: str, remedy: str) -> None:
@@ -113,7 +148,11 @@ def same(name: str, content: str, remedy: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(content.encode()).digest(), np.int32))
+    digests = multihost_utils.process_allgather(
+        np.frombuffer(hashlib.sha256(content.encode()).digest(), np.int32)
+    )
     different = np.flatnonzero((digests != digests[0]).any(axis=-1))
     if len(different):
-        raise ConfigError(name, f"that of process {different[0]} is not that of process 0; {remedy}")
+        raise ConfigError(
+            name, f"that of process {different[0]} is not that of process 0; {remedy}"
+        )

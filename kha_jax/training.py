@@ -20,7 +20,8 @@ from kha_jax.sharding import MeshConfig, tree_shardings, using
 
 
 class EvaluationConfig(Config):
-    """every: steps between evaluations (the last step always has one), 0 for none. batches: of the validation split."""
+    """every: steps between evaluations (the last step always has one), 0 for none. batches: of the
+    validation split."""
 
     every: int = 100
     batches: int = 8
@@ -31,7 +32,8 @@ class EvaluationConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """every: steps between checkpoints (the last step always has one), 0 for none. keep: newest ones that stay."""
+    """every: steps between checkpoints (the last step always has one), 0 for none. keep: newest
+    ones that stay."""
 
     every: int = 200
     keep: int = 2
@@ -56,9 +58,10 @@ class ProfileConfig(Config):
 class RunConfig(Config):
     """Everything that decides a run.
 
-    steps: optimiser steps. seed: of the initial values and of the data order. batch_size: rows of a step over all devices.
-    seq_len: tokens of a row. accumulation: micro-batches that a step is computed in. max_nonfinite_steps: consecutive steps with
-    a non-finite loss or gradient (none of which is applied) after which the run stops.
+    steps: optimiser steps. seed: of the initial values and of the data order. batch_size: rows of a
+    step over all devices. seq_len: tokens of a row. accumulation: micro-batches that a step is
+    computed in. max_nonfinite_steps: consecutive steps with a non-finite loss or gradient (none of
+    which is applied) after which the run stops.
     """
 
     steps: int = 1000
@@ -84,8 +87,11 @@ class RunConfig(Config):
         problem = f"must be at least the data's {needed}, found {have}"
         self.require(have >= needed, "model.vocabulary_size", problem)
         shortest = self.data.minimum_seq_len() if hasattr(self.data, "minimum_seq_len") else 1
-        self.require(self.seq_len >= shortest, "seq_len", f"must be at least {shortest} for this data, found {self.seq_len}")
-
+        self.require(
+            self.seq_len >= shortest,
+            "seq_len",
+            f"must be at least {shortest} for this data, found {self.seq_len}",
+        )
 
     def check_on(self, sizes: dict[str, int], platform: str) -> None:
         """Checks that the run can be placed on a mesh with these sizes.
@@ -94,7 +100,10 @@ class RunConfig(Config):
             ConfigError: names what does not divide over it, or the kernel that does not run there.
         """
         ways, rows = sizes["data"] * sizes["expert"], self.batch_size // self.accumulation
-        problem = f"must divide by {ways} devices in each micro-batch, found {self.batch_size} / {self.accumulation}"
+        problem = (
+            f"must divide by {ways} devices in each micro-batch, found {self.batch_size} / "
+            f"{self.accumulation}"
+        )
         self.require(rows % ways == 0, "config.batch_size", problem)
         problem = f"must divide by mesh.model={sizes['model']}, found {self.seq_len}"
         self.require(self.seq_len % sizes["model"] == 0, "config.seq_len", problem)
@@ -103,7 +112,8 @@ class RunConfig(Config):
 
 
 class TrainState(NamedTuple):
-    """All that changes while training. step counts batches; the optimiser counts the updates that were applied.
+    """All that changes while training. step counts batches; the optimiser counts the updates that
+    were applied.
 
     balance: the routers' biases, which no gradient reaches; empty without them.
     """
@@ -141,10 +151,18 @@ def _is_boxed(leaf: Any) -> bool:
 
 
 def _initial_knocking(model: Transformer, axes: Any) -> Any:
-    """The parameters' tree with the initial value of knocking matrices and zeros elsewhere; they use no randomness."""
+    """The parameters' tree with the initial value of knocking matrices and zeros elsewhere; they
+    use no randomness."""
     keep = jax.tree.map(lambda role: role == "knocking", optimizer.roles(axes))
-    take = lambda keep, leaf: leaf if keep else jnp.zeros(())  # noqa: E731
-    return jax.jit(lambda: jax.tree.map(take, keep, nn.unbox(_boxed_variables(model, jax.random.key(0))["params"])))()
+
+    def take(keep, leaf):
+        return leaf if keep else jnp.zeros(())
+
+    return jax.jit(
+        lambda: jax.tree.map(
+            take, keep, nn.unbox(_boxed_variables(model, jax.random.key(0))["params"])
+        )
+    )()
 
 
 def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
@@ -154,9 +172,14 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
         ConfigError: names a parameter that does not divide over the mesh.
     """
     model = config.model.build()
-    # Parameters do not depend on the kernel, and not every kernel runs on the one token that they are made with.
-    any_length = config.model.replace(attention=config.model.attention.replace(kernel="reference")).build()
-    boxed = jax.eval_shape(lambda key: _boxed_variables(any_length, key), jax.random.key(0))["params"]
+    # Parameters do not depend on the kernel, and not every kernel runs on the one token that they
+    # are made with.
+    any_length = config.model.replace(
+        attention=config.model.attention.replace(kernel="reference")
+    ).build()
+    boxed = jax.eval_shape(lambda key: _boxed_variables(any_length, key), jax.random.key(0))[
+        "params"
+    ]
     axes = jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=_is_boxed)
     needs_initial = config.optimizer.knocking.decay == "to_identity"
     initial = _initial_knocking(any_length, axes) if needs_initial else None
@@ -164,14 +187,20 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
 
     def boxed_init(key: jax.Array) -> TrainState:
         born = _boxed_variables(any_length, key)
-        return TrainState(jnp.zeros((), jnp.int32), born["params"], born["balance"], tx.init(born["params"]))
+        return TrainState(
+            jnp.zeros((), jnp.int32), born["params"], born["balance"], tx.init(born["params"])
+        )
 
     def init(key: jax.Array) -> TrainState:
         return nn.unbox(boxed_init(key))
 
     boxed_state = jax.eval_shape(boxed_init, jax.random.key(0))
     shardings = tree_shardings(boxed_state, mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed_state), shardings)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.unbox(boxed_state),
+        shardings,
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         return _train_step(config, model, tx, state, batch)
@@ -179,7 +208,9 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     def evaluation_step(state: TrainState, batch: Batch) -> TokenSums:
         return model.apply(variables(state), batch, method="loss")[1][0]
 
-    return Trainer(model, init, _on(mesh, train_step), _on(mesh, evaluation_step), abstract, shardings)
+    return Trainer(
+        model, init, _on(mesh, train_step), _on(mesh, evaluation_step), abstract, shardings
+    )
 
 
 def _on(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
@@ -195,8 +226,9 @@ def _on(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
 def _train_step(config, model, tx, state, batch):
     """One update from one global batch.
 
-    The gradient is that of (sum of the objective over all micro-batches) / (their weighted tokens), so a step does not depend on
-    how its tokens are spread over micro-batches or devices. A non-finite loss or gradient leaves everything but the step as it was.
+    The gradient is that of (sum of the objective over all micro-batches) / (their weighted tokens),
+    so a step does not depend on how its tokens are spread over micro-batches or devices. A
+    non-finite loss or gradient leaves everything but the step as it was.
     """
 
     def objective(params, micro_batch):
@@ -212,21 +244,30 @@ def _train_step(config, model, tx, state, batch):
         (value, (sums, aux)), grads = gradient(state.params, batch)
     else:
         # Row r goes to micro-batch r mod A, so that each device splits its own rows.
-        micro_batches = jax.tree.map(lambda z: z.reshape(-1, config.accumulation, *z.shape[1:]).swapaxes(0, 1), batch)
+        micro_batches = jax.tree.map(
+            lambda z: z.reshape(-1, config.accumulation, *z.shape[1:]).swapaxes(0, 1), batch
+        )
         first = jax.tree.map(lambda z: z[0], micro_batches)
         shapes = jax.eval_shape(gradient, state.params, first)
         (value, (sums, _)), grads = shapes
         zero = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), (value, sums, grads))
         (value, sums, grads), aux = jax.lax.scan(accumulate, zero, micro_batches)
-        aux = {name: jnp.sum(z, axis=0) if name == "expert_counts" else jnp.mean(z, axis=0) for name, z in aux.items()}
+        aux = {
+            name: jnp.sum(z, axis=0) if name == "expert_counts" else jnp.mean(z, axis=0)
+            for name, z in aux.items()
+        }
 
     tokens = jnp.maximum(sums.tokens, 1)
     grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
     updates, optimizer_state = tx.update(grads, state.optimizer, state.params)
-    balance, load = _rebalance(config.model.feed_forward, state.balance, aux.pop("expert_counts", None))
-    updated = TrainState(state.step, optax.apply_updates(state.params, updates), balance, optimizer_state)
+    balance, load = _rebalance(
+        config.model.feed_forward, state.balance, aux.pop("expert_counts", None)
+    )
+    updated = TrainState(
+        state.step, optax.apply_updates(state.params, updates), balance, optimizer_state
+    )
     updated = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     metrics = {
         "loss": sums.loss / tokens,

@@ -1,15 +1,19 @@
-"""An independent reference in float64 NumPy: every knocking mixer, four attention projections and a tiny transformer.
+"""An independent reference in float64 NumPy: every knocking mixer, four attention projections and a
+tiny transformer.
 
-Written from the formulas of the papers alone; it imports neither the package nor jax, and prefers loops over heads to speed.
-Vectors are rows, as in the papers: z T is `z @ T`. Parameters are plain dicts of arrays; whatever float type they have is
-promoted to float64. One order holds in every layer: W -> T (knocking) -> q/k RMS-norm -> rotary -> scaled dot product -> W_O.
+Written from the formulas of the papers alone; it imports neither the package nor jax, and prefers
+loops over heads to speed. Vectors are rows, as in the papers: z T is `z @ T`. Parameters are plain
+dicts of arrays; whatever float type they have is promoted to float64. One order holds in every
+layer: W -> T (knocking) -> q/k RMS-norm -> rotary -> scaled dot product -> W_O.
 
-Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads, G = N/K query heads a
-key/value head, H query/key head width, R rotary width, P = H - R non-rotary width, U value width of a head, C latent width,
-L query latent width, J latent groups, M = N/J heads a latent group, F feed-forward width, V vocabulary.
+Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads,
+G = N/K query heads a key/value head, H query/key head width, R rotary width, P = H - R non-rotary
+width, U value width of a head, C latent width, L query latent width, J latent groups, M = N/J heads
+a latent group, F feed-forward width, V vocabulary.
 
-`parameters` of a layer may hold `mixers`: {slot: (kind, matrices)}, slot among query, key, value; a slot left out is `none`.
-`segment_ids_BT` may be None (one document a row). Settings that a layer does not read are refused.
+`parameters` of a layer may hold `mixers`: {slot: (kind, matrices)}, slot among query, key, value; a
+slot left out is `none`. `segment_ids_BT` may be None (one document a row). Settings that a layer
+does not read are refused.
 """
 
 import numpy as np
@@ -44,13 +48,15 @@ def softmax(x):
 
 
 def rms_norm(x, scale, eps):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis; `scale` is the weight itself (starts at 1, not at 0)."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis; `scale` is the weight itself (starts at
+    1, not at 0)."""
     x, scale = float64((x, scale))
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * scale
 
 
 def rotate(x_BTNR, positions_BT, theta):
-    """Rotary embedding, half-split: coordinate i pairs with i + R/2 and turns by position * theta^(-2i/R), i < R/2.
+    """Rotary embedding, half-split: coordinate i pairs with i + R/2 and turns by position *
+    theta^(-2i/R), i < R/2.
 
     [a | b] -> [a cos - b sin | b cos + a sin]
     """
@@ -61,27 +67,39 @@ def rotate(x_BTNR, positions_BT, theta):
     frequencies = float(theta) ** (-np.arange(half) / half)
     angles = np.asarray(positions_BT)[:, :, None, None] * frequencies  # [B, T, 1, R/2]
     a, b = x_BTNR[..., :half], x_BTNR[..., half:]
-    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], axis=-1)
+    return np.concatenate(
+        [a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], axis=-1
+    )
 
 
 def rotate_tail(z_BTNH, width, positions_BT, theta):
     """[z_nope | z_rope] -> [z_nope | RoPE(z_rope)], z_nope the first `width` coordinates."""
-    return np.concatenate([z_BTNH[..., :width], rotate(z_BTNH[..., width:], positions_BT, theta)], axis=-1)
+    return np.concatenate(
+        [z_BTNH[..., :width], rotate(z_BTNH[..., width:], positions_BT, theta)], axis=-1
+    )
 
 
 def causal_mask(batch, length, segment_ids_BT=None):
-    """mask[b, t, s]: s <= t by place in the row (never by rotary position) and both in the same segment."""
+    """mask[b, t, s]: s <= t by place in the row (never by rotary position) and both in the same
+    segment."""
     place_T = np.arange(length)
-    segments_BT = np.zeros((batch, length)) if segment_ids_BT is None else np.asarray(segment_ids_BT)
-    return (place_T[None, None, :] <= place_T[None, :, None]) & (segments_BT[:, None, :] == segments_BT[:, :, None])
+    segments_BT = (
+        np.zeros((batch, length)) if segment_ids_BT is None else np.asarray(segment_ids_BT)
+    )
+    return (place_T[None, None, :] <= place_T[None, :, None]) & (
+        segments_BT[:, None, :] == segments_BT[:, :, None]
+    )
 
 
 def attend(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT):
-    """o_n = softmax(q_n k_j^T / sqrt(H), masked) v_j with j = n // G: query head n reads key/value head n // G."""
+    """o_n = softmax(q_n k_j^T / sqrt(H), masked) v_j with j = n // G: query head n reads key/value
+    head n // G."""
     q_BTNH, k_BSKH, v_BSKU = float64((q_BTNH, k_BSKH, v_BSKU))
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     if N % K or v_BSKU.shape[2] != K:
-        raise ValueError(f"{N} query heads, {K} key heads and {v_BSKU.shape[2]} value heads do not match")
+        raise ValueError(
+            f"{N} query heads, {K} key heads and {v_BSKU.shape[2]} value heads do not match"
+        )
     mask_BTS = causal_mask(B, T, segment_ids_BT)
     o_BTNU = np.zeros((B, T, N, v_BSKU.shape[-1]))
     for b in range(B):
@@ -128,7 +146,8 @@ SLOTS, LINEAR = ("query", "key", "value"), ("none", "linear")
 
 
 def mix(z, kind, parameters):
-    """Apply one mixer to z [..., H], head by head with the same matrices; `parameters` holds exactly those of the kind."""
+    """Apply one mixer to z [..., H], head by head with the same matrices; `parameters` holds
+    exactly those of the kind."""
     function, names = MIXERS[kind]
     if set(parameters) != set(names):
         raise ValueError(f"mixer {kind} takes {names}, got {sorted(parameters)}")
@@ -136,16 +155,20 @@ def mix(z, kind, parameters):
 
 
 def mix_slot(z, slot, parameters, slots, kinds=tuple(MIXERS)):
-    """The mixer of `slot`, or z itself; mixers outside `slots` or of a kind outside `kinds` are refused."""
+    """The mixer of `slot`, or z itself; mixers outside `slots` or of a kind outside `kinds` are
+    refused."""
     mixers = parameters.get("mixers", {})
     for name, (kind, _) in mixers.items():
         if name not in slots or kind not in kinds:
-            raise ValueError(f"mixer {kind} of {name} is refused: this layer takes {kinds} of {slots}")
+            raise ValueError(
+                f"mixer {kind} of {name} is refused: this layer takes {kinds} of {slots}"
+            )
     return mix(z, *mixers.get(slot, ("none", {})))
 
 
 def normalise(q_BTNH, k_BSKH, p, settings):
-    """The q/k RMS-norm, per head over all of H; qk_norm is True (both), False (neither) or a tuple of "query", "key"."""
+    """The q/k RMS-norm, per head over all of H; qk_norm is True (both), False (neither) or a tuple
+    of "query", "key"."""
     qk_norm = settings["qk_norm"]
     streams = {True: ("query", "key"), False: ()}[qk_norm] if isinstance(qk_norm, bool) else qk_norm
     if isinstance(streams, str) or not set(streams) <= {"query", "key"}:
@@ -158,9 +181,9 @@ def normalise(q_BTNH, k_BSKH, p, settings):
 def grouped_query(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     """GQA; MHA is K = N, MQA is K = 1.
 
-    q = RoPE(norm(T_q(x W_Q))), k = RoPE(norm(T_k(x W_K))), v = T_v(x W_V), scale 1/sqrt(H); mixers act on the K heads.
-    parameters: query [D,N,H], key [D,K,H], value [D,K,U], output [N,U,D]; with the norm query_norm [H], key_norm [H].
-    settings: theta 10 000, eps 1e-6, qk_norm True.
+    q = RoPE(norm(T_q(x W_Q))), k = RoPE(norm(T_k(x W_K))), v = T_v(x W_V), scale 1/sqrt(H); mixers
+    act on the K heads. parameters: query [D,N,H], key [D,K,H], value [D,K,U], output [N,U,D]; with
+    the norm query_norm [H], key_norm [H]. settings: theta 10 000, eps 1e-6, qk_norm True.
     """
     settings = complete(settings, theta=10_000.0, eps=1e-6, qk_norm=True)
     x_BTD, p = float64(x_BTD), float64(parameters)
@@ -174,12 +197,13 @@ def grouped_tied(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     """GTA, with R = P = H/2.
 
     KV = T_v(x W_KV), v = KV, k_j = [KV_j[:H/2] | RoPE(x W_R)] with one rotary key for all heads,
-    [q_nope | q_rope] = T_q(x W_Q), q = [q_nope | RoPE(q_rope)], scale 1/sqrt(H).
-    There is no key mixer: the mixer of `value` acts on the tied state, before it is split into k and v.
-    parameters: query [D,N,H], state [D,K,H], rotary_key [D,H/2], output [N,H,D]; where normalised query_norm [H], key_norm [H].
-    settings: theta 10 000, eps 1e-6, qk_norm False (or True, or any of "query", "key"). The query norm spans the whole query
-    head; the key norm spans the whole assembled key [KV_j[:H/2] | x W_R] of head j; both come before rotation. The value is
-    never normalised. So normalised, the rotary half differs between heads by a factor, but follows from the same cache.
+    [q_nope | q_rope] = T_q(x W_Q), q = [q_nope | RoPE(q_rope)], scale 1/sqrt(H). There is no key
+    mixer: the mixer of `value` acts on the tied state, before it is split into k and v. parameters:
+    query [D,N,H], state [D,K,H], rotary_key [D,H/2], output [N,H,D]; where normalised query_norm
+    [H], key_norm [H]. settings: theta 10 000, eps 1e-6, qk_norm False (or True, or any of "query",
+    "key"). The query norm spans the whole query head; the key norm spans the whole assembled key
+    [KV_j[:H/2] | x W_R] of head j; both come before rotation. The value is never normalised. So
+    normalised, the rotary half differs between heads by a factor, but follows from the same cache.
     """
     settings = complete(settings, theta=10_000.0, eps=1e-6, qk_norm=False)
     x_BTD, p = float64(x_BTD), float64(parameters)
@@ -187,9 +211,17 @@ def grouped_tied(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     state_BSKH = mix_slot(heads(x_BTD, p["state"]), "value", p, ("query", "value"))
     half = state_BSKH.shape[-1] // 2
     rotary_key_BSR = x_BTD @ p["rotary_key"]
-    k_BSKH = np.stack([np.concatenate([state_BSKH[:, :, j, :half], rotary_key_BSR], -1) for j in range(state_BSKH.shape[2])], 2)
+    k_BSKH = np.stack(
+        [
+            np.concatenate([state_BSKH[:, :, j, :half], rotary_key_BSR], -1)
+            for j in range(state_BSKH.shape[2])
+        ],
+        2,
+    )
     q_BTNH, k_BSKH = normalise(q_BTNH, k_BSKH, p, settings)
-    q_BTNH, k_BSKH = (rotate_tail(z, half, positions_BT, settings["theta"]) for z in (q_BTNH, k_BSKH))
+    q_BTNH, k_BSKH = (
+        rotate_tail(z, half, positions_BT, settings["theta"]) for z in (q_BTNH, k_BSKH)
+    )
     return combine(attend(q_BTNH, k_BSKH, state_BSKH, segment_ids_BT), p["output"])
 
 
@@ -198,38 +230,52 @@ def latent_query(x_BTD, p, width, positions_BT, settings):
     if "query" in p:
         q_BTNH = heads(x_BTD, p["query"])
     else:
-        q_BTNH = heads(rms_norm(x_BTD @ p["query_down"], p["query_latent_norm"], settings["eps"]), p["query_up"])
+        q_BTNH = heads(
+            rms_norm(x_BTD @ p["query_down"], p["query_latent_norm"], settings["eps"]),
+            p["query_up"],
+        )
     nope = mix_slot(q_BTNH[..., :width], "query", p, SLOTS, LINEAR)
-    return rotate_tail(np.concatenate([nope, q_BTNH[..., width:]], axis=-1), width, positions_BT, settings["theta"])
+    return rotate_tail(
+        np.concatenate([nope, q_BTNH[..., width:]], axis=-1), width, positions_BT, settings["theta"]
+    )
 
 
 def latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     """MLA, expanded: keys and values of all N heads are made from one latent.
 
-    c = RMSNorm(x W_DKV), k_n = [T_k(c W_UK_n) | RoPE(x W_KR)], v_n = T_v(c W_UV_n), q_n = [T_q(q_nope) | RoPE(q_rope)], scale
-    1/sqrt(P + R). Mixers are linear only and never touch a rotary part; the only norms are those of the latents.
-    parameters: query [D,N,P+R], or query_down [D,L], query_latent_norm [L], query_up [L,N,P+R]; latent_down [D,1,C],
-    latent_norm [1,C], rotary_key [D,R], key_up [1,C,N,P], value_up [1,C,N,U], output [N,U,D]. settings: theta, eps.
+    c = RMSNorm(x W_DKV), k_n = [T_k(c W_UK_n) | RoPE(x W_KR)], v_n = T_v(c W_UV_n), q_n =
+    [T_q(q_nope) | RoPE(q_rope)], scale 1/sqrt(P + R). Mixers are linear only and never touch a
+    rotary part; the only norms are those of the latents. parameters: query [D,N,P+R], or query_down
+    [D,L], query_latent_norm [L], query_up [L,N,P+R]; latent_down [D,1,C], latent_norm [1,C],
+    rotary_key [D,R], key_up [1,C,N,P], value_up [1,C,N,U], output [N,U,D]. settings: theta, eps.
     """
     settings = complete(settings, theta=10_000.0, eps=1e-6)
     x_BTD, p = float64(x_BTD), float64(parameters)
     if p["latent_down"].shape[1] != 1:
-        raise ValueError(f"multi-head latent attention has one latent, got {p['latent_down'].shape[1]}: use grouped_latent")
+        raise ValueError(
+            f"multi-head latent attention has one latent, got {p['latent_down'].shape[1]}: use "
+            "grouped_latent"
+        )
     c_BSC = rms_norm(x_BTD @ p["latent_down"][:, 0], p["latent_norm"][0], settings["eps"])
     nope_BSNP = mix_slot(np.einsum("bsc,cnp->bsnp", c_BSC, p["key_up"][0]), "key", p, SLOTS, LINEAR)
-    v_BSNU = mix_slot(np.einsum("bsc,cnu->bsnu", c_BSC, p["value_up"][0]), "value", p, SLOTS, LINEAR)
+    v_BSNU = mix_slot(
+        np.einsum("bsc,cnu->bsnu", c_BSC, p["value_up"][0]), "value", p, SLOTS, LINEAR
+    )
     rope_BS1R = rotate((x_BTD @ p["rotary_key"])[:, :, None], positions_BT, settings["theta"])
-    k_BSNH = np.concatenate([nope_BSNP, np.broadcast_to(rope_BS1R, nope_BSNP.shape[:3] + rope_BS1R.shape[3:])], axis=-1)
+    k_BSNH = np.concatenate(
+        [nope_BSNP, np.broadcast_to(rope_BS1R, nope_BSNP.shape[:3] + rope_BS1R.shape[3:])], axis=-1
+    )
     q_BTNH = latent_query(x_BTD, p, nope_BSNP.shape[-1], positions_BT, settings)
     return combine(attend(q_BTNH, k_BSNH, v_BSNU, segment_ids_BT), p["output"])
 
 
 def grouped_latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
-    """GLA: head n = g M + m reads latent g, c_g = RMSNorm_g(x W_DKV_g), each with a norm weight and a mean square of its own.
+    """GLA: head n = g M + m reads latent g, c_g = RMSNorm_g(x W_DKV_g), each with a norm weight and
+    a mean square of its own.
 
-    k_n = [T_k(c_g W_UK_gm) | RoPE(x W_KR)], v_n = T_v(c_g W_UV_gm); one rotary key and one T per slot for all groups; the rest
-    as MLA, which is J = 1. parameters: as for MLA with latent_down [D,J,C], latent_norm [J,C], key_up [J,C,M,P],
-    value_up [J,C,M,U]. settings: theta, eps.
+    k_n = [T_k(c_g W_UK_gm) | RoPE(x W_KR)], v_n = T_v(c_g W_UV_gm); one rotary key and one T per
+    slot for all groups; the rest as MLA, which is J = 1. parameters: as for MLA with latent_down
+    [D,J,C], latent_norm [J,C], key_up [J,C,M,P], value_up [J,C,M,U]. settings: theta, eps.
     """
     settings = complete(settings, theta=10_000.0, eps=1e-6)
     x_BTD, p = float64(x_BTD), float64(parameters)
@@ -253,7 +299,8 @@ ATTENTION = {f.__name__: f for f in (grouped_query, grouped_tied, latent, groupe
 
 
 def swiglu(x_BTD, parameters):
-    """(silu(x W_gate) * (x W_up)) W_down with silu(a) = a sigmoid(a); gate [D,F], up [D,F], down [F,D]."""
+    """(silu(x W_gate) * (x W_up)) W_down with silu(a) = a sigmoid(a); gate [D,F], up [D,F], down
+    [F,D]."""
     x_BTD, p = float64(x_BTD), float64(parameters)
     gate_BTF = x_BTD @ p["gate"]
     return (gate_BTF * sigmoid(gate_BTF) * (x_BTD @ p["up"])) @ p["down"]
@@ -262,8 +309,9 @@ def swiglu(x_BTD, parameters):
 def block(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     """Pre-norm: x = x + attention(norm(x)), then x = x + swiglu(norm(x)).
 
-    parameters: attention_norm [D], attention {...}, feed_forward_norm [D], feed_forward {gate, up, down}.
-    settings: `attention`, a name in ATTENTION; the rest goes to that layer, and its `eps` (1e-6) serves the block's norms too.
+    parameters: attention_norm [D], attention {...}, feed_forward_norm [D], feed_forward {gate, up,
+    down}. settings: `attention`, a name in ATTENTION; the rest goes to that layer, and its `eps`
+    (1e-6) serves the block's norms too.
     """
     settings = dict(settings)
     attention, eps = ATTENTION[settings.pop("attention")], settings.get("eps", 1e-6)
@@ -274,9 +322,11 @@ def block(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
 
 
 def transformer(tokens_BT, parameters, positions_BT, segment_ids_BT, settings):
-    """logits = norm(blocks(E[tokens])) E^T: tied embedding, no scaling of it, no biases, no cap on the logits.
+    """logits = norm(blocks(E[tokens])) E^T: tied embedding, no scaling of it, no biases, no cap on
+    the logits.
 
-    parameters: embedding [V,D], layers: a list of block parameters, final_norm [D]. settings: as for `block`, for all layers.
+    parameters: embedding [V,D], layers: a list of block parameters, final_norm [D]. settings: as
+    for `block`, for all layers.
     """
     p = float64(parameters)
     x_BTD = p["embedding"][np.asarray(tokens_BT)]
@@ -286,17 +336,25 @@ def transformer(tokens_BT, parameters, positions_BT, segment_ids_BT, settings):
 
 
 def mixture(x, parameters, bias, settings):
-    """(output, assignments of each expert) of a mixture of SwiGLU experts, token by token and choice by choice."""
+    """(output, assignments of each expert) of a mixture of SwiGLU experts, token by token and
+    choice by choice."""
     logits = x @ parameters["router"]
     scores = 1 / (1 + np.exp(-logits)) if settings["scores"] == "sigmoid" else softmax(logits)
     y, counts = np.zeros_like(x), np.zeros(logits.shape[-1])
-    swiglu = lambda z, gate, up, down: ((z @ gate) / (1 + np.exp(-(z @ gate))) * (z @ up)) @ down  # noqa: E731
+
+    def swiglu(z, gate, up, down):
+        return ((z @ gate) / (1 + np.exp(-(z @ gate))) * (z @ up)) @ down
+
     for token in np.ndindex(x.shape[:-1]):
         chosen = np.argsort(-(scores[token] + bias))[: settings["top_k"]]
         for e in chosen:
             weight = settings["scaling"] * scores[token][e] / scores[token][chosen].sum()
-            y[token] += weight * swiglu(x[token], *(parameters[name][e] for name in ("gate", "up", "down")))
+            y[token] += weight * swiglu(
+                x[token], *(parameters[name][e] for name in ("gate", "up", "down"))
+            )
             counts[e] += 1
         if "shared" in parameters:
-            y[token] += swiglu(x[token], *(parameters["shared"][name] for name in ("gate", "up", "down")))
+            y[token] += swiglu(
+                x[token], *(parameters["shared"][name] for name in ("gate", "up", "down"))
+            )
     return y, counts

@@ -23,7 +23,11 @@ LINEAR_ON_WEIGHTS = {slot: KnockingLinear(apply="weights") for slot in SLOTS}
 
 def dense_of(layers, width, feed_forward, mixers, **changes):
     fields = {"layers": layers, "width": width, "vocabulary_size": 157184, **changes}
-    return ModelConfig(attention=PAPER_ATTENTION.replace(**mixers), feed_forward=SwiGLU(width=feed_forward), **fields)
+    return ModelConfig(
+        attention=PAPER_ATTENTION.replace(**mixers),
+        feed_forward=SwiGLU(width=feed_forward),
+        **fields,
+    )
 
 
 def dense(layers, width, feed_forward, **mixers):
@@ -56,7 +60,11 @@ def test_dense_sizes_are_the_papers(layers, width, feed_forward, printed):
         ModelConfig(attention=AttentionConfig(**LINEAR_QKV)),
         ModelConfig(attention=AttentionConfig(value=KnockingMLP(), query=KnockingGate())),
         ModelConfig(attention=AttentionConfig(key=KnockingLinear(parameterization="residual"))),
-        ModelConfig(attention=AttentionConfig(projection=GroupedQuery(query_heads=6, kv_heads=2, head_dim=16, qk_norm="none"))),
+        ModelConfig(
+            attention=AttentionConfig(
+                projection=GroupedQuery(query_heads=6, kv_heads=2, head_dim=16, qk_norm="none")
+            )
+        ),
     ],
 )
 def test_parameters_equal_what_init_makes(model):
@@ -75,41 +83,72 @@ def test_parameters_equal_what_init_makes(model):
 def test_mixture_sizes_are_the_papers(layers, width, experts, active, total):
     """Tables 3 and 5, in millions to the digits that they print."""
     cost = account(dense(layers, width, 1).replace(feed_forward=experts), 4096)
-    assert abs(cost.active / 1e6 - active) < (0.05 if active % 1 else 0.5) and round(cost.parameters / 1e6) == total
-    matmuls = cost.active - width * (2 * layers + 1) - 2 * 128 * layers  # without norms; the tied table counts once, as the output
-    assert account(dense(layers, width, 1).replace(feed_forward=experts), 0).forward_flops == 2 * matmuls + 2 * layers * 4096
+    assert (
+        abs(cost.active / 1e6 - active) < (0.05 if active % 1 else 0.5)
+        and round(cost.parameters / 1e6) == total
+    )
+    # without norms; the tied table counts once, as the output
+    matmuls = cost.active - width * (2 * layers + 1) - 2 * 128 * layers
+    assert (
+        account(dense(layers, width, 1).replace(feed_forward=experts), 0).forward_flops
+        == 2 * matmuls + 2 * layers * 4096
+    )
 
 
 @pytest.mark.parametrize(
     ("projection", "active"),
     [
-        (GroupedQuery(query_heads=16, kv_heads=8, head_dim=128), 795.3), (GroupedQuery(query_heads=16, kv_heads=16, head_dim=128), 852.0),
-        (GroupedQuery(query_heads=32, kv_heads=1, head_dim=128), 859.0), (GroupedTied(query_heads=32, kv_heads=4, head_dim=128), 867.9),
-        (Latent(query_heads=32, head_dim=128, value_dim=128, rope_dim=64, kv_lora=512, q_lora=1024), 971.7),
+        (GroupedQuery(query_heads=16, kv_heads=8, head_dim=128), 795.3),
+        (GroupedQuery(query_heads=16, kv_heads=16, head_dim=128), 852.0),
+        (GroupedQuery(query_heads=32, kv_heads=1, head_dim=128), 859.0),
+        (GroupedTied(query_heads=32, kv_heads=4, head_dim=128), 867.9),
+        (
+            Latent(
+                query_heads=32, head_dim=128, value_dim=128, rope_dim=64, kv_lora=512, q_lora=1024
+            ),
+            971.7,
+        ),
     ],
-)  # fmt: skip
+)
 def test_active_sizes_of_table_3(projection, active):
-    model = dense(18, 1536, 1).replace(feed_forward=MoE(experts=64, top_k=4, width=1152), attention=AttentionConfig(projection=projection))
+    model = dense(18, 1536, 1).replace(
+        feed_forward=MoE(experts=64, top_k=4, width=1152),
+        attention=AttentionConfig(projection=projection),
+    )
     assert abs(account(model, 4096).active / 1e6 - active) < 0.06
 
 
 def test_knocking_parameters_are_the_difference():
-    plain, knocking = (account(dense(2, 256, 512, **m), 128) for m in ({}, {"value": KnockingMLP()}))
+    plain, knocking = (
+        account(dense(2, 256, 512, **m), 128) for m in ({}, {"value": KnockingMLP()})
+    )
     assert knocking.parameters - plain.parameters == knocking.knocking == 2 * 3 * 128**2
     assert plain.knocking == 0
 
 
 @pytest.mark.parametrize(
-    "mixers", [{}, {"value": KnockingMLP()}, LINEAR_QKV, LINEAR_ON_WEIGHTS], ids=["baseline", "mlp", "linear", "weights"]
+    "mixers",
+    [{}, {"value": KnockingMLP()}, LINEAR_QKV, LINEAR_ON_WEIGHTS],
+    ids=["baseline", "mlp", "linear", "weights"],
 )
 def test_forward_flops_match_xla(mixers):
-    """An unrolled model at a size where matrix products dominate; the reference kernel computes all T keys for every query."""
+    """An unrolled model at a size where matrix products dominate; the reference kernel computes all
+    T keys for every query."""
     T = 256
-    attention = AttentionConfig(projection=GroupedQuery(query_heads=8, kv_heads=4, head_dim=128), kernel="reference", **mixers)
+    attention = AttentionConfig(
+        projection=GroupedQuery(query_heads=8, kv_heads=4, head_dim=128),
+        kernel="reference",
+        **mixers,
+    )
     model = ModelConfig(
-        layers=2, width=1024, vocabulary_size=8192, attention=attention, feed_forward=SwiGLU(width=3072), stack="unroll",
+        layers=2,
+        width=1024,
+        vocabulary_size=8192,
+        attention=attention,
+        feed_forward=SwiGLU(width=3072),
+        stack="unroll",
         numerics=Numerics(dtype="float32"),
-    )  # fmt: skip
+    )
     ids = jax.ShapeDtypeStruct((2, T), jnp.int32)
     module = model.build()
     params = jax.eval_shape(module.init, jax.random.key(0), ids)
@@ -120,15 +159,22 @@ def test_forward_flops_match_xla(mixers):
 
 @pytest.mark.parametrize("seq_len", [512, 4096, 8192])
 def test_overhead_of_knocking_at_the_dense_shape(seq_len):
-    base, mlp, linear = (account(dense(24, 1024, 3072, **m), seq_len) for m in ({}, {"value": KnockingMLP()}, LINEAR_QKV))
+    base, mlp, linear = (
+        account(dense(24, 1024, 3072, **m), seq_len)
+        for m in ({}, {"value": KnockingMLP()}, LINEAR_QKV)
+    )
     assert 1 < mlp.training_flops / base.training_flops <= 1.01
     assert mlp.training_flops < linear.training_flops < 1.025 * base.training_flops
 
 
 def test_linear_on_weights_costs_under_a_thousandth_at_32k_tokens():
-    """The 0.8B-6.6B shape: attention of width 1536, and the active feed-forward of 4 experts of 1152; auto takes the weights."""
+    """The 0.8B-6.6B shape: attention of width 1536, and the active feed-forward of 4 experts of
+    1152; auto takes the weights."""
     auto = {slot: KnockingLinear() for slot in SLOTS}
-    base, linear = (account(dense_of(18, 1536, 4 * 1152, m), 4096, tokens=32768).training_flops for m in ({}, auto))
+    base, linear = (
+        account(dense_of(18, 1536, 4 * 1152, m), 4096, tokens=32768).training_flops
+        for m in ({}, auto)
+    )
     assert 1 < linear / base < 1.001
 
 
@@ -136,29 +182,59 @@ def test_linear_on_weights_by_xlas_own_count():
     """The same in XLA's FLOPs of one unrolled layer and its gradients, at 32k tokens."""
     flops = []
     for mixers in ({}, {slot: KnockingLinear() for slot in SLOTS}):
-        model = dense_of(1, 1536, 4 * 1152, mixers, stack="unroll", vocabulary_size=1024, numerics=Numerics(dtype="float32"))
-        ids, weights = jax.ShapeDtypeStruct((8, 4096), jnp.int32), jax.ShapeDtypeStruct((8, 4096), jnp.float32)
-        batch = {"tokens": ids, "targets": ids, "positions": ids, "segment_ids": ids, "weights": weights}
+        model = dense_of(
+            1,
+            1536,
+            4 * 1152,
+            mixers,
+            stack="unroll",
+            vocabulary_size=1024,
+            numerics=Numerics(dtype="float32"),
+        )
+        ids, weights = (
+            jax.ShapeDtypeStruct((8, 4096), jnp.int32),
+            jax.ShapeDtypeStruct((8, 4096), jnp.float32),
+        )
+        batch = {
+            "tokens": ids,
+            "targets": ids,
+            "positions": ids,
+            "segment_ids": ids,
+            "weights": weights,
+        }
         module = model.build()
-        params = jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, 8), jnp.int32)), jax.random.key(0))
+        params = jax.eval_shape(
+            lambda key: module.init(key, jnp.zeros((1, 8), jnp.int32)), jax.random.key(0)
+        )
         step = jax.jit(jax.grad(lambda p, b: module.apply(p, b, method="loss")[0]))
         flops.append(step.lower(params, batch).cost_analysis()["flops"])
     assert 1 < flops[1] / flops[0] < 1.001
 
 
 def test_a_latent_projection_is_the_papers_size():
-    """Table 3: MLA with 32 heads adds 91.4M active parameters over GQA 32/4 in 18 layers of width 1536, GTA saves 12.4M."""
-    count = lambda projection: 18 * AttentionConfig(projection=projection).parameters(1536) / 1e6  # noqa: E731
+    """Table 3: MLA with 32 heads adds 91.4M active parameters over GQA 32/4 in 18 layers of width
+    1536, GTA saves 12.4M."""
+
+    def count(projection):
+        return 18 * AttentionConfig(projection=projection).parameters(1536) / 1e6
+
     gqa = count(PAPER_ATTENTION.projection)
-    mla = count(Latent(query_heads=32, head_dim=128, value_dim=128, rope_dim=64, kv_lora=512, q_lora=1024))
+    mla = count(
+        Latent(query_heads=32, head_dim=128, value_dim=128, rope_dim=64, kv_lora=512, q_lora=1024)
+    )
     assert abs(mla - gqa - (971.7 - 880.3)) < 0.1
-    assert abs(gqa - count(GroupedTied(query_heads=32, kv_heads=4, head_dim=128)) - (880.3 - 867.9)) < 0.1
+    assert (
+        abs(gqa - count(GroupedTied(query_heads=32, kv_heads=4, head_dim=128)) - (880.3 - 867.9))
+        < 0.1
+    )
 
 
 def test_causal_halves_the_scores_only():
     model = dense(1, 1024, 3072)
     scores = PAPER_ATTENTION.projection.score_flops
-    difference = account(model, 4096, causal=False).forward_flops - account(model, 4096).forward_flops
+    difference = (
+        account(model, 4096, causal=False).forward_flops - account(model, 4096).forward_flops
+    )
     assert difference == scores(4096) - scores(4097 / 2)
 
 
@@ -167,7 +243,14 @@ def test_an_unknown_device_has_no_peak():
 
 
 @pytest.mark.parametrize(
-    ("kind", "peak"), [("TPU v5", 459e12), ("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("TPU v6 lite", 918e12), ("NVIDIA H200", 989e12)]
+    ("kind", "peak"),
+    [
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H200", 989e12),
+    ],
 )
 def test_the_peak_is_found_by_what_a_device_calls_itself(kind, peak):
     assert peak_flops(kind) == peak

@@ -1,4 +1,5 @@
-"""Configs: what a field accepts, how kinds are switched on the command line, and what a bad value is told."""
+"""Configs: what a field accepts, how kinds are switched on the command line, and what a bad value
+is told."""
 
 import copy
 import dataclasses
@@ -115,7 +116,11 @@ def test_tuples():
 
 @pytest.mark.parametrize(
     "given, hint",
-    [("gren", "did you mean 'green'?"), ("Red", "did you mean 'red'?"), ("xyz", "use one of red, green, blue")],
+    [
+        ("gren", "did you mean 'green'?"),
+        ("Red", "did you mean 'red'?"),
+        ("xyz", "use one of red, green, blue"),
+    ],
 )
 def test_literal_names_the_nearest(given, hint):
     with pytest.raises(ConfigError) as error:
@@ -135,7 +140,9 @@ def test_configs_are_frozen_keyword_only_and_hashable():
     with pytest.raises(TypeError):
         Pen(2.0)
     # Modules hold their config and jit compares it: equal configs must hash alike, lists included.
-    assert hash(drawing(shape=Polygon(lengths=[1, 2]))) == hash(drawing(shape=Polygon(lengths=(1.0, 2.0))))
+    assert hash(drawing(shape=Polygon(lengths=[1, 2]))) == hash(
+        drawing(shape=Polygon(lengths=(1.0, 2.0)))
+    )
     assert hash(pen) != hash(Pen(width=3))
 
 
@@ -148,9 +155,15 @@ def test_replace_validates_again():
 def test_errors_are_value_errors_and_gain_their_path():
     error = ConfigError("kv_heads", "is wrong").under("config.attention")
     assert isinstance(error, ValueError)
-    assert (error.field, str(error)) == ("config.attention.kv_heads", "config.attention.kv_heads: is wrong")
+    assert (error.field, str(error)) == (
+        "config.attention.kv_heads",
+        "config.attention.kv_heads: is wrong",
+    )
     assert str(ConfigError("", "does not add up")) == "does not add up"
-    assert str(ConfigError("", "does not add up").under("config.mesh")) == "config.mesh: does not add up"
+    assert (
+        str(ConfigError("", "does not add up").under("config.mesh"))
+        == "config.mesh: does not add up"
+    )
 
 
 def test_required_field():
@@ -188,7 +201,9 @@ def test_optional_field_is_typed_on_the_command_line():
     with pytest.raises(TypeError):
         values.zoom = "near"
     values.copis = 2
-    with pytest.raises(ConfigError, match=r"^config\.copis: is not a known field; did you mean 'copies'\?$"):
+    with pytest.raises(
+        ConfigError, match=r"^config\.copis: is not a known field; did you mean 'copies'\?$"
+    ):
         from_dict(Drawing, values)
 
 
@@ -197,7 +212,9 @@ def parsed(monkeypatch):
     """What absl and ml_collections make of a command line; the latter reads sys.argv itself."""
 
     def parse(config: Config, *arguments: str) -> config_dict.ConfigDict:
-        monkeypatch.setattr(sys, "argv", ["program", *(f"--config.{argument}" for argument in arguments)])
+        monkeypatch.setattr(
+            sys, "argv", ["program", *(f"--config.{argument}" for argument in arguments)]
+        )
         values = flags.FlagValues()
         config_flags.DEFINE_config_dict("config", to_config_dict(config), flag_values=values)
         values(sys.argv)
@@ -207,30 +224,68 @@ def parsed(monkeypatch):
 
 
 def test_the_command_line_itself(parsed):
-    arguments = ["copies=2", "zoom=3", "pen.colour=green", "shape.kind=polygon", "shape.corners=5", "shape.closed=false"]
-    expected = drawing(copies=2, zoom=3, pen=Pen(colour="green"), shape=Polygon(corners=5, closed=False))
+    arguments = [
+        "copies=2",
+        "zoom=3",
+        "pen.colour=green",
+        "shape.kind=polygon",
+        "shape.corners=5",
+        "shape.closed=false",
+    ]
+    expected = drawing(
+        copies=2, zoom=3, pen=Pen(colour="green"), shape=Polygon(corners=5, closed=False)
+    )
     assert from_dict(Drawing, parsed(drawing(), *arguments)) == expected
-    assert from_dict(Drawing, parsed(drawing(), "shape.kind=polygon", "shape.lengths=(2.0,3.5)")).shape.lengths == (2.0, 3.5)
-    with pytest.raises(ConfigError, match=r"^config\.shape\.corners: does nothing with kind='circle'; it belongs to polygon$"):
+    assert from_dict(
+        Drawing, parsed(drawing(), "shape.kind=polygon", "shape.lengths=(2.0,3.5)")
+    ).shape.lengths == (2.0, 3.5)
+    with pytest.raises(
+        ConfigError,
+        match=r"^config\.shape\.corners: does nothing with kind='circle'; it belongs to polygon$",
+    ):
         from_dict(Drawing, parsed(drawing(), "shape.corners=5"))
 
 
 @pytest.mark.parametrize(
     "slot, given, problem",
     [
-        ("shape", {"kind": "circel"}, "config.shape.kind: 'circel' is not known; did you mean 'circle'?"),
-        ("shape", {"kind": "circle", "corners": 5}, "config.shape.corners: does nothing with kind='circle'; it belongs to po"),
-        ("backdrop", {"form": "polygon", "radius": 2.0}, "config.backdrop.radius: does nothing with form='polygon'; it bel"),
-        ("shape", {"kind": "circle", "radios": 2.0}, "config.shape.radios: is not a known field; did you mean 'radius'?"),
-        ("shape", {"radius": 2.0}, "config.shape: expected fields with 'kind' among them, found {'radius': 2.0}"),
+        (
+            "shape",
+            {"kind": "circel"},
+            "config.shape.kind: 'circel' is not known; did you mean 'circle'?",
+        ),
+        (
+            "shape",
+            {"kind": "circle", "corners": 5},
+            "config.shape.corners: does nothing with kind='circle'; it belongs to po",
+        ),
+        (
+            "backdrop",
+            {"form": "polygon", "radius": 2.0},
+            "config.backdrop.radius: does nothing with form='polygon'; it bel",
+        ),
+        (
+            "shape",
+            {"kind": "circle", "radios": 2.0},
+            "config.shape.radios: is not a known field; did you mean 'radius'?",
+        ),
+        (
+            "shape",
+            {"radius": 2.0},
+            "config.shape: expected fields with 'kind' among them, found {'radius': 2.0}",
+        ),
         ("shape", "circle", "config.shape: expected fields with 'kind' among them, found 'circle'"),
         ("backdrop", {"kind": "circle"}, "config.backdrop: expected fields with 'form' among them"),
         ("pen", {"color": "red"}, "config.pen.color: is not a known field; did you mean 'colour'?"),
         ("pen", {"width": 0}, "config.pen.width: must be positive, found 0.0"),
         ("pen", 3, "config.pen: expected fields of Pen, found 3"),
-        ("shape", {"kind": "polygon", "lengths": ["a"]}, "config.shape.lengths[0]: expected float, found 'a' (str)"),
+        (
+            "shape",
+            {"kind": "polygon", "lengths": ["a"]},
+            "config.shape.lengths[0]: expected float, found 'a' (str)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_nested_mistakes_name_their_full_path(slot, given, problem):
     with pytest.raises(ConfigError) as error:
         from_dict(Drawing, {"name": "house", slot: given})
@@ -239,7 +294,10 @@ def test_nested_mistakes_name_their_full_path(slot, given, problem):
 
 def test_a_field_of_another_kind_may_stay_unset():
     """None is how the command line's form says that nobody touched it."""
-    assert from_dict(Drawing, {"name": "house", "shape": {"kind": "circle", "corners": None}}).shape == Circle()
+    assert (
+        from_dict(Drawing, {"name": "house", "shape": {"kind": "circle", "corners": None}}).shape
+        == Circle()
+    )
 
 
 def knocking(**slots: Any) -> ModelConfig:
@@ -250,20 +308,28 @@ CONFIGS = {
     "default": ModelConfig(),
     "switched": ModelConfig(layers=2, embeddings="untied", stack="unroll", remat="full"),
     "nested": ModelConfig(
-        attention=AttentionConfig(projection=GroupedQuery(query_heads=6, kv_heads=3, rope_theta=5e5), kernel="reference"),
+        attention=AttentionConfig(
+            projection=GroupedQuery(query_heads=6, kv_heads=3, rope_theta=5e5), kernel="reference"
+        ),
         feed_forward=SwiGLU(width=11),
         loss=LossConfig(z_loss=1e-4),
         numerics=Numerics(dtype="float32", init_std=0.006),
     ),
     "knocking": knocking(query=KnockingLinear(), key=KnockingGate(), value=KnockingMLP()),
-    "fields of kinds": knocking(query=KnockingLinear(parameterization="residual"), value=KnockingLinear(diag_init=0.5)),
+    "fields of kinds": knocking(
+        query=KnockingLinear(parameterization="residual"), value=KnockingLinear(diag_init=0.5)
+    ),
     "drawing": drawing(),
     "drawing, all set": drawing(
-        copies=2, zoom=2.0, framed=True, pen=Pen(width=0.5, colour="blue"),
-        shape=Circle(radius=2.0, label="sun"), backdrop=Polygon(lengths=(2.0, 3.0), closed=False),
+        copies=2,
+        zoom=2.0,
+        framed=True,
+        pen=Pen(width=0.5, colour="blue"),
+        shape=Circle(radius=2.0, label="sun"),
+        backdrop=Polygon(lengths=(2.0, 3.0), closed=False),
     ),
     "drawing, empty tuple": drawing(shape=Polygon(lengths=())),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -271,7 +337,8 @@ def test_round_trips(name):
     config = CONFIGS[name]
     assert from_dict(type(config), to_dict(config)) == config
     assert from_dict(type(config), to_config_dict(config)) == config
-    # What a parsed command line holds has gone through a copy; config.json has gone through JSON, where tuples are lists.
+    # What a parsed command line holds has gone through a copy; config.json has gone through JSON,
+    # where tuples are lists.
     assert from_dict(type(config), copy.deepcopy(to_config_dict(config))) == config
     assert from_dict(type(config), config_dict.ConfigDict(to_dict(config))) == config
 
@@ -313,9 +380,21 @@ BAD_MODELS = [
     ("attention", None, "expected fields of AttentionConfig, found None"),
     ("attention.kernel", "splahs", "'splahs' is not known; did you mean 'splash'?"),
     ("attention.querry", "none", "is not a known field; did you mean 'query'?"),
-    ("attention.projection.kind", "grouped_qery", "'grouped_qery' is not known; did you mean 'grouped_query'?"),
-    ("attention.projection.kv_heads", 3, "must divide query_heads=8, found 3; use one of [1, 2, 4, 8]"),
-    ("attention.projection.kv_heads", 16, "must divide query_heads=8, found 16; use one of [1, 2, 4, 8]"),
+    (
+        "attention.projection.kind",
+        "grouped_qery",
+        "'grouped_qery' is not known; did you mean 'grouped_query'?",
+    ),
+    (
+        "attention.projection.kv_heads",
+        3,
+        "must divide query_heads=8, found 3; use one of [1, 2, 4, 8]",
+    ),
+    (
+        "attention.projection.kv_heads",
+        16,
+        "must divide query_heads=8, found 16; use one of [1, 2, 4, 8]",
+    ),
     ("attention.projection.kv_heads", 0, "must be at least 1, found 0"),
     ("attention.projection.head_dim", 33, "must be even for rotary embedding, found 33"),
     ("attention.projection.head_dims", 32, "is not a known field; did you mean 'head_dim'?"),
@@ -334,10 +413,12 @@ BAD_MODELS = [
     ("numerics.param_dtype", None, "None is not known; use one of float32, bfloat16"),
     ("numerics.init_std", 0, "must be positive, found 0.0"),
     ("numerics.norm_eps", float("nan"), "must be positive, found nan"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize("path, value, problem", BAD_MODELS, ids=[f"{path}={value}" for path, value, _ in BAD_MODELS])
+@pytest.mark.parametrize(
+    "path, value, problem", BAD_MODELS, ids=[f"{path}={value}" for path, value, _ in BAD_MODELS]
+)
 def test_bad_models_are_told_what_is_wrong_and_where(path, value, problem):
     values = to_dict(ModelConfig())
     *parents, name = path.split(".")

@@ -1,4 +1,5 @@
-"""Data: batches depend on (seed, step) alone; windows, documents and recall examples are what they say."""
+"""Data: batches depend on (seed, step) alone; windows, documents and recall examples are what they
+say."""
 
 import json
 
@@ -18,19 +19,30 @@ def stream(tmp_path):
 
 
 def read(source, start=0, stop=6, rows=range(4), seed=0, shuffle=True):
-    reader = batches(source, batch_size=4, rows=np.array(rows), seed=seed, start=start, stop=stop, shuffle=shuffle)
+    reader = batches(
+        source,
+        batch_size=4,
+        rows=np.array(rows),
+        seed=seed,
+        start=start,
+        stop=stop,
+        shuffle=shuffle,
+    )
     return [batch["tokens"] for batch in reader]
 
 
 def test_a_whole_stream_is_left_to_its_readers_and_a_broken_one_made_again(tmp_path):
-    """Two processes that tokenise at once: the slower one must not pull the files from under the faster."""
+    """Two processes that tokenise at once: the slower one must not pull the files from under the
+    faster."""
     folder = tmp_path / "stream"
     folder.mkdir()
     (folder / "tokens.bin").write_bytes(b"half")
     write_stream(folder, DOCUMENTS, ByteTokenizer())
     before = {path.name: path.stat().st_ino for path in folder.iterdir()}
     write_stream(folder, DOCUMENTS, ByteTokenizer())
-    assert {path.name: path.stat().st_ino for path in folder.iterdir()} == before and "meta.json" in before
+    assert {
+        path.name: path.stat().st_ino for path in folder.iterdir()
+    } == before and "meta.json" in before
     assert [path.name for path in tmp_path.iterdir()] == ["stream"]
 
 
@@ -55,18 +67,24 @@ def test_every_epoch_holds_each_window_once_in_an_order_of_its_own(stream):
     assert length == len(source) == 16  # so that epochs end on batch edges here
     epochs = [np.concatenate(read(source, start=s, stop=s + 4)) for s in (0, 4)]
     rows = [[tuple(row) for row in epoch] for epoch in epochs]
-    assert sorted(rows[0]) == sorted(rows[1]) == sorted(tuple(source[i]["tokens"]) for i in range(16))
+    assert (
+        sorted(rows[0]) == sorted(rows[1]) == sorted(tuple(source[i]["tokens"]) for i in range(16))
+    )
     assert rows[0] != rows[1]
 
 
 def test_unshuffled_batches_are_in_order(stream):
     source = TokenWindows(stream, 4)
-    np.testing.assert_array_equal(np.concatenate(read(source, stop=2, shuffle=False)), [source[i]["tokens"] for i in range(8)])
+    np.testing.assert_array_equal(
+        np.concatenate(read(source, stop=2, shuffle=False)), [source[i]["tokens"] for i in range(8)]
+    )
 
 
 def test_windows_cover_the_stream_and_respect_documents(stream):
     T, tokenizer = 8, ByteTokenizer()
-    flat = np.concatenate([np.append(tokenizer.encode(text), tokenizer.end_of_document) for text in DOCUMENTS])
+    flat = np.concatenate(
+        [np.append(tokenizer.encode(text), tokenizer.end_of_document) for text in DOCUMENTS]
+    )
     owner = np.repeat(np.arange(len(DOCUMENTS)), [len(text) + 1 for text in DOCUMENTS])
     source = TokenWindows(stream, T)
     assert len(source) == (len(flat) - 1) // T
@@ -74,7 +92,9 @@ def test_windows_cover_the_stream_and_respect_documents(stream):
         example, span = source[i], slice(i * T, (i + 1) * T)
         np.testing.assert_array_equal(example["tokens"], flat[span])
         np.testing.assert_array_equal(example["targets"], flat[i * T + 1 : (i + 1) * T + 1])
-        np.testing.assert_array_equal(example["weights"], owner[span] == owner[i * T + 1 : (i + 1) * T + 1])
+        np.testing.assert_array_equal(
+            example["weights"], owner[span] == owner[i * T + 1 : (i + 1) * T + 1]
+        )
         np.testing.assert_array_equal(example["segment_ids"], owner[span] - owner[i * T])
         for document in set(owner[span]):
             inside = example["positions"][owner[span] == document]
@@ -107,7 +127,10 @@ def test_python_source_is_real_split_text_and_is_cached(tmp_path):
     assert 0.99 < train.bytes_per_token <= 1
     assert "def " in ByteTokenizer().decode(train.tokens[:20000])
     assert train.tokens.max() < config.vocabulary_size()
-    first = lambda source: {bytes(source.tokens[s : s + 200]) for s in source.starts}  # noqa: E731
+
+    def first(source):
+        return {bytes(source.tokens[s : s + 200]) for s in source.starts}
+
     assert len(first(train) & first(validation)) < 5  # modules may share a licence header, not more
     written = (train.folder / "tokens.bin").stat().st_mtime_ns
     again = config.open("train", 64, 0)
@@ -128,7 +151,8 @@ def test_recall_examples_are_answerable_and_reproducible():
         assert sorted(row[asked]) == sorted(known)
         for place in asked:
             assert example["targets"][place] == known[row[place]]
-        assert set(row[12:]) & set(range(16)) == set(known)  # keys appear later only where they are asked
+        # keys appear later only where they are asked
+        assert set(row[12:]) & set(range(16)) == set(known)
         for name, value in train[index].items():
             np.testing.assert_array_equal(value, example[name])
     assert (train[0]["tokens"] != validation[0]["tokens"]).any()

@@ -1,4 +1,5 @@
-"""The decoder against whole forward passes, its sampling, its cost by XLA's count, and the commands that use it."""
+"""The decoder against whole forward passes, its sampling, its cost by XLA's count, and the commands
+that use it."""
 
 import functools
 import json
@@ -29,9 +30,16 @@ ROOT = Path(__file__).resolve().parent.parent
 V = 61
 LINEAR = {slot: KnockingLinear() for slot in ("query", "key", "value")}
 ATTENTION = {
-    "gqa": AttentionConfig(projection=GroupedQuery(query_heads=4, kv_heads=2, head_dim=8), value=KnockingMLP()),
-    "gta": AttentionConfig(projection=GroupedTied(query_heads=4, kv_heads=2, head_dim=8), value=KnockingMLP()),
-    "gla": AttentionConfig(projection=Latent(query_heads=4, head_dim=8, value_dim=8, rope_dim=4, kv_lora=12, groups=2), **LINEAR),
+    "gqa": AttentionConfig(
+        projection=GroupedQuery(query_heads=4, kv_heads=2, head_dim=8), value=KnockingMLP()
+    ),
+    "gta": AttentionConfig(
+        projection=GroupedTied(query_heads=4, kv_heads=2, head_dim=8), value=KnockingMLP()
+    ),
+    "gla": AttentionConfig(
+        projection=Latent(query_heads=4, head_dim=8, value_dim=8, rope_dim=4, kv_lora=12, groups=2),
+        **LINEAR,
+    ),
 }
 MIXTURE = MoE(experts=8, top_k=2, width=8, dense_layers=1, dense_width=24)
 MODELS = {name: {} for name in ATTENTION} | {"moe": {"layers": 3, "feed_forward": MIXTURE}}
@@ -40,7 +48,13 @@ PROMPTS = [[5, 17, 3], [1], [9, 9, 2, 40, 41, 7, 7]]
 
 
 def model(attention, **changes):
-    fields = {"layers": 2, "width": 16, "vocabulary_size": V, "feed_forward": SwiGLU(width=24), "numerics": Numerics(dtype="float32")}
+    fields = {
+        "layers": 2,
+        "width": 16,
+        "vocabulary_size": V,
+        "feed_forward": SwiGLU(width=24),
+        "numerics": Numerics(dtype="float32"),
+    }
     return ModelConfig(attention=attention, **{**fields, **changes})
 
 
@@ -52,8 +66,13 @@ def named(name):
 def random(config):
     shapes = jax.eval_shape(config.build().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     draw = np.random.default_rng(0)
-    about = lambda path: 1.0 if path[-1].key == "scale" else 0.0  # noqa: E731
-    fill = lambda path, z: jnp.float32(about(path) + 0.4 * draw.normal(size=z.shape))  # noqa: E731
+
+    def about(path):
+        return 1.0 if path[-1].key == "scale" else 0.0
+
+    def fill(path, z):
+        return jnp.float32(about(path) + 0.4 * draw.normal(size=z.shape))
+
     return jax.tree_util.tree_map_with_path(fill, nn.unbox(shapes))
 
 
@@ -93,25 +112,36 @@ def test_a_row_stops_at_the_end_and_the_batch_when_all_have():
 
 def test_sampling_stays_within_top_k_and_top_p_and_follows_the_seed():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, axis=0)
-    drawn = lambda **settings: np.bincount(sample(logits, jax.random.key(1), Sampling(**settings)), minlength=4) / 4000  # noqa: E731
+
+    def drawn(**settings):
+        return (
+            np.bincount(sample(logits, jax.random.key(1), Sampling(**settings)), minlength=4) / 4000
+        )
+
     np.testing.assert_allclose(drawn(temperature=1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
     np.testing.assert_allclose(drawn(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(drawn(temperature=1.0, top_p=0.75), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(drawn(temperature=1.0, top_p=0.1), [1, 0, 0, 0])
-    np.testing.assert_allclose(drawn(temperature=0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365, atol=0.03)
+    np.testing.assert_allclose(
+        drawn(temperature=0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365, atol=0.03
+    )
     np.testing.assert_allclose(drawn(temperature=1.0, top_k=99), [0.5, 0.3, 0.15, 0.05], atol=0.03)
     hot = {"sampling": Sampling(temperature=5.0)}
-    one, again, other = (decoder("gqa").generate(PROMPTS, 12, seed=seed, **hot) for seed in (3, 3, 4))
+    one, again, other = (
+        decoder("gqa").generate(PROMPTS, 12, seed=seed, **hot) for seed in (3, 3, 4)
+    )
     assert one == again != other
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1.0}, "temperature: must be at least 0"), ({"top_k": 3}, "top_k: does nothing with temperature=0"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p: must be in"), ({"temperature": 1.0, "top_k": 0}, "top_k: must be at least 1"),
+        ({"temperature": -1.0}, "temperature: must be at least 0"),
+        ({"top_k": 3}, "top_k: does nothing with temperature=0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p: must be in"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k: must be at least 1"),
     ],
-)  # fmt: skip
+)
 def test_sampling_that_cannot_work_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**settings)
@@ -120,10 +150,12 @@ def test_sampling_that_cannot_work_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("prompts", "count", "message"),
     [
-        ([], 3, "there is none"), ([[1], []], 3, r"prompts\[1\]: is empty"), ([[1, V]], 3, "found 1 to 61"),
+        ([], 3, "there is none"),
+        ([[1], []], 3, r"prompts\[1\]: is empty"),
+        ([[1, V]], 3, "found 1 to 61"),
         ([[1]], 0, "at least 1, found 0"),
     ],
-)  # fmt: skip
+)
 def test_prompts_that_cannot_be_decoded_are_refused(prompts, count, message):
     with pytest.raises(ValueError, match=message):
         decoder("gqa").generate(prompts, count)
@@ -135,7 +167,9 @@ def test_the_cache_holds_what_the_accounting_says(name):
     cost, slots = account(config, 64), 32
     tokens, pad = jax.ShapeDtypeStruct((3, 8), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32)
     weights = jax.eval_shape(functools.partial(unstack, config), random(config))
-    logits, cache = jax.eval_shape(lambda w, t, p: prefill(config, w, t, p, slots), weights, tokens, pad)
+    logits, cache = jax.eval_shape(
+        lambda w, t, p: prefill(config, w, t, p, slots), weights, tokens, pad
+    )
     chex.assert_shape(logits, (3, V))
     assert sum(leaf.size for leaf in jax.tree.leaves(cache)) == 3 * slots * cost.cache_floats
 
@@ -149,29 +183,51 @@ def step_flops(attention):
         config = config.replace(attention=AttentionConfig(projection=attention.projection))
     weights = jax.eval_shape(functools.partial(unstack, config), nn.unbox(variables))
     ids, slot = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    _, cache = jax.eval_shape(lambda w, t, p: prefill(config, w, t, p, 64), weights, jax.ShapeDtypeStruct((2, 8), jnp.int32), ids)
-    return jax.jit(functools.partial(extend, config)).lower(weights, cache, ids, slot, ids).compile().cost_analysis()["flops"]
+    _, cache = jax.eval_shape(
+        lambda w, t, p: prefill(config, w, t, p, 64),
+        weights,
+        jax.ShapeDtypeStruct((2, 8), jnp.int32),
+        ids,
+    )
+    return (
+        jax.jit(functools.partial(extend, config))
+        .lower(weights, cache, ids, slot, ids)
+        .compile()
+        .cost_analysis()["flops"]
+    )
 
 
 def test_absorbed_decoding_costs_exactly_the_baseline_and_an_mlp_its_matrices_for_one_token():
     plain = AttentionConfig(projection=GroupedQuery(query_heads=4, kv_heads=2, head_dim=64))
-    baseline, linear, mlp = (step_flops(plain.replace(**slots)) for slots in ({}, LINEAR, {"value": KnockingMLP()}))
+    baseline, linear, mlp = (
+        step_flops(plain.replace(**slots)) for slots in ({}, LINEAR, {"value": KnockingMLP()})
+    )
     assert linear == baseline
-    matrices = 2 * 2 * plain.projection.kv_heads * 2 * 3 * 64**2  # rows, layers, heads, multiply-adds of three matrices
-    assert 1 <= (mlp - baseline) / matrices < 1.03  # what is above one: the gate's sigmoid and product
+    # rows, layers, heads, multiply-adds of three matrices
+    matrices = 2 * 2 * plain.projection.kv_heads * 2 * 3 * 64**2
+    # what is above one: the gate's sigmoid and product
+    assert 1 <= (mlp - baseline) / matrices < 1.03
 
 
 SMALL = (
-    "--config.steps=4", "--config.batch_size=4", "--config.seq_len=64", "--config.model.layers=2", "--config.model.width=32",
-    "--config.model.attention.projection.head_dim=8", "--config.model.feed_forward.width=64", "--config.evaluation.every=0",
-)  # fmt: skip
+    "--config.steps=4",
+    "--config.batch_size=4",
+    "--config.seq_len=64",
+    "--config.model.layers=2",
+    "--config.model.width=32",
+    "--config.model.attention.projection.head_dim=8",
+    "--config.model.feed_forward.width=64",
+    "--config.evaluation.every=0",
+)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A folder with a short run of KHA-Linear, and the cache that all commands share."""
     base = tmp_path_factory.mktemp("runs")
-    code, _, err = command(base, "train", "--config=configs/kha_tiny.py:linear", *SMALL, f"--workdir={base / 'linear'}")
+    code, _, err = command(
+        base, "train", "--config=configs/kha_tiny.py:linear", *SMALL, f"--workdir={base / 'linear'}"
+    )
     assert code == 0, err
     return base
 
@@ -179,27 +235,47 @@ def runs(tmp_path_factory):
 def command(base, name, *arguments):
     environment = {**os.environ, "KHA_JAX_CACHE": str(base / "cache"), "XLA_FLAGS": ""}
     line = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
-    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def test_an_absorbed_run_is_a_baseline_that_generates_the_same(runs):
-    code, out, err = command(runs, "convert", "absorb", f"--workdir={runs / 'linear'}", f"--out={runs / 'absorbed'}")
+    code, out, err = command(
+        runs, "convert", "absorb", f"--workdir={runs / 'linear'}", f"--out={runs / 'absorbed'}"
+    )
     assert code == 0 and "folded query, key, value: largest logit change" in out, err
-    assert json.loads((runs / "absorbed" / "config.json").read_text())["model"]["attention"]["query"] == {"kind": "none"}
+    assert json.loads((runs / "absorbed" / "config.json").read_text())["model"]["attention"][
+        "query"
+    ] == {"kind": "none"}
     flags = ("--tokens=20", "--prompt=def f(", "--prompt=é")
     texts = []
-    for folder, said in (("linear", "folded linear mixers of query, key, value"), ("absorbed", "step 4")):
+    for folder, said in (
+        ("linear", "folded linear mixers of query, key, value"),
+        ("absorbed", "step 4"),
+    ):
         code, out, err = command(runs, "generate", f"--workdir={runs / folder}", *flags)
         assert code == 0 and said in err, err
         texts.append(out)
     assert texts[0] == texts[1] and texts[0].startswith("--- 'def f('\ndef f(")
-    again = ("--config=configs/kha_tiny.py:baseline", *SMALL, "--config.steps=5", "--allow_changes=steps")
+    again = (
+        "--config=configs/kha_tiny.py:baseline",
+        *SMALL,
+        "--config.steps=5",
+        "--allow_changes=steps",
+    )
     code, out, err = command(runs, "train", *again, f"--workdir={runs / 'absorbed'}")
     assert code == 0 and "resuming after step 4" in out, err
     for arguments, message in (
-        (("absorb", f"--workdir={runs / 'absorbed'}", f"--out={runs / 'other'}"), "nothing to fold"),
-        (("absorb", f"--workdir={runs / 'linear'}", f"--out={runs / 'absorbed'}"), "already holds checkpoints"),
+        (
+            ("absorb", f"--workdir={runs / 'absorbed'}", f"--out={runs / 'other'}"),
+            "nothing to fold",
+        ),
+        (
+            ("absorb", f"--workdir={runs / 'linear'}", f"--out={runs / 'absorbed'}"),
+            "already holds checkpoints",
+        ),
         (("absrob",), "did you mean 'absorb'?"),
     ):
         code, out, err = command(runs, "convert", *arguments)

@@ -1,6 +1,7 @@
 """Every run config as text: its fields, its parameters with their shapes and mesh axes, its totals.
 
-A difference is a change of what people train. When it is meant: UPDATE_GOLDEN=1 python -m pytest tests/test_golden.py
+A difference is a change of what people train. When it is meant: UPDATE_GOLDEN=1 python -m pytest
+tests/test_golden.py
 """
 
 import json
@@ -17,7 +18,9 @@ from kha_jax.config import from_dict, to_dict
 from kha_jax.training import RunConfig, make_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name not in ("__init__.py", "base.py"))
+CONFIGS = sorted(
+    p for p in (ROOT / "configs").glob("*.py") if p.name not in ("__init__.py", "base.py")
+)
 
 
 def describe(config: RunConfig) -> str:
@@ -27,7 +30,10 @@ def describe(config: RunConfig) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(trainer.abstract.params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         rows.append(f"{name}: {leaf.dtype}{list(leaf.shape)} {leaf.sharding.spec}")
-    totals = [f"{name}: {value:,}" for name, value in account(config.model, config.seq_len)._asdict().items()]
+    totals = [
+        f"{name}: {value:,}"
+        for name, value in account(config.model, config.seq_len)._asdict().items()
+    ]
     return "\n".join([json.dumps(to_dict(config), indent=1), "", *rows, "", *totals]) + "\n"
 
 
@@ -38,12 +44,15 @@ def test_config_matches_its_golden_text(path):
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(text)
     assert golden.exists(), f"{golden} is missing; write it with UPDATE_GOLDEN=1"
-    assert text == golden.read_text(), "the config changed; if that is meant, rewrite its text with UPDATE_GOLDEN=1"
+    assert text == golden.read_text(), (
+        "the config changed; if that is meant, rewrite its text with UPDATE_GOLDEN=1"
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_says_how_to_run_it(path):
-    """A config file is a run book: its docstring holds the command, and to_dict reads back to the same config."""
+    """A config file is a run book: its docstring holds the command, and to_dict reads back to the
+    same config."""
     docstring = path.read_text().split('"""')[1]
     assert f"python -m experiments.train --config=configs/{path.name}" in docstring
     config = from_dict(RunConfig, runpy.run_path(str(path))["get_config"]())

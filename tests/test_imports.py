@@ -1,4 +1,5 @@
-"""Imports point down only, and optional packages are imported where they are used: read from the source, nothing is run."""
+"""Imports point down only, and optional packages are imported where they are used: read from the
+source, nothing is run."""
 
 import ast
 from pathlib import Path
@@ -7,16 +8,33 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    "config": 0, "ops": 0, "sharding": 0,
+    "config": 0,
+    "ops": 0,
+    "sharding": 0,
     "parameters": 0.5,  # the base of all modules: config and ops.norm
-    "data": 1, "optimizer": 1, "metrics": 1, "processes": 1,
-    "attention": 2, "feed_forward": 2, "moe": 2, "model": 2.5, "accounting": 2.6,  # what a block is made of, then the whole
-    "training": 3, "checkpoint": 3, "decoding": 3, "planning": 3.5,
-    "inspect": 4, "convert": 4,
-}  # fmt: skip
+    "data": 1,
+    "optimizer": 1,
+    "metrics": 1,
+    "processes": 1,
+    "attention": 2,
+    "feed_forward": 2,
+    "moe": 2,
+    "model": 2.5,
+    "accounting": 2.6,  # what a block is made of, then the whole
+    "training": 3,
+    "checkpoint": 3,
+    "decoding": 3,
+    "planning": 3.5,
+    "inspect": 4,
+    "convert": 4,
+}
 ALONE = ("config", "ops")  # these import nothing of kha_jax but themselves
 OPTIONAL = ("torch", "transformers", "tensorboardX", "matplotlib", "wandb")
-SOURCES = sorted(path.relative_to(ROOT) for folder in ("kha_jax", "experiments") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("kha_jax", "experiments")
+    for path in (ROOT / folder).rglob("*.py")
+)
 
 
 def module_name(path: Path) -> str:
@@ -25,13 +43,16 @@ def module_name(path: Path) -> str:
 
 
 def imported(nodes, package: str) -> set[str]:
-    """Dotted names that these statements import; `from a import b` counts as a.b, since b may be a module."""
+    """Dotted names that these statements import; `from a import b` counts as a.b, since b may be a
+    module."""
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            above = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             base = ".".join([*above, *([node.module] if node.module else [])])
             names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
@@ -50,11 +71,14 @@ def package_of(path: Path) -> str:
 
 
 def part_of(name: str) -> str | None:
-    """kha_jax.ops.norm.rms_norm -> ops; None outside kha_jax, or for a name that kha_jax/__init__.py defines."""
+    """kha_jax.ops.norm.rms_norm -> ops; None outside kha_jax, or for a name that
+    kha_jax/__init__.py defines."""
     parts = name.split(".")
     if parts[0] != "kha_jax" or len(parts) == 1:
         return None
-    exists = (ROOT / "kha_jax" / f"{parts[1]}.py").exists() or (ROOT / "kha_jax" / parts[1]).is_dir()
+    exists = (ROOT / "kha_jax" / f"{parts[1]}.py").exists() or (
+        ROOT / "kha_jax" / parts[1]
+    ).is_dir()
     return parts[1] if exists or parts[1] in LAYERS else None
 
 
@@ -67,9 +91,14 @@ def upward_edges(path: Path, source: str) -> list[str]:
             wrong.append(f"{path} imports {name}: the library never imports its programs")
         elif own is not None and target is not None:
             if not {own, target} <= set(LAYERS):
-                wrong.append(f"{path} imports {name}: one of them has no layer; give it one in tests/test_imports.py")
+                wrong.append(
+                    f"{path} imports {name}: one of them has no layer; give it one in "
+                    "tests/test_imports.py"
+                )
             elif LAYERS[target] > LAYERS[own]:
-                wrong.append(f"{path} (layer {LAYERS[own]}) imports {name} (layer {LAYERS[target]})")
+                wrong.append(
+                    f"{path} (layer {LAYERS[own]}) imports {name} (layer {LAYERS[target]})"
+                )
             elif own in ALONE and target != own:
                 wrong.append(f"{path} imports {name}: {own} stands alone")
     return wrong
@@ -115,9 +144,13 @@ def test_every_part_of_the_library_has_a_layer():
         ("kha_jax/parameters.py", "from kha_jax.ops.norm import rms_norm", False),
         ("kha_jax/checkpoint.py", "from kha_jax import __version__", False),
         ("kha_jax/ops/losses.py", "from kha_jax.ops import norm\nimport jax", False),
-        ("experiments/train.py", "from kha_jax.training import train_step\nfrom experiments import report", False),
+        (
+            "experiments/train.py",
+            "from kha_jax.training import train_step\nfrom experiments import report",
+            False,
+        ),
     ],
-)  # fmt: skip
+)
 def test_upward_edges_are_found(path, source, wrong):
     """The rule itself, on modules that break and that keep it."""
     assert bool(upward_edges(Path(path), source)) == wrong
@@ -128,7 +161,10 @@ def test_upward_edges_are_found(path, source, wrong):
     [
         ("import torch", ["torch"]),
         ("import torch.nn as nn", ["torch.nn"]),
-        ("try:\n    from transformers import AutoModel\nexcept ImportError:\n    pass", ["transformers.AutoModel"]),
+        (
+            "try:\n    from transformers import AutoModel\nexcept ImportError:\n    pass",
+            ["transformers.AutoModel"],
+        ),
         ("class A:\n    import wandb", ["wandb"]),
         ("def f():\n    import matplotlib.pyplot as plt", []),
         ("class A:\n    def f(self):\n        from tensorboardX import SummaryWriter", []),

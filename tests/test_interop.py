@@ -15,7 +15,9 @@ from kha_jax.model import ModelConfig
 from kha_jax.parameters import Numerics
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install -e '.[interop]'")
-transformers = pytest.importorskip("transformers", reason="needs the extra: pip install -e '.[interop]'")
+transformers = pytest.importorskip(
+    "transformers", reason="needs the extra: pip install -e '.[interop]'"
+)
 
 D, N, K, H, F, V, LAYERS = 48, 6, 2, 16, 80, 97, 2
 
@@ -24,9 +26,16 @@ D, N, K, H, F, V, LAYERS = 48, 6, 2, 16, 80, 97, 2
 def stock():
     """A small random Qwen3, with norm weights moved away from one."""
     config = transformers.Qwen3Config(
-        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=N, num_key_value_heads=K,
-        head_dim=H, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=F,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=N,
+        num_key_value_heads=K,
+        head_dim=H,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    )
     torch.manual_seed(0)
     model = transformers.Qwen3ForCausalLM(config).float().eval()
     with torch.no_grad():
@@ -36,37 +45,57 @@ def stock():
 
 
 def ours(**mixers):
-    attention = AttentionConfig(projection=GroupedQuery(query_heads=N, kv_heads=K, head_dim=H), **mixers)
+    attention = AttentionConfig(
+        projection=GroupedQuery(query_heads=N, kv_heads=K, head_dim=H), **mixers
+    )
     numerics = Numerics(dtype="float32")
     return ModelConfig(
-        layers=LAYERS, width=D, vocabulary_size=V, attention=attention, feed_forward=SwiGLU(width=F), numerics=numerics
+        layers=LAYERS,
+        width=D,
+        vocabulary_size=V,
+        attention=attention,
+        feed_forward=SwiGLU(width=F),
+        numerics=numerics,
     ).build()
 
 
 def params_from(model):
     """Qwen3's weights under our names: kernels are transposed, heads split, layers stacked."""
     weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    stack = lambda name, *shape: np.stack(  # noqa: E731
-        [weights[f"model.layers.{i}.{name}.weight"].T.reshape(*shape) for i in range(LAYERS)]
-    )
-    norm = lambda name: {"scale": stack(name, -1)}  # noqa: E731
+
+    def stack(name, *shape):
+        return np.stack(
+            [weights[f"model.layers.{i}.{name}.weight"].T.reshape(*shape) for i in range(LAYERS)]
+        )
+
+    def norm(name):
+        return {"scale": stack(name, -1)}
+
     layers = {
         "attention_norm": norm("input_layernorm"),
         "feed_forward_norm": norm("post_attention_layernorm"),
         "attention": {
             "projection": {
-                "query": stack("self_attn.q_proj", D, N, H), "key": stack("self_attn.k_proj", D, K, H),
+                "query": stack("self_attn.q_proj", D, N, H),
+                "key": stack("self_attn.k_proj", D, K, H),
                 "value": stack("self_attn.v_proj", D, K, H),
-                "query_norm": norm("self_attn.q_norm"), "key_norm": norm("self_attn.k_norm"),
+                "query_norm": norm("self_attn.q_norm"),
+                "key_norm": norm("self_attn.k_norm"),
             },
             "output": stack("self_attn.o_proj", N, H, D),
         },
         "feed_forward": {
-            "gate": stack("mlp.gate_proj", D, F), "up": stack("mlp.up_proj", D, F), "down": stack("mlp.down_proj", F, D)
+            "gate": stack("mlp.gate_proj", D, F),
+            "up": stack("mlp.up_proj", D, F),
+            "down": stack("mlp.down_proj", F, D),
         },
-    }  # fmt: skip
+    }
     final = {"scale": weights["model.norm.weight"]}
-    return {"embedding": weights["model.embed_tokens.weight"], "layers": layers, "final_norm": final}
+    return {
+        "embedding": weights["model.embed_tokens.weight"],
+        "layers": layers,
+        "final_norm": final,
+    }
 
 
 TOKENS = np.random.default_rng(0).integers(0, V, (3, 150))
@@ -84,29 +113,54 @@ def test_gradients_are_qwen3s():
     model.zero_grad()
     ids = torch.from_numpy(TOKENS)
     logits = model(input_ids=ids[:, :-1]).logits
-    torch.nn.functional.cross_entropy(logits.reshape(-1, V), ids[:, 1:].reshape(-1), reduction="sum").backward()
+    torch.nn.functional.cross_entropy(
+        logits.reshape(-1, V), ids[:, 1:].reshape(-1), reduction="sum"
+    ).backward()
     batch = {
-        "tokens": TOKENS[:, :-1], "targets": TOKENS[:, 1:], "weights": np.ones((3, 149), np.float32),
-        "positions": np.tile(np.arange(149), (3, 1)), "segment_ids": np.zeros((3, 149), np.int32),
-    }  # fmt: skip
-    grads = jax.jit(jax.grad(lambda p: ours().apply({"params": p}, batch, method="loss")[0]))(params_from(model))
+        "tokens": TOKENS[:, :-1],
+        "targets": TOKENS[:, 1:],
+        "weights": np.ones((3, 149), np.float32),
+        "positions": np.tile(np.arange(149), (3, 1)),
+        "segment_ids": np.zeros((3, 149), np.int32),
+    }
+    grads = jax.jit(jax.grad(lambda p: ours().apply({"params": p}, batch, method="loss")[0]))(
+        params_from(model)
+    )
     for name, ours_grad in {
         "model.embed_tokens.weight": grads["embedding"],
-        "model.layers.1.self_attn.k_proj.weight": grads["layers"]["attention"]["projection"]["key"][1].reshape(D, -1).T,
-        "model.layers.0.self_attn.q_norm.weight": grads["layers"]["attention"]["projection"]["query_norm"]["scale"][0],
+        "model.layers.1.self_attn.k_proj.weight": grads["layers"]["attention"]["projection"]["key"][
+            1
+        ]
+        .reshape(D, -1)
+        .T,
+        "model.layers.0.self_attn.q_norm.weight": grads["layers"]["attention"]["projection"][
+            "query_norm"
+        ]["scale"][0],
         "model.layers.0.mlp.down_proj.weight": grads["layers"]["feed_forward"]["down"][0].T,
     }.items():
         theirs = dict(model.named_parameters())[name].grad.numpy()
         np.testing.assert_allclose(ours_grad, theirs, rtol=2e-3, atol=1e-3 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("mixers", [{"value": KnockingMLP()}, {"query": KnockingLinear(), "key": KnockingLinear()}])
+@pytest.mark.parametrize(
+    "mixers", [{"value": KnockingMLP()}, {"query": KnockingLinear(), "key": KnockingLinear()}]
+)
 def test_a_fresh_mixer_in_a_stock_model_changes_nothing(mixers):
     params = params_from(stock())
     fresh = jax.jit(ours(**mixers).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    fresh = jax.tree.map(lambda box: getattr(box, "value", box), fresh, is_leaf=lambda box: hasattr(box, "names"))
-    added = {name: leaf for name, leaf in fresh["layers"]["attention"].items() if name.endswith("_mixer")}
+    fresh = jax.tree.map(
+        lambda box: getattr(box, "value", box), fresh, is_leaf=lambda box: hasattr(box, "names")
+    )
+    added = {
+        name: leaf for name, leaf in fresh["layers"]["attention"].items() if name.endswith("_mixer")
+    }
     assert len(added) == len(mixers)
-    with_mixers = {**params, "layers": {**params["layers"], "attention": {**params["layers"]["attention"], **added}}}
-    base, knocking = jax.jit(ours().apply)({"params": params}, TOKENS), jax.jit(ours(**mixers).apply)({"params": with_mixers}, TOKENS)
+    with_mixers = {
+        **params,
+        "layers": {**params["layers"], "attention": {**params["layers"]["attention"], **added}},
+    }
+    base, knocking = (
+        jax.jit(ours().apply)({"params": params}, TOKENS),
+        jax.jit(ours(**mixers).apply)({"params": with_mixers}, TOKENS),
+    )
     np.testing.assert_array_equal(base, knocking)

@@ -1,4 +1,5 @@
-"""Properties of the transformer: identity at initialisation, causality, isolation, equivariance, and equal forms."""
+"""Properties of the transformer: identity at initialisation, causality, isolation, equivariance,
+and equal forms."""
 
 import functools
 
@@ -31,8 +32,16 @@ B, T, V = 2, 12, 61
 def model(mixer=None, places="v", **changes):
     projection = changes.pop("projection", PROJECTION)
     slots = {} if mixer is None else {slot: MIXERS[mixer] for slot in PLACES[places]}
-    attention = AttentionConfig(projection=projection, kernel=changes.pop("kernel", "auto"), **slots)
-    fields = {"layers": 2, "width": 24, "vocabulary_size": V, "numerics": Numerics(dtype="float32"), "feed_forward": SwiGLU(width=40)}
+    attention = AttentionConfig(
+        projection=projection, kernel=changes.pop("kernel", "auto"), **slots
+    )
+    fields = {
+        "layers": 2,
+        "width": 24,
+        "vocabulary_size": V,
+        "numerics": Numerics(dtype="float32"),
+        "feed_forward": SwiGLU(width=40),
+    }
     return ModelConfig(attention=attention, **{**fields, **changes})
 
 
@@ -46,55 +55,95 @@ def fresh(config):
 
 
 def initial(config, noise=0.0):
-    """Fresh parameters; with noise, every one is moved by noise * normal, so that nothing is special about it."""
+    """Fresh parameters; with noise, every one is moved by noise * normal, so that nothing is
+    special about it."""
     random = np.random.default_rng(1)
-    return jax.tree.map(lambda x: x + np.float32(noise * random.normal(size=x.shape)), fresh(config))
+    return jax.tree.map(
+        lambda x: x + np.float32(noise * random.normal(size=x.shape)), fresh(config)
+    )
 
 
 @functools.cache
 def apply(config, optimised=False):
     """The jitted logits; optimised: by LLVM as users have it, whatever the tests' own flags say."""
-    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False} if optimised else None
-    return jax.jit(lambda params, *inputs: config.build().apply({"params": params}, *inputs), compiler_options=options)
+    options = (
+        {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+        if optimised
+        else None
+    )
+    return jax.jit(
+        lambda params, *inputs: config.build().apply({"params": params}, *inputs),
+        compiler_options=options,
+    )
 
 
 @pytest.mark.parametrize(("mixer", "places"), CASES)
 def test_a_fresh_mixer_is_bit_equal_to_the_baseline(mixer, places):
     base, knocking = model(), model(mixer, places)
     params = initial(knocking)
-    shared = {name: leaf for name, leaf in params["layers"]["attention"].items() if not name.endswith("_mixer")}
+    shared = {
+        name: leaf
+        for name, leaf in params["layers"]["attention"].items()
+        if not name.endswith("_mixer")
+    }
     stripped = {**params, "layers": {**params["layers"], "attention": shared}}
-    np.testing.assert_array_equal(apply(knocking, optimised=True)(params, tokens()), apply(base, optimised=True)(stripped, tokens()))
+    np.testing.assert_array_equal(
+        apply(knocking, optimised=True)(params, tokens()),
+        apply(base, optimised=True)(stripped, tokens()),
+    )
     moved = apply(knocking, optimised=True)(initial(knocking, 0.3), tokens())
     assert np.isfinite(moved).all()
 
 
 @pytest.mark.parametrize(("mixer", "places"), CASES)
 def test_knocking_commutes_with_any_permutation_of_the_heads(mixer, places):
-    """One matrix acts on the features of every head; a heads x heads matrix, the common misreading, would fail here."""
+    """One matrix acts on the features of every head; a heads x heads matrix, the common misreading,
+    would fail here."""
     config = model(mixer, places)
     params = initial(config, 0.3)
     kv = np.array([1, 0])
-    query = np.concatenate([np.arange(2) + 2 * k for k in kv])  # each query head moves with its key/value head
+    # each query head moves with its key/value head
+    query = np.concatenate([np.arange(2) + 2 * k for k in kv])
     attention = params["layers"]["attention"]
     projection = dict(attention["projection"])
-    projection.update(query=projection["query"][:, :, query], key=projection["key"][:, :, kv], value=projection["value"][:, :, kv])
+    projection.update(
+        query=projection["query"][:, :, query],
+        key=projection["key"][:, :, kv],
+        value=projection["value"][:, :, kv],
+    )
     permuted = {**attention, "projection": projection, "output": attention["output"][:, query]}
     permuted = {**params, "layers": {**params["layers"], "attention": permuted}}
-    np.testing.assert_allclose(apply(config)(params, tokens()), apply(config)(permuted, tokens()), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        apply(config)(params, tokens()), apply(config)(permuted, tokens()), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("places", ["q", "k"])
 def test_the_mixer_comes_before_the_norm(places):
     """T = 4 I on q or k is undone by the q/k norm, so it only shows without one."""
     for qk_norm, same in (("rms", True), ("none", False)):
-        config = model("linear", places, projection=PROJECTION.replace(qk_norm=qk_norm), numerics=Numerics(dtype="float32", norm_eps=1e-12))
+        config = model(
+            "linear",
+            places,
+            projection=PROJECTION.replace(qk_norm=qk_norm),
+            numerics=Numerics(dtype="float32", norm_eps=1e-12),
+        )
         params = initial(config, 0.3)
         slot = f"{PLACES[places][0]}_mixer"
         attention = params["layers"]["attention"]
-        with_scale = lambda c: {  # noqa: E731
-            **params, "layers": {**params["layers"], "attention": {**attention, slot: {"kernel": jnp.tile(c * jnp.eye(8), (2, 1, 1))}}}
-        }  # fmt: skip
+
+        def with_scale(c):
+            return {
+                **params,
+                "layers": {
+                    **params["layers"],
+                    "attention": {
+                        **attention,
+                        slot: {"kernel": jnp.tile(c * jnp.eye(8), (2, 1, 1))},
+                    },
+                },
+            }
+
         one, four = (apply(config)(with_scale(c), tokens()) for c in (1.0, 4.0))
         assert np.allclose(one, four, rtol=1e-3, atol=1e-4) == same
 
@@ -114,7 +163,9 @@ def test_packed_documents_are_each_alone(mixer):
     config = model(mixer, "qkv")
     params, ids = initial(config, 0.3), tokens()
     segment_ids = jnp.where(jnp.arange(T) < 5, 0, 1) * jnp.ones((B, 1), jnp.int32)
-    positions = jnp.where(jnp.arange(T) < 5, jnp.arange(T), jnp.arange(T) - 5) * jnp.ones((B, 1), jnp.int32)
+    positions = jnp.where(jnp.arange(T) < 5, jnp.arange(T), jnp.arange(T) - 5) * jnp.ones(
+        (B, 1), jnp.int32
+    )
     packed = apply(config)(params, ids, positions, segment_ids)
     alone = [apply(config)(params, part) for part in (ids[:, :5], ids[:, 5:])]
     np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), rtol=1e-4, atol=1e-4)
@@ -127,12 +178,22 @@ def loss_batch(seed=0):
     zeros = jnp.zeros((B, T), jnp.int32)
     weights = (jax.random.uniform(jax.random.key(seed), (B, T)) > 0.3).astype(jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": positions, "segment_ids": zeros, "weights": weights}
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "positions": positions,
+        "segment_ids": zeros,
+        "weights": weights,
+    }
 
 
 @functools.cache
 def loss_and_gradient(config):
-    return jax.jit(jax.value_and_grad(lambda params, batch: config.build().apply({"params": params}, batch, method="loss")[0]))
+    return jax.jit(
+        jax.value_and_grad(
+            lambda params, batch: config.build().apply({"params": params}, batch, method="loss")[0]
+        )
+    )
 
 
 def test_loss_is_the_cross_entropy_of_the_logits():
@@ -145,7 +206,15 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     np.testing.assert_allclose(loss_and_gradient(config)(params, batch)[0], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"stack": "unroll"}, {"remat": "dots"}, {"remat": "full"}, {"remat": "full", "stack": "unroll"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stack": "unroll"},
+        {"remat": "dots"},
+        {"remat": "full"},
+        {"remat": "full", "stack": "unroll"},
+    ],
+)
 def test_forms_of_the_stack_agree(change):
     plain, changed = model("mlp"), model("mlp", **change)
     params, batch = initial(plain, 0.1), loss_batch()
@@ -164,7 +233,13 @@ def test_remat_keeps_less():
         config = model("mlp", remat=remat, layers=6, width=64, feed_forward=SwiGLU(width=256))
         ids = jax.ShapeDtypeStruct((4, 256), jnp.int32)
         floats = jax.ShapeDtypeStruct((4, 256), jnp.float32)
-        batch = {"tokens": ids, "targets": ids, "positions": ids, "segment_ids": ids, "weights": floats}
+        batch = {
+            "tokens": ids,
+            "targets": ids,
+            "positions": ids,
+            "segment_ids": ids,
+            "weights": floats,
+        }
         params = nn.unbox(jax.eval_shape(config.build().init, jax.random.key(0), ids)["params"])
         compiled = loss_and_gradient(config).lower(params, batch).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
@@ -183,11 +258,18 @@ def test_bfloat16_computes_over_float32_parameters():
     exact, rounded = model("mlp"), model("mlp", numerics=Numerics(dtype="bfloat16"))
     params, batch = initial(rounded), loss_batch()
     chex.assert_trees_all_equal_dtypes(params, initial(exact))
-    (value, grads), (exact_value, exact_grads) = (loss_and_gradient(c)(params, batch) for c in (rounded, exact))
-    assert value.dtype == jnp.float32 and all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+    (value, grads), (exact_value, exact_grads) = (
+        loss_and_gradient(c)(params, batch) for c in (rounded, exact)
+    )
+    assert value.dtype == jnp.float32 and all(
+        g.dtype == jnp.float32 for g in jax.tree.leaves(grads)
+    )
     np.testing.assert_allclose(value, exact_value, rtol=1e-2)
     assert value != exact_value
-    norms = [np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(tree))) for tree in (grads, exact_grads)]
+    norms = [
+        np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(tree)))
+        for tree in (grads, exact_grads)
+    ]
     np.testing.assert_allclose(*norms, rtol=5e-2)
 
 
@@ -196,5 +278,8 @@ def test_multi_query_and_multi_head_are_grouped_query(kv_heads):
     config = model("linear", "qkv", projection=PROJECTION.replace(kv_heads=kv_heads))
     params = initial(config, 0.3)
     assert params["layers"]["attention"]["projection"]["key"].shape == (2, 24, kv_heads, 8)
-    a, b = (apply(c)(params, tokens()) for c in (config, config.replace(attention=config.attention.replace(kernel="reference"))))
+    a, b = (
+        apply(c)(params, tokens())
+        for c in (config, config.replace(attention=config.attention.replace(kernel="reference")))
+    )
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,5 @@
-"""Mixture of experts: kernels against a plain loop, the layer against the float64 oracle, balancing and its five known bugs, meshes."""
+"""Mixture of experts: kernels against a plain loop, the layer against the float64 oracle, balancing
+and its five known bugs, meshes."""
 
 import functools
 import os
@@ -29,14 +30,18 @@ D, F = 16, 8
 
 def expert_weights(E, seed=0):
     draw = np.random.default_rng(seed)
-    return tuple(jnp.float32(draw.normal(size=shape) * 0.3) for shape in ((E, D, F), (E, D, F), (E, F, D)))
+    return tuple(
+        jnp.float32(draw.normal(size=shape) * 0.3) for shape in ((E, D, F), (E, D, F), (E, F, D))
+    )
 
 
 def routed(kind, N, E, K):
     draw = np.random.default_rng(1)
     chosen = np.argsort(draw.random((N, E)), axis=1)[:, :K]
     if kind == "idle":  # nobody chooses expert 2
-        chosen = np.argsort(draw.random((N, E)) - 9.0 * (np.arange(E) == 2), axis=1)[:, ::-1][:, :K].copy()
+        chosen = np.argsort(draw.random((N, E)) - 9.0 * (np.arange(E) == 2), axis=1)[:, ::-1][
+            :, :K
+        ].copy()
     if kind == "crowded":  # everybody chooses expert 1 first
         chosen[:, 0], chosen[:, 1:] = 1, np.where(chosen[:, 1:] == 1, 0, chosen[:, 1:])
     if kind == "elsewhere":  # half of the experts are on another device
@@ -60,10 +65,16 @@ def kernel_step(kernel):
 @pytest.mark.parametrize("kernel", sorted(set(KERNELS) - {"loop"}))
 def test_kernels_agree_with_a_loop_over_experts(kernel, kind, N, E, K):
     chosen, weights = routed(kind, N, E, K)
-    if kind == "crowded" and N == 160:  # more than the slots of an expert, and of more than one block
-        assert np.bincount(np.asarray(chosen).reshape(-1)).max() - experts_cpu._slots(N * K, E) > experts_cpu.BLOCK - 32
+    # more than the slots of an expert, and of more than one block
+    if kind == "crowded" and N == 160:
+        assert (
+            np.bincount(np.asarray(chosen).reshape(-1)).max() - experts_cpu._slots(N * K, E)
+            > experts_cpu.BLOCK - 32
+        )
     x, cotangent = (jnp.float32(np.random.default_rng(s).normal(size=(N, D))) for s in (2, 3))
-    ours, theirs = (kernel_step(k)(x, weights, expert_weights(E), chosen, cotangent) for k in (kernel, "loop"))
+    ours, theirs = (
+        kernel_step(k)(x, weights, expert_weights(E), chosen, cotangent) for k in (kernel, "loop")
+    )
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max() + 1e-6))
 
@@ -92,19 +103,29 @@ def variables_of(config, bias=None):
 def test_the_layer_agrees_with_the_oracle(name):
     config = LAYERS[name]
     bias = None if config.balancing == "none" else np.array([0.3, 0, -0.2, 0.1, 0, 0.25])
-    variables, x = variables_of(config, bias), jnp.float32(np.random.default_rng(6).normal(size=(2, 7, D)))
+    variables, x = (
+        variables_of(config, bias),
+        jnp.float32(np.random.default_rng(6).normal(size=(2, 7, D))),
+    )
     y, aux = jax.jit(layer(config).apply)(variables, x)
     settings = {"top_k": config.top_k, "scores": config.scores, "scaling": config.routed_scaling}
-    expected, counts = reference.mixture(*reference.float64((x, variables["params"])), np.zeros(6) if bias is None else bias, settings)
+    expected, counts = reference.mixture(
+        *reference.float64((x, variables["params"])),
+        np.zeros(6) if bias is None else bias,
+        settings,
+    )
     assert np.abs(y - expected).max() < 1e-5 * np.abs(expected).max()
     np.testing.assert_array_equal(aux["expert_counts"], counts)
 
 
 def test_the_bias_chooses_but_does_not_weigh():
-    """An equal bias for all changes nothing; one that keeps the choice changes nothing either; no gradient reaches it."""
+    """An equal bias for all changes nothing; one that keeps the choice changes nothing either; no
+    gradient reaches it."""
     config = LAYERS["sigmoid"]
     x = jnp.float32(np.random.default_rng(6).normal(size=(1, 3, D)))
-    run = jax.jit(lambda bias: layer(config).apply({**variables_of(config), "balance": {"bias": bias}}, x)[0])
+    run = jax.jit(
+        lambda bias: layer(config).apply({**variables_of(config), "balance": {"bias": bias}}, x)[0]
+    )
     np.testing.assert_array_equal(run(jnp.zeros(6)), run(jnp.full(6, 0.37)))
     assert np.abs(run(jnp.zeros(6)) - run(jnp.float32([9, 9, 0, 0, 0, 0]))).max() > 1e-3
     np.testing.assert_array_equal(jax.jit(jax.grad(lambda bias: run(bias).sum()))(jnp.zeros(6)), 0)
@@ -112,14 +133,19 @@ def test_the_bias_chooses_but_does_not_weigh():
 
 def test_the_auxiliary_loss_and_the_z_loss_are_their_formulas():
     config = MoE(experts=6, top_k=2, width=F, balancing="auxiliary", router_z_loss=0.1)
-    variables, x = variables_of(config), jnp.float32(np.random.default_rng(6).normal(size=(2, 7, D)))
+    variables, x = (
+        variables_of(config),
+        jnp.float32(np.random.default_rng(6).normal(size=(2, 7, D))),
+    )
     assert "balance" not in variables
     loss = layer(config).apply(variables, x)[1]["router_loss"]
     logits = np.asarray(x, np.float64) @ np.asarray(variables["params"]["router"], np.float64)
     scores = 1 / (1 + np.exp(-logits))
     counts = np.bincount(np.argsort(-scores, axis=-1)[..., :2].reshape(-1), minlength=6)
     share = (scores / scores.sum(-1, keepdims=True)).mean((0, 1))
-    expected = 0.01 * 6 * np.sum(counts / counts.sum() * share) + 0.1 * np.mean(np.log(np.exp(logits).sum(-1)) ** 2)
+    expected = 0.01 * 6 * np.sum(counts / counts.sum() * share) + 0.1 * np.mean(
+        np.log(np.exp(logits).sum(-1)) ** 2
+    )
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
@@ -135,19 +161,29 @@ def test_each_rule_on_a_worked_example(rule, moved):
     config = MoE(experts=4, top_k=2, balancing=rule, balancing_rate=0.01)
     bias = jnp.float32([[0.1, 0.2, 0.3, 0.4]] * 2)
     counts = jnp.float32([[6, 2, 0, 0], [2, 2, 2, 2]])
-    np.testing.assert_allclose(update_bias(config, bias, counts), bias + 0.01 * np.stack([moved, np.zeros(4)]), rtol=1e-6)
+    np.testing.assert_allclose(
+        update_bias(config, bias, counts), bias + 0.01 * np.stack([moved, np.zeros(4)]), rtol=1e-6
+    )
 
 
 def test_load_metrics_on_a_worked_example():
-    metrics = load_metrics(jnp.float32([[6, 2, 0, 0], [2, 2, 2, 2]]), jnp.float32([[0.1, 0.2, 0.3, 0.45], [0, 0, 0, 0]]))
+    metrics = load_metrics(
+        jnp.float32([[6, 2, 0, 0], [2, 2, 2, 2]]),
+        jnp.float32([[0.1, 0.2, 0.3, 0.45], [0, 0, 0, 0]]),
+    )
     np.testing.assert_allclose(metrics["max_violation"], [2, 0])
     np.testing.assert_allclose(metrics["smallest_load"], [0, 1])
     np.testing.assert_allclose(metrics["largest_load"], [3, 1])
     np.testing.assert_allclose(metrics["bias_range"], [0.35, 0], atol=1e-6)
-    np.testing.assert_allclose(metrics["load_entropy"], [-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4), 1], rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["load_entropy"],
+        [-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4), 1],
+        rtol=1e-6,
+    )
 
 
-EXPERTS = MoE(experts=8, top_k=2, width=16, balancing_rate=0.01, kernel="ragged")  # the kernel that compiles fastest
+# the kernel that compiles fastest
+EXPERTS = MoE(experts=8, top_k=2, width=16, balancing_rate=0.01, kernel="ragged")
 MIXTURE = RUN.replace(model=RUN.model.replace(feed_forward=EXPERTS))
 
 
@@ -171,11 +207,13 @@ def test_the_bias_moves_once_a_step_however_many_micro_batches():
     """Bug classes: updated per micro-batch; counts of the last micro-batch only."""
     whole, parts = stepped()[0], stepped(accumulation=4)[0]
     np.testing.assert_allclose(bias_of(whole), bias_of(parts), atol=1e-7)
-    np.testing.assert_allclose(np.sqrt(np.mean(bias_of(whole) ** 2, axis=-1)), 0.01, rtol=1e-5)  # one rms move of every layer
+    # one rms move of every layer
+    np.testing.assert_allclose(np.sqrt(np.mean(bias_of(whole) ** 2, axis=-1)), 0.01, rtol=1e-5)
 
 
 def test_the_bias_does_not_notice_remat():
-    """Bug class: counts doubled because the forward pass runs twice. rms would hide it, the metrics do not."""
+    """Bug class: counts doubled because the forward pass runs twice. rms would hide it, the metrics
+    do not."""
     (plain, metrics), (full, again) = stepped(), stepped(remat="full")
     np.testing.assert_array_equal(bias_of(plain), bias_of(full))
     counted = metrics["largest_load"]
@@ -201,8 +239,11 @@ def test_the_bias_is_no_parameter():
 
 @pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2)])
 def test_meshes_train_as_one_device(mesh):
-    """Bug class: counts of one device instead of all. expert=4, data=2 exchanges tokens; (2, 2, 2) splits the expert width too."""
-    config = MIXTURE.replace(model=MIXTURE.model.replace(feed_forward=EXPERTS.replace(kernel="auto")))
+    """Bug class: counts of one device instead of all. expert=4, data=2 exchanges tokens; (2, 2, 2)
+    splits the expert width too."""
+    config = MIXTURE.replace(
+        model=MIXTURE.model.replace(feed_forward=EXPERTS.replace(kernel="auto"))
+    )
     _, one, one_metrics = trained(config)
     sizes = dict(zip(sharding.MESH_AXES, mesh))
     _, eight, eight_metrics = trained(config.replace(mesh=MeshConfig(**sizes)), devices=8)
@@ -218,7 +259,9 @@ def test_evaluation_and_a_non_finite_step_leave_the_bias_and_a_checkpoint_keeps_
     step, before = begun(MIXTURE)[2], bias_of(state)
     sums = jax.jit(trainer.evaluation_step)(state, random_batch(3))
     assert np.isfinite(sums.loss) and np.array_equal(before, bias_of(state))
-    broken = state._replace(params={**state.params, "embedding": state.params["embedding"] * np.nan})
+    broken = state._replace(
+        params={**state.params, "embedding": state.params["embedding"] * np.nan}
+    )
     after, metrics = step(broken, random_batch(3))
     assert metrics["nonfinite"] == 1 and np.array_equal(before, bias_of(after))
     store = checkpoint.Checkpoints(tmp_path / "checkpoints", 2, {})
@@ -232,8 +275,14 @@ def test_evaluation_and_a_non_finite_step_leave_the_bias_and_a_checkpoint_keeps_
 @pytest.mark.parametrize("balancing", ["auxiliary", "none"])
 def test_models_without_a_bias_train(balancing):
     feed_forward = EXPERTS.replace(balancing=balancing, balancing_rate=None)
-    state, metrics = one_step(MIXTURE.replace(model=MIXTURE.model.replace(feed_forward=feed_forward)))
-    assert not jax.tree.leaves(state.balance) and np.isfinite(metrics["loss"]) and "bias_range" not in metrics
+    state, metrics = one_step(
+        MIXTURE.replace(model=MIXTURE.model.replace(feed_forward=feed_forward))
+    )
+    assert (
+        not jax.tree.leaves(state.balance)
+        and np.isfinite(metrics["loss"])
+        and "bias_range" not in metrics
+    )
 
 
 SEGMENTED = MIXTURE.model.replace(
@@ -244,7 +293,10 @@ SEGMENTED = MIXTURE.model.replace(
 def test_first_dense_layers_are_a_segment_of_their_own():
     ids = jnp.zeros((1, 8), jnp.int32)
     shapes = jax.eval_shape(SEGMENTED.build().init, jax.random.key(0), ids)
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == account(SEGMENTED, 64).parameters
+    assert (
+        sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+        == account(SEGMENTED, 64).parameters
+    )
     params = nn.unbox(shapes["params"])
     assert params["dense_layers"]["feed_forward"]["up"].shape == (1, 32, 48)
     assert params["layers"]["feed_forward"]["up"].shape == (2, 8, 32, 16)
@@ -259,12 +311,15 @@ from kha_jax.moe import MoE
 from kha_jax.parameters import Numerics
 device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
 config = MoE(experts=128, top_k=8, width=384, kernel="ragged")
-layer, x = config.build(model_width=2048, numerics=Numerics()), jax.ShapeDtypeStruct((1, 8192, 2048), jnp.bfloat16)
-place = lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+layer = config.build(model_width=2048, numerics=Numerics())
+x = jax.ShapeDtypeStruct((1, 8192, 2048), jnp.bfloat16)
+where = jax.sharding.SingleDeviceSharding(device)
+place = lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=where)
 variables = jax.tree.map(place, nn.unbox(jax.eval_shape(layer.init, jax.random.key(0), x)))
 apply = lambda params, x: layer.apply({"params": params, "balance": {"bias": jnp.zeros(128)}}, x)[0]
 value = lambda params, x: jnp.sum(apply(params, x).astype(jnp.float32))
-compiled = jax.jit(jax.value_and_grad(value, argnums=(0, 1))).lower(variables["params"], place(x)).compile()
+step = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
+compiled = step.lower(variables["params"], place(x)).compile()
 print(compiled.cost_analysis()["flops"] / (3 * config.flops(2048) * 8192))
 """
 
@@ -273,8 +328,20 @@ print(compiled.cost_analysis()["flops"] / (3 * config.flops(2048) * 8192))
 def test_the_layer_of_the_main_model_costs_its_active_parameters_on_a_tpu():
     """The 6.1B shape, compiled ahead of time for v5p: forward and backward, by XLA's count."""
     pytest.importorskip("libtpu", reason="needs the extra: pip install -e '.[plan]'")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, "-c", TPU_LAYER], env=environment, capture_output=True, text=True, timeout=300)
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TPU_LAYER],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert 1 <= float(done.stdout.split()[-1]) < 1.1
 
@@ -282,22 +349,32 @@ def test_the_layer_of_the_main_model_costs_its_active_parameters_on_a_tpu():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 17}, "top_k: must be at most experts=16, found 17"), ({"experts": 0}, "experts: must be at least 1"),
-        ({"balancing": "none", "balancing_rate": 0.1}, "balancing_rate: does nothing"), ({"dense_layers": 1}, "dense_width: is needed"),
-        ({"dense_width": 64}, "dense_width: is needed for dense_layers=0"), ({"balancing": "signn"}, "did you mean 'sign'"),
+        ({"top_k": 17}, "top_k: must be at most experts=16, found 17"),
+        ({"experts": 0}, "experts: must be at least 1"),
+        ({"balancing": "none", "balancing_rate": 0.1}, "balancing_rate: does nothing"),
+        ({"dense_layers": 1}, "dense_width: is needed"),
+        ({"dense_width": 64}, "dense_width: is needed for dense_layers=0"),
+        ({"balancing": "signn"}, "did you mean 'sign'"),
         ({"routed_scaling": 0.0}, "routed_scaling: must be positive"),
     ],
-)  # fmt: skip
+)
 def test_mixtures_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         MoE(**settings)
 
 
 def test_more_dense_layers_than_layers_are_refused_by_name():
-    with pytest.raises(ConfigError, match="feed_forward.dense_layers: must be below layers=2, found 2"):
+    with pytest.raises(
+        ConfigError, match="feed_forward.dense_layers: must be below layers=2, found 2"
+    ):
         MIXTURE.model.replace(feed_forward=MoE(dense_layers=2, dense_width=8))
 
 
 def test_shared_feed_forward_counts_as_active():
-    plain, shared = MoE(experts=8, top_k=2, width=F), MoE(experts=8, top_k=2, width=F, shared_experts=2)
-    assert shared.active_parameters(D) - plain.active_parameters(D) == SwiGLU(width=2 * F).parameters(D)
+    plain, shared = (
+        MoE(experts=8, top_k=2, width=F),
+        MoE(experts=8, top_k=2, width=F, shared_experts=2),
+    )
+    assert shared.active_parameters(D) - plain.active_parameters(D) == SwiGLU(
+        width=2 * F
+    ).parameters(D)

@@ -1,4 +1,5 @@
-"""Numerics on arrays against float64 NumPy written from the formulas, and hand-written gradients against autodiff."""
+"""Numerics on arrays against float64 NumPy written from the formulas, and hand-written gradients
+against autodiff."""
 
 import functools
 
@@ -27,12 +28,22 @@ def plain_rms_norm(x, scale):
 PLAIN = {
     "rms_norm": (rms_norm, plain_rms_norm, (normal(0, 2, 3, 8), normal(1, 8))),
     "swiglu": (swiglu, lambda g, u: g / (1 + jnp.exp(-g)) * u, (normal(0, 4, 5), normal(1, 4, 5))),
-    "sigmoid_gate": (sigmoid_gate, lambda g, v: 2 * v / (1 + jnp.exp(-g)), (normal(0, 4, 5), normal(1, 4, 5))),
-    "linear": (linear, lambda x, w: jnp.einsum("btd,dnh->btnh", x, w), (normal(0, 2, 3, 4), normal(1, 4, 5, 6))),
-    "linear_2": (
-        functools.partial(linear, contract=2), lambda x, w: jnp.einsum("btnh,nhd->btd", x, w), (normal(0, 2, 3, 4, 5), normal(1, 4, 5, 6))
+    "sigmoid_gate": (
+        sigmoid_gate,
+        lambda g, v: 2 * v / (1 + jnp.exp(-g)),
+        (normal(0, 4, 5), normal(1, 4, 5)),
     ),
-}  # fmt: skip
+    "linear": (
+        linear,
+        lambda x, w: jnp.einsum("btd,dnh->btnh", x, w),
+        (normal(0, 2, 3, 4), normal(1, 4, 5, 6)),
+    ),
+    "linear_2": (
+        functools.partial(linear, contract=2),
+        lambda x, w: jnp.einsum("btnh,nhd->btd", x, w),
+        (normal(0, 2, 3, 4, 5), normal(1, 4, 5, 6)),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -49,25 +60,38 @@ def test_norms_are_float32_inside():
     x = jnp.asarray(300 * normal(0, 4, 64), jnp.bfloat16)
     expected = reference.rms_norm(np.asarray(x, np.float64), np.ones(64), 1e-6)
     assert rms_norm(x, jnp.ones(64)).dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(rms_norm(x, jnp.ones(64)), np.float64), expected, rtol=1e-2)
+    np.testing.assert_allclose(
+        np.asarray(rms_norm(x, jnp.ones(64)), np.float64), expected, rtol=1e-2
+    )
 
 
 def test_rotary_is_the_reference_and_relative():
     x = normal(0, 2, 7, 3, 8)
     positions = np.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 900]])
     ours = rope.rotate(jnp.asarray(x), jnp.asarray(positions), 10_000.0)
-    np.testing.assert_allclose(ours, reference.rotate(x.astype(np.float64), positions, 10_000.0), atol=1e-4)
-    np.testing.assert_allclose(ours[:, 0], x[:, 0], atol=1e-7)
-    dot = lambda shift: np.einsum(  # noqa: E731
-        "btnr,bsnr->bnts", *(rope.rotate(jnp.asarray(x), jnp.asarray(positions + shift), 10_000.0) for _ in range(2))
+    np.testing.assert_allclose(
+        ours, reference.rotate(x.astype(np.float64), positions, 10_000.0), atol=1e-4
     )
+    np.testing.assert_allclose(ours[:, 0], x[:, 0], atol=1e-7)
+
+    def dot(shift):
+        return np.einsum(
+            "btnr,bsnr->bnts",
+            *(
+                rope.rotate(jnp.asarray(x), jnp.asarray(positions + shift), 10_000.0)
+                for _ in range(2)
+            ),
+        )
+
     np.testing.assert_allclose(dot(0), dot(37), atol=2e-3)
 
 
 def case(T, N, K, H, U, packed, seed=0):
     """Random q, k, v and, when packed, segment ids with documents of uneven lengths."""
     q, k, v = normal(seed, 2, T, N, H), normal(seed + 1, 2, T, K, H), normal(seed + 2, 2, T, K, U)
-    segments = np.stack([np.searchsorted([T // 5, T // 2], np.arange(T), side="right"), np.arange(T) // 37]).astype(np.int32)
+    segments = np.stack(
+        [np.searchsorted([T // 5, T // 2], np.arange(T), side="right"), np.arange(T) // 37]
+    ).astype(np.int32)
     return (q, k, v), segments if packed else None
 
 
@@ -81,13 +105,22 @@ def expected_attention(q, k, v, segments, scale):
             mask &= segments[b][:, None] == segments[b][None, :]
         for n in range(N):
             m = n // (N // k.shape[2])
-            s = np.where(mask, scale * q[b, :, n].astype(np.float64) @ k[b, :, m].T.astype(np.float64), -np.inf)
+            s = np.where(
+                mask,
+                scale * q[b, :, n].astype(np.float64) @ k[b, :, m].T.astype(np.float64),
+                -np.inf,
+            )
             p = np.exp(s - s.max(axis=-1, keepdims=True))
             out[b, :, n] = p / p.sum(axis=-1, keepdims=True) @ v[b, :, m]
     return out
 
 
-SHAPES = [(40, 4, 2, 8, 8), (128, 2, 2, 8, 8), (300, 4, 1, 16, 16)]  # below, at and across the chunk of 128
+# below, at and across the chunk of 128
+SHAPES = [
+    (40, 4, 2, 8, 8),
+    (128, 2, 2, 8, 8),
+    (300, 4, 1, 16, 16),
+]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
@@ -95,7 +128,9 @@ SHAPES = [(40, 4, 2, 8, 8), (128, 2, 2, 8, 8), (300, 4, 1, 16, 16)]  # below, at
 @pytest.mark.parametrize("kernel", ["reference", "chunked", "xla"])
 def test_kernels_are_the_formula(kernel, shape, packed):
     qkv, segments = case(*shape, packed)
-    ours = jax.jit(lambda q, k, v, s: attention(q, k, v, s, kernel=kernel, scale=0.3))(*qkv, segments)
+    ours = jax.jit(lambda q, k, v, s: attention(q, k, v, s, kernel=kernel, scale=0.3))(
+        *qkv, segments
+    )
     np.testing.assert_allclose(ours, expected_attention(*qkv, segments, 0.3), rtol=1e-4, atol=1e-5)
 
 
@@ -104,7 +139,12 @@ def test_kernels_are_the_formula(kernel, shape, packed):
 def test_gradients_of_kernels_agree(kernel, packed):
     qkv, segments = case(300, 4, 2, 8, 8, packed)
     cotangent = normal(7, 2, 300, 4, 8)
-    pull = lambda name: jax.jit(lambda *z: jax.vjp(lambda *x: attention(*x, segments, kernel=name), *z)[1](cotangent))  # noqa: E731
+
+    def pull(name):
+        return jax.jit(
+            lambda *z: jax.vjp(lambda *x: attention(*x, segments, kernel=name), *z)[1](cotangent)
+        )
+
     grads = [pull(name)(*qkv) for name in (kernel, "reference")]
     for ours, expected in zip(*grads):
         np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4)
@@ -114,20 +154,27 @@ def test_gradients_of_kernels_agree(kernel, packed):
 def test_the_tpu_kernel_in_interpret_mode(key_width, value_width):
     qkv, segments = case(128, 2, 1, key_width, value_width, True)
     ours = attention(*qkv, segments, kernel="splash")
-    np.testing.assert_allclose(ours, expected_attention(*qkv, segments, key_width**-0.5), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        ours, expected_attention(*qkv, segments, key_width**-0.5), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_tpu_kernel_in_several_blocks_has_the_gradients_of_the_formula(monkeypatch):
     monkeypatch.setattr(kernels, "SPLASH_BLOCKS", {192: (256, 256, 128)})
     (q, k, v), segments = case(512, 2, 1, 128, 128, True)
     cotangent = normal(7, 2, 512, 2, 128)
-    pull = lambda name: jax.vjp(lambda *x: attention(*x, segments, kernel=name), q, k, v)[1](cotangent)  # noqa: E731
+
+    def pull(name):
+        return jax.vjp(lambda *x: attention(*x, segments, kernel=name), q, k, v)[1](cotangent)
+
     for ours, expected in zip(pull("splash"), pull("reference")):
         np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_splash_blocks_divide_the_rows():
-    assert kernels.splash_blocks(8192, 128) == (1024, 1024, 512) and kernels.splash_blocks(8192, 256) == (512, 512, 512)
+    assert kernels.splash_blocks(8192, 128) == (1024, 1024, 512) and kernels.splash_blocks(
+        8192, 256
+    ) == (512, 512, 512)
     for length in (128, 640, 1280, 8192):
         q, kv, compute = kernels.splash_blocks(length, 192)
         assert length % q == length % kv == kv % compute == 0 and min(q, kv, compute) >= 128
@@ -136,14 +183,21 @@ def test_splash_blocks_divide_the_rows():
 @pytest.mark.parametrize("kernel", ["reference", "chunked"])
 def test_values_may_be_wider_than_keys(kernel):
     qkv, segments = case(150, 4, 2, 8, 24, True)
-    np.testing.assert_allclose(attention(*qkv, segments, kernel=kernel), expected_attention(*qkv, segments, 8**-0.5), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        attention(*qkv, segments, kernel=kernel),
+        expected_attention(*qkv, segments, 8**-0.5),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_bfloat16_stays_close():
     qkv, segments = case(200, 4, 2, 16, 16, True)
     ours = attention(*(jnp.asarray(z, jnp.bfloat16) for z in qkv), segments, kernel="chunked")
     assert ours.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(ours, np.float32), expected_attention(*qkv, segments, 0.25), atol=5e-2)
+    np.testing.assert_allclose(
+        np.asarray(ours, np.float32), expected_attention(*qkv, segments, 0.25), atol=5e-2
+    )
 
 
 @pytest.mark.parametrize("kernel", ["xla", "cudnn"])
@@ -156,13 +210,16 @@ def test_kernels_that_need_equal_widths_say_so(kernel):
 @pytest.mark.parametrize(
     ("arguments", "kernel"),
     [
-        (("tpu", jnp.bfloat16, 256, 128, 128), "splash"), (("tpu", jnp.bfloat16, 256, 64, 64), "splash"),
-        (("tpu", jnp.float32, 256, 192, 128), "splash"), (("tpu", jnp.bfloat16, 256, 32, 32), "chunked"),
+        (("tpu", jnp.bfloat16, 256, 128, 128), "splash"),
+        (("tpu", jnp.bfloat16, 256, 64, 64), "splash"),
+        (("tpu", jnp.float32, 256, 192, 128), "splash"),
+        (("tpu", jnp.bfloat16, 256, 32, 32), "chunked"),
         (("tpu", jnp.bfloat16, 200, 128, 128), "chunked"),
-        (("gpu", jnp.bfloat16, 256, 64, 64), "cudnn"), (("gpu", jnp.float32, 256, 64, 64), "chunked"),
+        (("gpu", jnp.bfloat16, 256, 64, 64), "cudnn"),
+        (("gpu", jnp.float32, 256, 64, 64), "chunked"),
         (("cpu", jnp.float32, 256, 64, 64), "chunked"),
     ],
-)  # fmt: skip
+)
 def test_auto_takes_the_fused_kernel_where_it_fits(arguments, kernel):
     assert best_kernel(*arguments) == kernel
 
@@ -180,6 +237,10 @@ def test_the_chunked_kernel_keeps_no_square():
     kv = jax.ShapeDtypeStruct((1, T, 4, 16), jnp.float32)
     sizes = {}
     for kernel in ("chunked", "reference"):
-        gradient = jax.grad(lambda *z: jnp.sum(attention(*z, kernel=kernel) ** 2), argnums=(0, 1, 2))
-        sizes[kernel] = jax.jit(gradient).lower(q, kv, kv).compile().memory_analysis().temp_size_in_bytes
+        gradient = jax.grad(
+            lambda *z: jnp.sum(attention(*z, kernel=kernel) ** 2), argnums=(0, 1, 2)
+        )
+        sizes[kernel] = (
+            jax.jit(gradient).lower(q, kv, kv).compile().memory_analysis().temp_size_in_bytes
+        )
     assert sizes["chunked"] < 0.35 * sizes["reference"]

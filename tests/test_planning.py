@@ -1,4 +1,5 @@
-"""Plans: the analytic half against the numbers it must reach, golden plans of the presets, and the compiled half where libtpu is."""
+"""Plans: the analytic half against the numbers it must reach, golden plans of the presets, and the
+compiled half where libtpu is."""
 
 import json
 import math
@@ -21,7 +22,9 @@ GIB = 2**30
 
 
 def config(variant="mlp", name="kha_moe_6b"):
-    return from_dict(RunConfig, runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](variant))
+    return from_dict(
+        RunConfig, runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](variant)
+    )
 
 
 def planned(variant="mlp", where="v5p-128", sequences=4, name="kha_moe_6b"):
@@ -41,7 +44,9 @@ def test_the_main_run_reaches_half_of_the_peak_and_knocking_costs_next_to_nothin
 def test_state_shrinks_with_the_chips_and_moves_with_the_micro_batches():
     small, large = planned(where="v5p-64"), planned(where="v5p-128")
     assert abs(small.params_bytes_per_device / large.params_bytes_per_device - 2) < 0.02
-    assert small.optimizer_bytes_per_device / small.params_bytes_per_device == pytest.approx(2, rel=0.01)
+    assert small.optimizer_bytes_per_device / small.params_bytes_per_device == pytest.approx(
+        2, rel=0.01
+    )
     assert (small.accumulation, large.accumulation) == (4, 2)
     assert small.moved["all-gather"] / large.moved["all-gather"] == pytest.approx(2, rel=0.03)
     assert small.chip_hours == pytest.approx(large.chip_hours, rel=0.01)
@@ -65,7 +70,10 @@ def test_names_and_batches_that_do_not_work_are_refused():
     for bad in ("v7:2x2", "v5p", "v5p:4x", "v5p-12"):
         with pytest.raises(ConfigError, match="--topology: .*" + bad):
             topology(bad)
-    with pytest.raises(ConfigError, match="config.batch_size: must be a multiple of 192, 3 on each of 64 devices, found 512"):
+    with pytest.raises(
+        ConfigError,
+        match="config.batch_size: must be a multiple of 192, 3 on each of 64 devices, found 512",
+    ):
         planned(sequences=3)
 
 
@@ -74,21 +82,35 @@ def test_remedies_come_from_the_cheapest_on():
     run = placed(run.replace(model=run.model.replace(remat="dots")), slice_, 4)
     found, full = list(remedies(run, slice_)), "--config.model.remat=full"
     assert [remedy.flags for remedy in found] == [
-        (full,), (full, "--config.accumulation=4"), (full, "--config.accumulation=8"),
+        (full,),
+        (full, "--config.accumulation=4"),
+        (full, "--config.accumulation=8"),
         (full, "--topology=v5e-256", "--config.accumulation=2"),
-    ]  # fmt: skip
-    assert all(remedy.config.model.remat == "full" and remedy.config.batch_size == 512 for remedy in found)
-    peaks = [plan(remedy.config, remedy.slice_, compiled=False).peak_bytes_per_device for remedy in found]
-    assert plan(run, slice_, compiled=False).peak_bytes_per_device > peaks[0] > peaks[1] > peaks[2] > peaks[3]
+    ]
+    assert all(
+        remedy.config.model.remat == "full" and remedy.config.batch_size == 512 for remedy in found
+    )
+    peaks = [
+        plan(remedy.config, remedy.slice_, compiled=False).peak_bytes_per_device for remedy in found
+    ]
+    assert (
+        plan(run, slice_, compiled=False).peak_bytes_per_device
+        > peaks[0]
+        > peaks[1]
+        > peaks[2]
+        > peaks[3]
+    )
 
 
 @pytest.mark.parametrize(
     ("mesh", "moved"),
     [
-        ({"preset": "v5e-64"}, ("--config.mesh.preset=v5e-256",)), ({"data": 64}, ("--config.mesh.data=-1",)),
-        ({"data": 16, "expert": -1}, ()), ({"data": -1, "model": 4}, ()),
+        ({"preset": "v5e-64"}, ("--config.mesh.preset=v5e-256",)),
+        ({"data": 64}, ("--config.mesh.data=-1",)),
+        ({"data": 16, "expert": -1}, ()),
+        ({"data": -1, "model": 4}, ()),
     ],
-)  # fmt: skip
+)
 def test_a_larger_slice_comes_with_what_the_mesh_then_needs(mesh, moved):
     run, slice_ = config(), topology("v5e-64")
     *_, last = remedies(placed(run.replace(mesh=MeshConfig(**mesh)), slice_, 1), slice_)
@@ -99,11 +121,17 @@ def test_a_larger_slice_comes_with_what_the_mesh_then_needs(mesh, moved):
 def test_a_preset_of_one_device_is_advised_a_slice_that_is_a_preset():
     run = config(name="dense_600m")
     run = placed(run.replace(mesh=MeshConfig(preset="1-device")), topology("v5e-1"), 1)
-    assert [remedy.flags[0] for remedy in remedies(run, topology("v5e-1"))] == ["--topology=v5e-64", "--topology=v5e-256"]
+    assert [remedy.flags[0] for remedy in remedies(run, topology("v5e-1"))] == [
+        "--topology=v5e-64",
+        "--topology=v5e-256",
+    ]
 
 
 def test_what_the_compiler_wanted_is_read_from_its_complaint():
-    wanted = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, temporaries (21.40G) exceeds available HBM (15.75G)."
+    wanted = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, temporaries "
+        "(21.40G) exceeds available HBM (15.75G)."
+    )
     assert planning._needed(wanted) == 21.4 * GIB
     assert planning._needed("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: 17.1M") is None
     assert planning._needed("INTERNAL: HBM (1.0G)") is None
@@ -126,25 +154,49 @@ def test_a_fixed_mesh_is_kept_or_refused_by_name():
 
 def command(*flags):
     line = [sys.executable, "-m", "experiments.plan", *flags]
-    done = subprocess.run(line, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        line,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def test_the_command_prints_json_and_says_what_would_fit():
-    code, out, err = command("--topology=v5e-64", "--sequences_per_device=16", "--nocompile", "--json")
-    assert code == 0 and "fits with --config.accumulation=2 --config.batch_size=1024: 8 sequences a device" in err, err
+    code, out, err = command(
+        "--topology=v5e-64", "--sequences_per_device=16", "--nocompile", "--json"
+    )
+    assert (
+        code == 0
+        and "fits with --config.accumulation=2 --config.batch_size=1024: 8 sequences a device"
+        in err
+    ), err
     found = json.loads(out)
-    promised = "params_total params_active peak_bytes_per_device hbm_bytes_per_device fits flops_per_step step_seconds mfu"
+    promised = (
+        "params_total params_active peak_bytes_per_device hbm_bytes_per_device fits "
+        "flops_per_step step_seconds mfu"
+    )
     assert {*promised.split(), "tokens_per_second", "chip_hours", "source"} <= set(found)
     assert found["source"] == "analytic" and found["fits"] is False
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "sequences", "limit"), [("v5p-64", 4, 11.0), ("v5e-64", 6, 15.75), ("v6e-64", 4, 10.0)])
+@pytest.mark.parametrize(
+    ("where", "sequences", "limit"),
+    [("v5p-64", 4, 11.0), ("v5e-64", 6, 15.75), ("v6e-64", 4, 10.0)],
+)
 def test_the_main_run_fits_by_xlas_own_analysis(where, sequences, limit):
     pytest.importorskip("libtpu", reason="needs the extra: pip install -e '.[plan]'")
     slice_batch = topology(where).chips * sequences
-    code, out, err = command(f"--topology={where}", f"--sequences_per_device={sequences}", f"--config.batch_size={slice_batch}", "--json")
+    code, out, err = command(
+        f"--topology={where}",
+        f"--sequences_per_device={sequences}",
+        f"--config.batch_size={slice_batch}",
+        "--json",
+    )
     assert code == 0, err
     found = json.loads(out)
     assert found["source"] == "compiled" and found["peak_bytes_per_device"] <= limit * GIB

@@ -1,4 +1,5 @@
-"""Placement: every parameter has a rule, a mesh axis is used once in an array, and sizes that do not divide are refused by name."""
+"""Placement: every parameter has a rule, a mesh axis is used once in an array, and sizes that do
+not divide are refused by name."""
 
 import chex
 import flax.linen as nn
@@ -17,15 +18,27 @@ from kha_jax.model import ModelConfig
 from kha_jax.parameters import Numerics
 from kha_jax.planning import TOPOLOGIES, topology
 from kha_jax.sharding import (
-    MESH_AXES, PRESETS, RULES, MeshConfig, batch_sharding, constrain, hybrid_devices, local_rows, make_mesh, spec, tree_shardings,
+    MESH_AXES,
+    PRESETS,
+    RULES,
+    MeshConfig,
+    batch_sharding,
+    constrain,
+    hybrid_devices,
+    local_rows,
+    make_mesh,
+    spec,
+    tree_shardings,
     using,
-)  # fmt: skip
+)
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2)]
 
 
 def mesh_of(data: int, expert: int, model: int) -> jax.sharding.Mesh:
-    return make_mesh(MeshConfig(data=data, expert=expert, model=model), jax.devices()[: data * expert * model])
+    return make_mesh(
+        MeshConfig(data=data, expert=expert, model=model), jax.devices()[: data * expert * model]
+    )
 
 
 def shape_of(*shape: int, axes: tuple[str | None, ...]) -> nn.LogicallyPartitioned:
@@ -37,20 +50,31 @@ def test_the_tests_have_eight_devices():
 
 
 def test_spec_follows_the_rules():
-    assert spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(None, ("data", "expert"), "model", None)
+    assert spec(("layers", "embed", "heads", "head_dim")) == PartitionSpec(
+        None, ("data", "expert"), "model", None
+    )
     assert spec(("vocabulary", "embed")) == PartitionSpec("model", ("data", "expert"))
     assert spec(("batch", "length", None)) == PartitionSpec(("data", "expert"), None, None)
-    assert spec(("expert", "expert_embed", "feed_forward")) == PartitionSpec("expert", "data", "model")
+    assert spec(("expert", "expert_embed", "feed_forward")) == PartitionSpec(
+        "expert", "data", "model"
+    )
     assert spec(()) == PartitionSpec()
 
 
 def test_rules_name_mesh_axes_only():
     for logical, part in RULES.items():
-        assert {part} - {None} <= set(MESH_AXES) if not isinstance(part, tuple) else set(part) <= set(MESH_AXES), logical
+        assert (
+            {part} - {None} <= set(MESH_AXES)
+            if not isinstance(part, tuple)
+            else set(part) <= set(MESH_AXES)
+        ), logical
 
 
 def test_spec_refuses_an_unknown_name():
-    with pytest.raises(ValueError, match=r"^layers/query: logical axis 'haeds' has no rule; known are batch, .*heads"):
+    with pytest.raises(
+        ValueError,
+        match=r"^layers/query: logical axis 'haeds' has no rule; known are batch, .*heads",
+    ):
         spec(("embed", "haeds"), "layers/query")
 
 
@@ -87,7 +111,11 @@ def test_mesh_shape(sizes, devices, shape):
     "sizes, devices, found",
     [
         ({"data": 4}, 8, "data=4 x expert=1 x model=1 does not make 8 devices"),
-        ({"data": 4, "expert": 2, "model": 2}, 8, "data=4 x expert=2 x model=2 does not make 8 devices"),
+        (
+            {"data": 4, "expert": 2, "model": 2},
+            8,
+            "data=4 x expert=2 x model=2 does not make 8 devices",
+        ),
         ({"model": 3}, 8, "data=-1 x expert=1 x model=3 does not make 8 devices"),
         ({"model": 16}, 8, "data=-1 x expert=1 x model=16 does not make 8 devices"),
     ],
@@ -104,7 +132,10 @@ def test_mesh_of_the_wrong_size(sizes, devices, found):
         ({"data": 0}, "data: must be positive, or -1 to take the rest, found 0"),
         ({"model": -2}, "model: must be positive, or -1 to take the rest, found -2"),
         ({"data": -1, "model": -1}, "data: only one axis may be -1, found data and model"),
-        ({"data": 1, "expert": -1, "model": -1}, "expert: only one axis may be -1, found expert and model"),
+        (
+            {"data": 1, "expert": -1, "model": -1},
+            "expert: only one axis may be -1, found expert and model",
+        ),
     ],
 )
 def test_impossible_meshes(sizes, problem):
@@ -116,7 +147,8 @@ def test_impossible_meshes(sizes, problem):
 def test_make_mesh():
     mesh = make_mesh(MeshConfig(data=2, model=4))
     assert dict(mesh.shape) == {"data": 2, "expert": 1, "model": 4}
-    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}  # linen's constraints fail under Explicit, jax's default
+    # linen's constraints fail under Explicit, jax's default
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert mesh_of(1, 1, 2).devices.ravel().tolist() == jax.devices()[:2]
 
 
@@ -124,15 +156,24 @@ def model(mixer: str = "none", **fields) -> ModelConfig:
     """Every axis divides by 8, as the largest mesh here asks."""
     sizes = {"projection": GroupedQuery(query_heads=8, kv_heads=8, head_dim=4), "kernel": "chunked"}
     slots = {slot: STREAM_MIXERS[mixer]() for slot in ("query", "key", "value")}
-    return ModelConfig(**{
-        "layers": 2, "width": 16, "vocabulary_size": 24, "attention": AttentionConfig(**sizes, **slots),
-        "feed_forward": SwiGLU(width=32), "numerics": Numerics(dtype="float32", init_std=0.5), **fields,
-    })  # fmt: skip
+    return ModelConfig(
+        **{
+            "layers": 2,
+            "width": 16,
+            "vocabulary_size": 24,
+            "attention": AttentionConfig(**sizes, **slots),
+            "feed_forward": SwiGLU(width=32),
+            "numerics": Numerics(dtype="float32", init_std=0.5),
+            **fields,
+        }
+    )
 
 
 def boxed_shapes(config: ModelConfig):
     """Parameters as shapes with their logical axes: nothing is computed."""
-    return jax.eval_shape(config.build().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    return jax.eval_shape(config.build().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))[
+        "params"
+    ]
 
 
 def boxes(tree) -> list[nn.LogicallyPartitioned]:
@@ -148,10 +189,14 @@ def test_every_parameter_has_a_rule(mixer, stack):
         assert len(leaf.names) == leaf.value.ndim
         assert None not in leaf.names and set(leaf.names) <= set(RULES)
         spec(leaf.names)
-    assert sum("layers" in leaf.names for leaf in leaves) == len(leaves) - 3  # two embeddings and the final norm
+    # two embeddings and the final norm
+    assert sum("layers" in leaf.names for leaf in leaves) == len(leaves) - 3
     # What every device holds whole is small: the knocking matrices and the q/k norms.
     whole = [leaf for leaf in leaves if not any(spec(leaf.names))]
-    assert all({"knock_in", "knock_out"} < set(leaf.names) or leaf.names == ("layers", "head_dim") for leaf in whole)
+    assert all(
+        {"knock_in", "knock_out"} < set(leaf.names) or leaf.names == ("layers", "head_dim")
+        for leaf in whole
+    )
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -161,7 +206,10 @@ def test_tree_shardings_of_the_transformer(sizes):
     shardings = tree_shardings(shapes, mesh)
     for leaf, sharding in zip(boxes(shapes), jax.tree.leaves(shardings), strict=True):
         assert sharding.mesh == mesh
-        ways = [np.prod([mesh.shape[a] for a in np.atleast_1d(part or [])], dtype=int) for part in spec(leaf.names)]
+        ways = [
+            np.prod([mesh.shape[a] for a in np.atleast_1d(part or [])], dtype=int)
+            for part in spec(leaf.names)
+        ]
         assert sharding.shard_shape(leaf.value.shape) == tuple(np.array(leaf.value.shape) // ways)
     assert jax.tree.structure(shardings) == jax.tree.structure(nn.unbox(shapes))
 
@@ -174,10 +222,22 @@ def test_unboxed_leaves_are_replicated():
 @pytest.mark.parametrize(
     "sizes, leaf, problem",
     [
-        ((1, 1, 8), shape_of(16, 6, 4, axes=("embed", "heads", "head_dim")), "dimension 'heads' of 6 does not divide into 8"),
-        ((4, 1, 2), shape_of(24, 18, axes=("vocabulary", "embed")), "dimension 'embed' of 18 does not divide into 4"),
+        (
+            (1, 1, 8),
+            shape_of(16, 6, 4, axes=("embed", "heads", "head_dim")),
+            "dimension 'heads' of 6 does not divide into 8",
+        ),
+        (
+            (4, 1, 2),
+            shape_of(24, 18, axes=("vocabulary", "embed")),
+            "dimension 'embed' of 18 does not divide into 4",
+        ),
         # 4 divides by each of data and expert, but not by both.
-        ((4, 2, 1), shape_of(4, 3, axes=("batch", "length")), "dimension 'batch' of 4 does not divide into 8"),
+        (
+            (4, 2, 1),
+            shape_of(4, 3, axes=("batch", "length")),
+            "dimension 'batch' of 4 does not divide into 8",
+        ),
     ],
 )
 def test_dimensions_that_do_not_divide_are_named(sizes, leaf, problem):
@@ -189,7 +249,13 @@ def test_dimensions_that_do_not_divide_are_named(sizes, leaf, problem):
 
 def test_the_transformer_names_the_parameter_that_does_not_divide():
     shapes = boxed_shapes(model().replace(feed_forward=SwiGLU(width=12)))
-    with pytest.raises(ValueError, match="^config.mesh: layers/feed_forward/down: dimension 'feed_forward' of 12 does not divide into 8"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "^config.mesh: layers/feed_forward/down: dimension 'feed_forward' of 12 does not "
+            "divide into 8"
+        ),
+    ):
         tree_shardings(shapes, mesh_of(1, 1, 8))
 
 
@@ -215,20 +281,26 @@ def test_constrain_places_activations_inside_a_mesh_only():
 
 
 def test_sharded_equals_unsharded():
-    """Parameters born in their shards and the loss of a sharded batch: the same numbers as on one device."""
+    """Parameters born in their shards and the loss of a sharded batch: the same numbers as on one
+    device."""
     config = model("linear")
     module, T = config.build(), 6
     tokens_BT = jax.random.randint(jax.random.key(1), (8, T), 0, config.vocabulary_size)
     batch = {
-        "tokens": tokens_BT, "targets": jnp.roll(tokens_BT, -1, axis=1), "segment_ids": jnp.zeros_like(tokens_BT),
-        "positions": jnp.broadcast_to(jnp.arange(T), (8, T)), "weights": jnp.ones((8, T), jnp.float32),
-    }  # fmt: skip
+        "tokens": tokens_BT,
+        "targets": jnp.roll(tokens_BT, -1, axis=1),
+        "segment_ids": jnp.zeros_like(tokens_BT),
+        "positions": jnp.broadcast_to(jnp.arange(T), (8, T)),
+        "weights": jnp.ones((8, T), jnp.float32),
+    }
 
     def born(key):
         return nn.unbox(module.init(key, tokens_BT)["params"])
 
     def gradient(params, batch):
-        return jax.value_and_grad(lambda p: module.apply({"params": p}, batch, method="loss")[0])(params)
+        return jax.value_and_grad(lambda p: module.apply({"params": p}, batch, method="loss")[0])(
+            params
+        )
 
     mesh = mesh_of(2, 2, 2)
     shardings = tree_shardings(boxed_shapes(config), mesh)
@@ -251,13 +323,19 @@ def test_presets_say_where_a_run_belongs():
         MeshConfig(preset="v5p-64").shape(64)
     with pytest.raises(ConfigError, match="preset: 'v5p-46' is not known; did you mean 'v5p-64'"):
         MeshConfig(preset="v5p-46")
-    assert make_mesh(MeshConfig(preset="1-device")).size == 1 and make_mesh(MeshConfig(preset="1-host")).size == 8
-    assert all(topology(name).chips == chips for name, chips in PRESETS.items() if name in TOPOLOGIES)
+    assert (
+        make_mesh(MeshConfig(preset="1-device")).size == 1
+        and make_mesh(MeshConfig(preset="1-host")).size == 8
+    )
+    assert all(
+        topology(name).chips == chips for name, chips in PRESETS.items() if name in TOPOLOGIES
+    )
     assert set(PRESETS) - set(TOPOLOGIES) == {"1-device", "1-host"}
 
 
 def test_only_data_spans_slices():
-    """Sixteen stand-ins in two slices of eight: neighbours along expert and model share a slice, the halves of data do not."""
+    """Sixteen stand-ins in two slices of eight: neighbours along expert and model share a slice,
+    the halves of data do not."""
 
     class Device:
         platform, device_kind, process_index = "cpu", "cpu", 0

@@ -1,4 +1,5 @@
-"""python -m experiments.train as a user runs it: subprocesses that finish, are stopped, are killed, and go on."""
+"""python -m experiments.train as a user runs it: subprocesses that finish, are stopped, are killed,
+and go on."""
 
 import json
 import os
@@ -17,10 +18,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 60
 SMALL = (
-    f"--config.steps={STEPS}", "--config.batch_size=4", "--config.seq_len=64", "--config.model.layers=2",
-    "--config.model.width=32", "--config.model.attention.projection.head_dim=8", "--config.model.feed_forward.width=64",
-    "--config.evaluation.every=20", "--config.evaluation.batches=2", "--config.checkpoint.every=15",
-)  # fmt: skip
+    f"--config.steps={STEPS}",
+    "--config.batch_size=4",
+    "--config.seq_len=64",
+    "--config.model.layers=2",
+    "--config.model.width=32",
+    "--config.model.attention.projection.head_dim=8",
+    "--config.model.feed_forward.width=64",
+    "--config.evaluation.every=20",
+    "--config.evaluation.batches=2",
+    "--config.checkpoint.every=15",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,14 @@ def cache(tmp_path_factory):
 def start(cache, workdir, *flags, base=SMALL):
     environment = {**os.environ, "KHA_JAX_CACHE": str(cache), "XLA_FLAGS": ""}
     command = [sys.executable, "-m", "experiments.train", *base, f"--workdir={workdir}", *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process):
@@ -65,7 +80,13 @@ def assert_same_end(workdir, golden):
     (step, state), (golden_step, golden_state) = final_state(workdir), final_state(golden)
     assert step == golden_step == STEPS
     jax.tree.map(np.testing.assert_array_equal, state, golden_state)
-    strip = lambda rows: [{k: v for k, v in row.items() if k in ("step", "loss", "grad_norm", "val_loss")} for row in rows]  # noqa: E731
+
+    def strip(rows):
+        return [
+            {k: v for k, v in row.items() if k in ("step", "loss", "grad_norm", "val_loss")}
+            for row in rows
+        ]
+
     assert strip(lines(workdir)) == strip(lines(golden))
 
 
@@ -82,12 +103,16 @@ def test_a_run_leaves_what_the_readme_promises(golden):
     rows = lines(workdir)
     training = [row for row in rows if "grad_norm" in row]
     assert [row["step"] for row in training] == list(range(1, STEPS + 1))
-    assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_fraction"} <= set(training[0])
+    assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_fraction"} <= set(
+        training[0]
+    )
     evaluations = [row for row in rows if "val_loss" in row]
     assert [row["step"] for row in evaluations] == [20, 40, 60]
     assert evaluations[-1]["val_bits_per_byte"] < evaluations[0]["val_bits_per_byte"]
     assert training[-1]["loss"] < training[0]["loss"]
-    assert json.loads((workdir / "config.json").read_text())["model"]["attention"]["value"] == {"kind": "mlp"}
+    assert json.loads((workdir / "config.json").read_text())["model"]["attention"]["value"] == {
+        "kind": "mlp"
+    }
     assert "try" in out and "from scratch" in out
 
 
@@ -127,7 +152,9 @@ def test_a_run_stopped_on_an_evaluation_step_evaluates_when_it_resumes(golden, c
     wait_for(lambda: steps_done(tmp_path) > stopped, process)
     process.kill()
     process.wait()
-    assert [row["step"] for row in lines(tmp_path) if "val_loss" in row][:stopped] == list(range(1, stopped + 1))
+    assert [row["step"] for row in lines(tmp_path) if "val_loss" in row][:stopped] == list(
+        range(1, stopped + 1)
+    )
 
 
 def test_a_killed_run_resumes_bit_equal(golden, cache, tmp_path):
@@ -135,7 +162,9 @@ def test_a_killed_run_resumes_bit_equal(golden, cache, tmp_path):
     wait_for(lambda: steps_done(tmp_path) >= 22, process)
     process.kill()
     process.wait()
-    (tmp_path / "checkpoints" / "00000777").mkdir()  # as a save leaves it when it is killed at its start
+    (
+        tmp_path / "checkpoints" / "00000777"
+    ).mkdir()  # as a save leaves it when it is killed at its start
     code, out, err = finish(start(cache, tmp_path))
     assert code == 0, err
     assert "passed over" in err
@@ -146,9 +175,12 @@ def test_a_killed_run_resumes_bit_equal(golden, cache, tmp_path):
 def test_a_killed_mixture_with_micro_batches_resumes_bit_equal(cache, tmp_path):
     """The routers' biases, recomputed layers and accumulated counts come back too."""
     flags = (
-        "--config=configs/kha_moe_tiny.py", *(flag for flag in SMALL if "feed_forward" not in flag),
-        "--config.model.feed_forward.width=16", "--config.accumulation=2", "--config.model.remat=full",
-    )  # fmt: skip
+        "--config=configs/kha_moe_tiny.py",
+        *(flag for flag in SMALL if "feed_forward" not in flag),
+        "--config.model.feed_forward.width=16",
+        "--config.accumulation=2",
+        "--config.model.remat=full",
+    )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, _, err = finish(start(cache, whole, base=flags))
     assert code == 0, err
@@ -164,11 +196,20 @@ def test_a_killed_mixture_with_micro_batches_resumes_bit_equal(cache, tmp_path):
 
 def test_a_damaged_newest_checkpoint_is_passed_over(golden, cache, tmp_path):
     process = start(cache, tmp_path)
-    wait_for(lambda: len(list(tmp_path.glob("checkpoints/*/MANIFEST.json"))) == 2 or steps_done(tmp_path) > 50, process)
+    wait_for(
+        lambda: (
+            len(list(tmp_path.glob("checkpoints/*/MANIFEST.json"))) == 2
+            or steps_done(tmp_path) > 50
+        ),
+        process,
+    )
     process.kill()
     process.wait()
     newest = max(tmp_path.glob("checkpoints/*/MANIFEST.json")).parent
-    victim = max((p for p in newest.rglob("*") if p.is_file() and p.name != "MANIFEST.json"), key=lambda p: p.stat().st_size)
+    victim = max(
+        (p for p in newest.rglob("*") if p.is_file() and p.name != "MANIFEST.json"),
+        key=lambda p: p.stat().st_size,
+    )
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
@@ -196,7 +237,10 @@ def test_resuming_with_another_config_is_refused_unless_allowed(golden, cache, t
     finish(process)
     flag = "--config.optimizer.learning_rate=0.001"
     code, _, err = finish(start(cache, tmp_path, flag))
-    assert code == 2 and "config.optimizer.learning_rate: this run began with 0.003, found 0.001" in err
+    assert (
+        code == 2
+        and "config.optimizer.learning_rate: this run began with 0.003, found 0.001" in err
+    )
     code, _, err = finish(start(cache, tmp_path, flag, "--allow_changes=optimizer.learning_rate"))
     assert code == 0 and "0.003 -> 0.001" in err
 
@@ -221,7 +265,10 @@ BAD = [
     ("--config.mesh.data=3", "does not make 1 devices"),
     ("--config=configs/none.py", "no file configs/none.py"),
     ("--config=configs/kha_tiny.py:mlpp", "config variant 'mlpp' is not known"),
-    ("--config.model.attention.kernel=cudnn", "config.model.attention.kernel: 'cudnn' runs on a gpu, found cpu"),
+    (
+        "--config.model.attention.kernel=cudnn",
+        "config.model.attention.kernel: 'cudnn' runs on a gpu, found cpu",
+    ),
     ("--workdirs=x", "did you mean 'workdir'?"),
 ]
 
@@ -234,16 +281,26 @@ def test_bad_flags_are_one_line_and_exit_2(cache, tmp_path, flag, message):
 
 
 def test_print_config_shows_the_resolved_config(cache, tmp_path):
-    code, out, _ = finish(start(cache, tmp_path, "--print_config", "--config.model.attention.value.kind=linear"))
+    code, out, _ = finish(
+        start(cache, tmp_path, "--print_config", "--config.model.attention.value.kind=linear")
+    )
     assert code == 0
     assert json.loads(out)["model"]["attention"]["value"] == {
-        "kind": "linear", "diag_init": 1.0, "parameterization": "direct", "apply": "auto"
-    }  # fmt: skip
+        "kind": "linear",
+        "diag_init": 1.0,
+        "parameterization": "direct",
+        "apply": "auto",
+    }
     assert not list(tmp_path.iterdir())
 
 
 def test_a_profile_is_written(cache, tmp_path):
-    flags = ("--config.profile.start=1", "--config.profile.stop=3", "--config.checkpoint.every=2", "--config.checkpoint.keep=9")
+    flags = (
+        "--config.profile.start=1",
+        "--config.profile.stop=3",
+        "--config.checkpoint.every=2",
+        "--config.checkpoint.keep=9",
+    )
     code, _, err = finish(start(cache, tmp_path, "--config.steps=4", *flags))
     assert code == 0 and list((tmp_path / "profile").rglob("*.xplane.pb")), err
     shutil.rmtree(tmp_path / "checkpoints" / "00000004")  # resume in the middle of the traced steps
@@ -252,6 +309,13 @@ def test_a_profile_is_written(cache, tmp_path):
 
 
 def test_steps_that_are_never_finite_stop_the_run_with_its_own_code(cache, tmp_path):
-    code, _, err = finish(start(cache, tmp_path, "--config.optimizer.learning_rate=1e38", "--config.max_nonfinite_steps=3"))
+    code, _, err = finish(
+        start(
+            cache,
+            tmp_path,
+            "--config.optimizer.learning_rate=1e38",
+            "--config.max_nonfinite_steps=3",
+        )
+    )
     assert code == 76 and "not applied" in err and "examples" in err
     assert sum(row.get("nonfinite", 0) for row in lines(tmp_path)) >= 3

@@ -1,4 +1,5 @@
-"""The training step: accumulation, non-finite steps, optimiser roles, and one device against eight."""
+"""The training step: accumulation, non-finite steps, optimiser roles, and one device against
+eight."""
 
 import functools
 
@@ -17,37 +18,66 @@ from kha_jax.data.loader import to_device
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import LossConfig, ModelConfig
 from kha_jax.moe import MoE
-from kha_jax.optimizer import KnockingOptimizerConfig, OptimizerConfig, learning_rate, make, roles, schedule
+from kha_jax.optimizer import (
+    KnockingOptimizerConfig,
+    OptimizerConfig,
+    learning_rate,
+    make,
+    roles,
+    schedule,
+)
 from kha_jax.parameters import Numerics
 from kha_jax.sharding import MeshConfig
 from kha_jax.training import RunConfig, make_trainer
 
 ATTENTION = AttentionConfig(
-    projection=GroupedQuery(query_heads=4, kv_heads=4, head_dim=8), value=KnockingMLP(), query=KnockingLinear()
+    projection=GroupedQuery(query_heads=4, kv_heads=4, head_dim=8),
+    value=KnockingMLP(),
+    query=KnockingLinear(),
 )
 MODEL = ModelConfig(
-    layers=2, width=32, vocabulary_size=64, attention=ATTENTION, feed_forward=SwiGLU(width=64), numerics=Numerics(dtype="float32"),
+    layers=2,
+    width=32,
+    vocabulary_size=64,
+    attention=ATTENTION,
+    feed_forward=SwiGLU(width=64),
+    numerics=Numerics(dtype="float32"),
     loss=LossConfig(z_loss=1e-3, chunk_tokens=64),
-)  # fmt: skip
+)
 RUN = RunConfig(
-    steps=20, batch_size=8, seq_len=16, model=MODEL, data=data.MultiQueryAssociativeRecall(pairs=4, vocabulary=64),
-    mesh=MeshConfig(data=1), optimizer=OptimizerConfig(learning_rate=1e-2),
-)  # fmt: skip
+    steps=20,
+    batch_size=8,
+    seq_len=16,
+    model=MODEL,
+    data=data.MultiQueryAssociativeRecall(pairs=4, vocabulary=64),
+    mesh=MeshConfig(data=1),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+)
 
 
 def random_batch(seed=0, uneven=True):
     random = np.random.default_rng(seed)
     ids = random.integers(0, 64, (8, 17)).astype(np.int32)
-    weights = (random.random((8, 16)) < (np.arange(8)[:, None] + 1) / 9 if uneven else np.ones((8, 16))).astype(np.float32)
+    weights = (
+        random.random((8, 16)) < (np.arange(8)[:, None] + 1) / 9 if uneven else np.ones((8, 16))
+    ).astype(np.float32)
     segment_ids = (np.arange(16) > 9).astype(np.int32) * np.ones((8, 1), np.int32)
     positions = np.where(segment_ids, np.arange(16) - 10, np.arange(16)).astype(np.int32)
-    return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "positions": positions, "segment_ids": segment_ids, "weights": weights}
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "positions": positions,
+        "segment_ids": segment_ids,
+        "weights": weights,
+    }
 
 
 @functools.cache
 def fresh(model):
     """Initial parameters, compiled once for all meshes and optimisers."""
-    trainer = make_trainer(RUN.replace(model=model), sharding.make_mesh(RUN.mesh, jax.devices()[:1]))
+    trainer = make_trainer(
+        RUN.replace(model=model), sharding.make_mesh(RUN.mesh, jax.devices()[:1])
+    )
     return jax.device_get(jax.jit(trainer.init)(jax.random.key(0)).params)
 
 
@@ -57,9 +87,16 @@ def begun(config, devices=1):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
     trainer = make_trainer(config, mesh)
     zeros = jax.tree.map(lambda z: np.zeros(z.shape, z.dtype), trainer.abstract)
-    state = jax.device_put(zeros._replace(params=fresh(config.model.replace(remat="none", stack="scan"))), trainer.shardings)
+    state = jax.device_put(
+        zeros._replace(params=fresh(config.model.replace(remat="none", stack="scan"))),
+        trainer.shardings,
+    )
     step = jax.jit(trainer.train_step, out_shardings=(trainer.shardings, None))
-    return trainer, state, lambda state, batch: step(state, to_device(batch, sharding.batch_sharding(mesh), 8))
+    return (
+        trainer,
+        state,
+        lambda state, batch: step(state, to_device(batch, sharding.batch_sharding(mesh), 8)),
+    )
 
 
 @functools.cache
@@ -74,7 +111,8 @@ def trained(config, devices=1, steps=3):
 
 
 def test_accumulation_is_weighted_by_tokens():
-    """Micro-batches with very different token counts give the whole batch's step, not the mean of their means."""
+    """Micro-batches with very different token counts give the whole batch's step, not the mean of
+    their means."""
     _, whole, whole_metrics = trained(RUN)
     _, parts, parts_metrics = trained(RUN.replace(accumulation=4))
     for a, b in zip(whole_metrics, parts_metrics):
@@ -98,8 +136,14 @@ VARIANTS = {
     "gqa": (GroupedQuery(query_heads=8, kv_heads=2, head_dim=8), KnockingGate()),
     "mqa": (GroupedQuery(query_heads=8, kv_heads=1, head_dim=8), KnockingMLP()),
     "gta": (GroupedTied(query_heads=8, kv_heads=4, head_dim=8), KnockingMLP()),
-    "mla": (Latent(query_heads=8, head_dim=8, value_dim=8, rope_dim=4, kv_lora=16, q_lora=16), KnockingLinear()),
-    "gla": (Latent(query_heads=8, head_dim=8, value_dim=8, rope_dim=4, kv_lora=16, groups=2), KnockingLinear()),
+    "mla": (
+        Latent(query_heads=8, head_dim=8, value_dim=8, rope_dim=4, kv_lora=16, q_lora=16),
+        KnockingLinear(),
+    ),
+    "gla": (
+        Latent(query_heads=8, head_dim=8, value_dim=8, rope_dim=4, kv_lora=16, groups=2),
+        KnockingLinear(),
+    ),
     "mixture": (GroupedQuery(query_heads=8, kv_heads=4, head_dim=8), KnockingLinear()),
 }
 
@@ -111,10 +155,14 @@ def test_every_variant_trains_on_every_mesh_as_on_one_device(name, mesh):
     """The losses of 20 steps to 1e-5."""
     projection, mixer = VARIANTS[name]
     feed_forward = MoE(experts=8, top_k=2, width=16) if name == "mixture" else MODEL.feed_forward
-    model = MODEL.replace(attention=AttentionConfig(projection=projection, value=mixer), feed_forward=feed_forward)
+    model = MODEL.replace(
+        attention=AttentionConfig(projection=projection, value=mixer), feed_forward=feed_forward
+    )
     config = RUN.replace(model=model, optimizer=OptimizerConfig(learning_rate=1e-3))
     one = trained(config, steps=20)[2]
-    eight = trained(config.replace(mesh=MeshConfig(**dict(zip(sharding.MESH_AXES, mesh)))), devices=8, steps=20)[2]
+    eight = trained(
+        config.replace(mesh=MeshConfig(**dict(zip(sharding.MESH_AXES, mesh)))), devices=8, steps=20
+    )[2]
     np.testing.assert_allclose([m["loss"] for m in eight], [m["loss"] for m in one], rtol=1e-5)
 
 
@@ -129,8 +177,12 @@ def test_parameters_and_optimiser_state_are_born_sharded():
 
 def test_a_kernel_that_needs_long_rows_still_makes_its_parameters():
     model = MODEL.replace(attention=ATTENTION.replace(kernel="splash"))
-    trainer = make_trainer(RUN.replace(model=model), sharding.make_mesh(RUN.mesh, jax.devices()[:1]))
-    chex.assert_trees_all_equal_shapes_and_dtypes(trainer.abstract.params, trained(RUN)[0].abstract.params)
+    trainer = make_trainer(
+        RUN.replace(model=model), sharding.make_mesh(RUN.mesh, jax.devices()[:1])
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        trainer.abstract.params, trained(RUN)[0].abstract.params
+    )
 
 
 def test_a_non_finite_step_changes_nothing_but_the_step():
@@ -163,20 +215,33 @@ def test_evaluation_sums_agree_with_training_loss():
 
 
 AXES = {
-    "kernel": ("layers", "embed", "feed_forward"), "norm": ("layers", "embed"), "final_norm": ("embed",),
-    "table": ("vocabulary", "embed"), "knock": ("layers", "knock_in", "knock_out"),
-}  # fmt: skip
+    "kernel": ("layers", "embed", "feed_forward"),
+    "norm": ("layers", "embed"),
+    "final_norm": ("embed",),
+    "table": ("vocabulary", "embed"),
+    "knock": ("layers", "knock_in", "knock_out"),
+}
 
 
 def test_roles_follow_from_logical_axes():
-    assert roles(AXES) == {"kernel": "weight", "norm": "vector", "final_norm": "vector", "table": "weight", "knock": "knocking"}
+    assert roles(AXES) == {
+        "kernel": "weight",
+        "norm": "vector",
+        "final_norm": "vector",
+        "table": "weight",
+        "knock": "knocking",
+    }
 
 
 def one_update(config, knock, initial=None):
     """Parameters after one update with zero gradients: what decay alone does."""
     params = {
-        "kernel": jnp.ones((2, 3, 4)), "norm": jnp.ones((2, 3)), "final_norm": jnp.ones(3), "table": jnp.ones((5, 3)), "knock": knock
-    }  # fmt: skip
+        "kernel": jnp.ones((2, 3, 4)),
+        "norm": jnp.ones((2, 3)),
+        "final_norm": jnp.ones(3),
+        "table": jnp.ones((5, 3)),
+        "knock": knock,
+    }
     tx = make(config, 10, AXES, initial)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     return jax.tree.map(lambda p, u: p + u, params, updates)
@@ -184,51 +249,91 @@ def one_update(config, knock, initial=None):
 
 @pytest.mark.parametrize("decay", ["weights", "none", "to_identity"])
 def test_weight_decay_by_role(decay):
-    config = OptimizerConfig(learning_rate=0.5, weight_decay=0.1, warmup_fraction=0, knocking=KnockingOptimizerConfig(decay=decay))
+    config = OptimizerConfig(
+        learning_rate=0.5,
+        weight_decay=0.1,
+        warmup_fraction=0,
+        knocking=KnockingOptimizerConfig(decay=decay),
+    )
     eye = jnp.broadcast_to(jnp.eye(4), (2, 4, 4))
     rate = float(schedule(config, 10)(0))
-    after = one_update(config, 3 * eye, {name: eye if name == "knock" else jnp.zeros(()) for name in AXES})
+    after = one_update(
+        config, 3 * eye, {name: eye if name == "knock" else jnp.zeros(()) for name in AXES}
+    )
     np.testing.assert_allclose(after["kernel"], 1 - rate * 0.1, rtol=1e-6)
     np.testing.assert_allclose(after["table"], 1 - rate * 0.1, rtol=1e-6)
     np.testing.assert_array_equal(after["norm"], 1)
     np.testing.assert_array_equal(after["final_norm"], 1)
-    expected = {"weights": 3 - rate * 0.1 * 3, "none": 3.0, "to_identity": 3 - rate * 0.1 * 2}[decay]
+    expected = {"weights": 3 - rate * 0.1 * 3, "none": 3.0, "to_identity": 3 - rate * 0.1 * 2}[
+        decay
+    ]
     np.testing.assert_allclose(after["knock"], expected * eye, rtol=1e-6)
 
 
 def test_to_identity_in_a_run_pulls_to_the_initial_matrices():
-    """With decay to the initial value, a fresh model's mixers move by their gradients only, whatever the decay's strength."""
+    """With decay to the initial value, a fresh model's mixers move by their gradients only,
+    whatever the decay's strength."""
     strong, none = (
-        trained(RUN.replace(optimizer=OptimizerConfig(weight_decay=decay, knocking=KnockingOptimizerConfig(decay="to_identity"))), steps=1)
+        trained(
+            RUN.replace(
+                optimizer=OptimizerConfig(
+                    weight_decay=decay, knocking=KnockingOptimizerConfig(decay="to_identity")
+                )
+            ),
+            steps=1,
+        )
         for decay in (50.0, 0.0)
     )
-    mixers = lambda result: result[1].params["layers"]["attention"]["value_mixer"]  # noqa: E731
+
+    def mixers(result):
+        return result[1].params["layers"]["attention"]["value_mixer"]
+
     chex.assert_trees_all_equal(mixers(strong), mixers(none))
 
 
 def test_learning_rate_multiplier_of_knocking_matrices():
-    multiplied = lambda m: OptimizerConfig(weight_decay=0, knocking=KnockingOptimizerConfig(learning_rate_multiplier=m))  # noqa: E731
+    def multiplied(m):
+        return OptimizerConfig(
+            weight_decay=0, knocking=KnockingOptimizerConfig(learning_rate_multiplier=m)
+        )
+
     base, doubled = (trained(RUN.replace(optimizer=multiplied(m)), steps=1) for m in (1.0, 2.0))
-    moved = [jax.tree.map(jnp.subtract, result[1].params, fresh(MODEL))["layers"] for result in (base, doubled)]
-    mixer, kernel = (lambda m: m["attention"]["value_mixer"]["down"]), (lambda m: m["feed_forward"]["up"])
+    moved = [
+        jax.tree.map(jnp.subtract, result[1].params, fresh(MODEL))["layers"]
+        for result in (base, doubled)
+    ]
+    mixer, kernel = (
+        (lambda m: m["attention"]["value_mixer"]["down"]),
+        (lambda m: m["feed_forward"]["up"]),
+    )
     np.testing.assert_allclose(2 * mixer(moved[0]), mixer(moved[1]), rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(kernel(moved[0]), kernel(moved[1]), rtol=1e-5)
 
 
 def test_schedule_warms_up_and_ends_at_the_final_fraction():
-    config, steps = OptimizerConfig(learning_rate=2.0, warmup_fraction=0.05, final_fraction=0.1), 1000
+    config, steps = (
+        OptimizerConfig(learning_rate=2.0, warmup_fraction=0.05, final_fraction=0.1),
+        1000,
+    )
     rates = np.array([schedule(config, steps)(i) for i in (0, 24, 49, 50, 525, 1000)])
     np.testing.assert_allclose(rates, [2 / 50, 1.0, 2.0, 2.0, 0.5 * (2.0 + 0.2), 0.2], rtol=1e-5)
 
 
 def test_learning_rate_reads_the_optimisers_own_count():
     trainer, state, metrics = trained(RUN)
-    np.testing.assert_allclose(metrics[-1]["learning_rate"], schedule(RUN.optimizer, RUN.steps)(2), rtol=1e-6)
-    np.testing.assert_allclose(learning_rate(RUN.optimizer, RUN.steps, state.optimizer), schedule(RUN.optimizer, RUN.steps)(3), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics[-1]["learning_rate"], schedule(RUN.optimizer, RUN.steps)(2), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        learning_rate(RUN.optimizer, RUN.steps, state.optimizer),
+        schedule(RUN.optimizer, RUN.steps)(3),
+        rtol=1e-6,
+    )
 
 
 def test_a_reader_passes_over_a_damaged_checkpoint_and_changes_nothing(tmp_path):
-    """A writer sets newer damaged checkpoints aside; whoever only reads leaves the folder as it is, and takes a part of the state."""
+    """A writer sets newer damaged checkpoints aside; whoever only reads leaves the folder as it is,
+    and takes a part of the state."""
     state = {"params": {"w": jnp.arange(4.0)}, "other": jnp.zeros(3)}
     writer = Checkpoints(tmp_path, 5, {})
     for step in (1, 2):
@@ -238,7 +343,13 @@ def test_a_reader_passes_over_a_damaged_checkpoint_and_changes_nothing(tmp_path)
     manifest.write_text("{")
     reader = Checkpoints(tmp_path, 5, {})
     assert reader.newest_good(set_aside=False) == 1 and manifest.exists()
-    abstract = {"params": {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))}}
+    abstract = {
+        "params": {
+            "w": jax.ShapeDtypeStruct(
+                (4,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            )
+        }
+    }
     part = reader.restore_part(1, abstract)
     assert set(part) == {"params"}
     np.testing.assert_array_equal(part["params"]["w"], np.arange(4.0))

@@ -1,8 +1,9 @@
 """Folds linear mixers into the weights around them, after which the model is a plain baseline.
 
-x (W T) = (x W) T: T_q, T_k and T_v go into the weights that make the stream, whatever the projection (paper, equation 8): W_Q, W_K,
-W_V for grouped queries, the tied state's weights for GTA, the query and up-projections for MLA and GLA. An MLP or a gate is not
-linear in its stream and cannot be folded.
+x (W T) = (x W) T: T_q, T_k and T_v go into the weights that make the stream, whatever the
+projection (paper, equation 8): W_Q, W_K, W_V for grouped queries, the tied state's weights for GTA,
+the query and up-projections for MLA and GLA. An MLP or a gate is not linear in its stream and
+cannot be folded.
 """
 
 from typing import Any
@@ -25,7 +26,11 @@ def foldable(config: AttentionConfig) -> list[str]:
     for slot in slots:
         mixer = getattr(config, slot)
         if not mixer.linear:
-            raise ConfigError(f"{slot}.kind", f"{type(mixer).__name__} is not linear in its stream, so no weights can stand for it")
+            raise ConfigError(
+                f"{slot}.kind",
+                f"{type(mixer).__name__} is not linear in its stream, so no weights can stand "
+                "for it",
+            )
     return slots
 
 
@@ -37,12 +42,15 @@ def matrix(config: KnockingLinear, parameters: dict[str, jax.Array]) -> jax.Arra
     return config.diag_init * jnp.eye(residual.shape[-1]) + residual
 
 
-def absorb(config: AttentionConfig, parameters: dict[str, Any]) -> tuple[AttentionConfig, dict[str, Any]]:
+def absorb(
+    config: AttentionConfig, parameters: dict[str, Any]
+) -> tuple[AttentionConfig, dict[str, Any]]:
     """The baseline config and parameters that compute the same attention.
 
     Args:
         config: any projection with linear mixers or none.
-        parameters: of one attention layer, or of a stack of layers with a leading axis. Products are float32, then cast back.
+        parameters: of one attention layer, or of a stack of layers with a leading axis. Products
+            are float32, then cast back.
 
     Raises:
         ConfigError: a mixer is not linear.
@@ -55,7 +63,11 @@ def absorb(config: AttentionConfig, parameters: dict[str, Any]) -> tuple[Attenti
         stacked = T.ndim == 3
         fold = jax.vmap(_fold) if stacked else _fold
         projection[name] = fold(weights, T)
-    rest = {name: leaf for name, leaf in parameters.items() if name not in [f"{slot}_mixer" for slot in slots]}
+    rest = {
+        name: leaf
+        for name, leaf in parameters.items()
+        if name not in [f"{slot}_mixer" for slot in slots]
+    }
     return config.replace(**{slot: NoMixer() for slot in slots}), {**rest, "projection": projection}
 
 

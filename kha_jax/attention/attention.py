@@ -1,7 +1,7 @@
 """Attention: project -> mix streams -> q/k norm, rotate -> scores -> output projection.
 
-Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads, H query and key width,
-U value width.
+Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads,
+H query and key width, U value width.
 """
 
 import functools
@@ -24,8 +24,9 @@ SLOTS = ("query", "key", "value")
 class AttentionConfig(Config):
     """One choice per seam.
 
-    projection: who makes queries, keys and values. query, key, value: the stream mixer of each. kernel: which implementation
-    computes the scores (`kha_jax.ops.attention.KERNELS`); `auto` takes the platform's best.
+    projection: who makes queries, keys and values. query, key, value: the stream mixer of each.
+    kernel: which implementation computes the scores (`kha_jax.ops.attention.KERNELS`); `auto` takes
+    the platform's best.
     """
 
     projection: Projection = choice(PROJECTIONS, GroupedQuery())
@@ -38,21 +39,35 @@ class AttentionConfig(Config):
         for slot in SLOTS:
             mixer = getattr(self, slot)
             reason = None if type(mixer) is NoMixer else self.projection.refusal(slot, mixer)
-            self.require(reason is None, f"{slot}.kind", f"{type(mixer).__name__} cannot stand here: {reason}")
+            self.require(
+                reason is None,
+                f"{slot}.kind",
+                f"{type(mixer).__name__} cannot stand here: {reason}",
+            )
 
     def mixer_parameters(self, width: int) -> int:
         """Parameters of the stream mixers of one layer."""
-        return sum(getattr(self, slot).parameters(H) for slot, (_, H, _) in self.projection.streams(width).items())
+        return sum(
+            getattr(self, slot).parameters(H)
+            for slot, (_, H, _) in self.projection.streams(width).items()
+        )
 
     def parameters(self, width: int) -> int:
         """Parameters of one layer."""
         heads, value_width = self.projection.output_shape()
-        return self.projection.parameters(width) + heads * value_width * width + self.mixer_parameters(width)
+        return (
+            self.projection.parameters(width)
+            + heads * value_width * width
+            + self.mixer_parameters(width)
+        )
 
     def flops(self, width: int, context: float, tokens: float) -> float:
         """Forward FLOPs per token and layer with `context` visible keys, in steps of `tokens`."""
         heads, value_width = self.projection.output_shape()
-        mixing = sum(getattr(self, slot).flops(*shape, tokens) for slot, shape in self.projection.streams(width).items())
+        mixing = sum(
+            getattr(self, slot).flops(*shape, tokens)
+            for slot, shape in self.projection.streams(width).items()
+        )
         projecting = self.projection.flops(width) + 2 * heads * value_width * width
         return projecting + mixing + self.projection.score_flops(context)
 
@@ -85,7 +100,8 @@ class Attention(Module):
     def prefill(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
     ) -> tuple[jax.Array, State]:
-        """The attention output [B, T, D] and what a decoder caches: the projection's state as [B heads, S, width]."""
+        """The attention output [B, T, D] and what a decoder caches: the projection's state as [B
+        heads, S, width]."""
         with jax.named_scope("project"):
             q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
             k_BSKH, v_BSKU = self.projection.keys_and_values(state, self.mixers)
@@ -94,21 +110,33 @@ class Attention(Module):
             return linear(o_BTNU, self.output, contract=2), _as_cache(state)
 
     def _scores(self, q_BTNH, k_BSKH, v_BSKU, segment_ids_BT):
-        """Heads never meet here, so every device computes its rows and heads: fused kernels need not know of the mesh."""
+        """Heads never meet here, so every device computes its rows and heads: fused kernels need
+        not know of the mesh."""
         heads, rows = ("batch", "length", "heads", None), ("batch", "length")
-        if k_BSKH.shape[2] < axis_size("model"):  # a copy for each device that holds some of a key head's queries
-            k_BSKH, v_BSKU = (jnp.repeat(z, axis_size("model") // z.shape[2], axis=2) for z in (k_BSKH, v_BSKU))
+        # a copy for each device that holds some of a key head's queries
+        if k_BSKH.shape[2] < axis_size("model"):
+            k_BSKH, v_BSKU = (
+                jnp.repeat(z, axis_size("model") // z.shape[2], axis=2) for z in (k_BSKH, v_BSKU)
+            )
         kernel = functools.partial(attention, kernel=self.config.kernel, platform=platform())
         if segment_ids_BT is None:
             return per_device(kernel, (heads,) * 3, heads)(q_BTNH, k_BSKH, v_BSKU)
-        return per_device(kernel, (*(heads,) * 3, rows), heads)(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT)
+        return per_device(kernel, (*(heads,) * 3, rows), heads)(
+            q_BTNH, k_BSKH, v_BSKU, segment_ids_BT
+        )
 
     def extend(
-        self, x_B1D: jax.Array, positions_B1: jax.Array, cache: State, slot: jax.Array, visible_BS: jax.Array
+        self,
+        x_B1D: jax.Array,
+        positions_B1: jax.Array,
+        cache: State,
+        slot: jax.Array,
+        visible_BS: jax.Array,
     ) -> tuple[jax.Array, State]:
         """One more token: its output [B, 1, D] and the cache with its state written at `slot`.
 
-        cache: as from `prefill`, with room for S tokens. visible_BS: the cached tokens, this one included, that each row may see.
+        cache: as from `prefill`, with room for S tokens. visible_BS: the cached tokens, this one
+        included, that each row may see.
         """
         with jax.named_scope("project"):
             q_B1NH, state = self.projection(x_B1D, positions_B1, self.mixers)

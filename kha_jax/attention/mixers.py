@@ -1,8 +1,10 @@
-"""Stream mixers: maps z -> z~ of queries, keys or values between projection and q/k norm, the identity at initialisation.
+"""Stream mixers: maps z -> z~ of queries, keys or values between projection and q/k norm, the
+identity at initialisation.
 
-Knocking-heads attention (arXiv 2510.23052): one [H, H] matrix per projection and layer, shared by all heads of that
-projection and acting on the features of each head. Nothing is summed over heads, so a knocking mixer commutes with any
-permutation of the heads, and whatever a head learns about the shared matrix reaches all others through it.
+Knocking-heads attention (arXiv 2510.23052): one [H, H] matrix per projection and layer, shared by
+all heads of that projection and acting on the features of each head. Nothing is summed over heads,
+so a knocking mixer commutes with any permutation of the heads, and whatever a head learns about the
+shared matrix reaches all others through it.
 
 Legend: any leading axes, N heads, H head width.
 """
@@ -22,7 +24,8 @@ from kha_jax.sharding import axis_size
 
 
 class StreamMixer(Config):
-    """A member of the family. `matrices` counts the [H, H] matrices; `linear` mixers fold into the projection weights."""
+    """A member of the family. `matrices` counts the [H, H] matrices; `linear` mixers fold into the
+    projection weights."""
 
     matrices: ClassVar[int] = 0
     linear: ClassVar[bool] = True
@@ -32,11 +35,13 @@ class StreamMixer(Config):
         return self.matrices * head_dim**2
 
     def on_weights(self, rows: int, tokens: float) -> bool:
-        """Whether the mixer is applied to a projection's weights [rows, heads, H] rather than to `tokens` activations."""
+        """Whether the mixer is applied to a projection's weights [rows, heads, H] rather than to
+        `tokens` activations."""
         return False
 
     def flops(self, heads: int, head_dim: int, rows: int, tokens: float) -> float:
-        """Forward FLOPs per token in a step of `tokens`: 2 H^2 per matrix and head, for each token or each row of weights."""
+        """Forward FLOPs per token in a step of `tokens`: 2 H^2 per matrix and head, for each token
+        or each row of weights."""
         per_vector = 2 * heads * self.matrices * head_dim**2
         return per_vector * rows / tokens if self.on_weights(rows, tokens) else per_vector
 
@@ -55,9 +60,10 @@ class NoMixer(StreamMixer):
 class KnockingLinear(StreamMixer):
     """z T, T = diag_init * I at the start (paper, equations 5-7).
 
-    diag_init: initial diagonal. parameterization: `direct` stores T; `residual` stores D in T = diag_init * I + D, D = 0 at
-    the start, which changes what weight decay pulls towards. apply: to `activations`, (x W) T, or to `weights`, x (W T), the same
-    function and gradients at the price of the weights' rows instead of the tokens; `auto` takes the fewer.
+    diag_init: initial diagonal. parameterization: `direct` stores T; `residual` stores D in T =
+    diag_init * I + D, D = 0 at the start, which changes what weight decay pulls towards. apply: to
+    `activations`, (x W) T, or to `weights`, x (W T), the same function and gradients at the price
+    of the weights' rows instead of the tokens; `auto` takes the fewer.
     """
 
     matrices = 1
@@ -73,7 +79,8 @@ class KnockingLinear(StreamMixer):
 
 
 class KnockingGate(StreamMixer):
-    """z * 2 sigmoid(z W_gate), W_gate = 0 at the start (paper, table 2: harmful on its own; the equation is inferred)."""
+    """z * 2 sigmoid(z W_gate), W_gate = 0 at the start (paper, table 2: harmful on its own; the
+    equation is inferred)."""
 
     matrices = 1
     linear = False
@@ -83,7 +90,8 @@ class KnockingGate(StreamMixer):
 
 
 class KnockingMLP(StreamMixer):
-    """2 ((z W_up) * sigmoid(z W_gate)) W_down, W_up = W_down = I and W_gate = 0 at the start (paper, equation 9)."""
+    """2 ((z W_up) * sigmoid(z W_gate)) W_down, W_up = W_down = I and W_gate = 0 at the start
+    (paper, equation 9)."""
 
     matrices = 3
     linear = False
@@ -92,11 +100,17 @@ class KnockingMLP(StreamMixer):
         return MLP(config=self, head_dim=head_dim, numerics=numerics, name=name)
 
 
-STREAM_MIXERS = {"none": NoMixer, "linear": KnockingLinear, "gate": KnockingGate, "mlp": KnockingMLP}
+STREAM_MIXERS = {
+    "none": NoMixer,
+    "linear": KnockingLinear,
+    "gate": KnockingGate,
+    "mlp": KnockingMLP,
+}
 
 
 def transform(z: jax.Array, T: jax.Array) -> jax.Array:
-    """z T over the last axis. Heads that are split over devices are not flattened with the rows, which would gather them."""
+    """z T over the last axis. Heads that are split over devices are not flattened with the rows,
+    which would gather them."""
     return linear(z, T) if axis_size("model") == 1 else jnp.matmul(z, T)
 
 
@@ -115,14 +129,16 @@ class Mixer(Module):
         return z
 
     def project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """mixer(x W) for x[..., rows] and W[rows, heads, H], through the weights where the config says so."""
+        """mixer(x W) for x[..., rows] and W[rows, heads, H], through the weights where the config
+        says so."""
         if self.config.on_weights(kernel.shape[0], math.prod(x.shape[:-1])):
             return linear(x, self(kernel))
         return self(linear(x, kernel))
 
 
 class KnockingModule(Mixer):
-    """A mixer whose parameters are [H, H] matrices that start at a known value rather than at random."""
+    """A mixer whose parameters are [H, H] matrices that start at a known value rather than at
+    random."""
 
     head_dim: int = 0
 
@@ -157,7 +173,8 @@ class MLP(KnockingModule):
     def __call__(self, z: jax.Array) -> jax.Array:
         up, down = (self.matrix(name, diagonal(1.0)) for name in ("up", "down"))
         gate = self.matrix("gate", nn.initializers.zeros)
-        # Only z is kept for the gradient: the rest costs three activations of memory and next to nothing to compute again.
+        # Only z is kept for the gradient: the rest costs three activations of memory and next to
+        # nothing to compute again.
         return jax.checkpoint(_mlp)(z, up, gate, down)
 
 

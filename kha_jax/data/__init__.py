@@ -1,4 +1,5 @@
-"""Data: sources of fixed-length windows, and the loader that turns them into batches by (seed, step) alone."""
+"""Data: sources of fixed-length windows, and the loader that turns them into batches by (seed,
+step) alone."""
 
 from kha_jax.data.loader import DataError, Source, batches
 from kha_jax.data.python_source import PythonSource
@@ -6,4 +7,11 @@ from kha_jax.data.synthetic import MultiQueryAssociativeRecall
 
 SOURCES = {"python_source": PythonSource, "mqar": MultiQueryAssociativeRecall}
 
-__all__ = ["SOURCES", "DataError", "MultiQueryAssociativeRecall", "PythonSource", "Source", "batches"]
+__all__ = [
+    "SOURCES",
+    "DataError",
+    "MultiQueryAssociativeRecall",
+    "PythonSource",
+    "Source",
+    "batches",
+]

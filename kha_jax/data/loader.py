@@ -17,9 +17,11 @@ class DataError(Exception):
 
 
 class Source(Protocol):
-    """Random access to examples: tokens, targets, positions, segment_ids (int32) and weights (float32), all [T].
+    """Random access to examples: tokens, targets, positions, segment_ids (int32) and weights
+    (float32), all [T].
 
-    bytes_per_token: mean bytes of text behind one token, None where there is no text. fingerprint: a hash of the content.
+    bytes_per_token: mean bytes of text behind one token, None where there is no text. fingerprint:
+    a hash of the content.
     """
 
     bytes_per_token: float | None
@@ -31,12 +33,20 @@ class Source(Protocol):
 
 
 def batches(
-    source: Source, *, batch_size: int, rows: np.ndarray, seed: int, start: int, stop: int, shuffle: bool = True
+    source: Source,
+    *,
+    batch_size: int,
+    rows: np.ndarray,
+    seed: int,
+    start: int,
+    stop: int,
+    shuffle: bool = True,
 ) -> Iterator[Example]:
     """Yields the given rows of the global batches start, start + 1, ..., stop - 1.
 
-    Row r of batch s is example s * batch_size + r of an endless sequence of epochs, each in an order of its own. A reader
-    therefore needs no state but the step, and any number of processes reads the same global batch.
+    Row r of batch s is example s * batch_size + r of an endless sequence of epochs, each in an
+    order of its own. A reader therefore needs no state but the step, and any number of processes
+    reads the same global batch.
 
     Args:
         source: where examples come from.
@@ -50,7 +60,10 @@ def batches(
         DataError: when the source holds less than one batch.
     """
     if len(source) < batch_size:
-        raise DataError(f"{source} holds {len(source)} windows, fewer than one batch of {batch_size}; lower batch_size or seq_len")
+        raise DataError(
+            f"{source} holds {len(source)} windows, fewer than one batch of {batch_size}; lower "
+            "batch_size or seq_len"
+        )
     examples = grain.MapDataset.source(source).seed(seed)
     examples = examples.shuffle() if shuffle else examples
     examples = examples.repeat()
@@ -66,5 +79,6 @@ def batches(
 def to_device(batch: Example, sharding: jax.sharding.Sharding, batch_size: int) -> dict[str, Any]:
     """The global arrays [B, T] of which `batch` holds this process's rows."""
     return {
-        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:])) for name, rows in batch.items()
+        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+        for name, rows in batch.items()
     }

@@ -8,21 +8,33 @@ from kha_jax.config import Config
 from kha_jax.data.loader import DataError
 from kha_jax.data.tokens import ByteTokenizer, TokenWindows, cache_folder, write_stream
 
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "config"}
+LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "lib2to3",
+    "config",
+}
 
 
 class PythonSource(Config):
     """One document a module of the standard library, as bytes.
 
-    A module is held out for validation when the hash of its path says so (`held_out` of them, about), so the split is the same
-    on every machine. cache_dir: where the tokens are kept; None is the user's cache folder ($KHA_JAX_CACHE moves it).
+    A module is held out for validation when the hash of its path says so (`held_out` of them,
+    about), so the split is the same on every machine. cache_dir: where the tokens are kept; None is
+    the user's cache folder ($KHA_JAX_CACHE moves it).
     """
 
     held_out: float = 0.03
     cache_dir: str | None = None
 
     def validate(self):
-        self.require(0 < self.held_out < 1, "held_out", f"must be between 0 and 1, found {self.held_out}")
+        self.require(
+            0 < self.held_out < 1, "held_out", f"must be between 0 and 1, found {self.held_out}"
+        )
 
     def vocabulary_size(self) -> int:
         """Ids are below this."""
@@ -33,23 +45,35 @@ class PythonSource(Config):
         return ByteTokenizer()
 
     def open(self, split: str, seq_len: int, seed: int) -> TokenWindows:
-        """Windows of the `train` or `validation` modules; tokenised on first use. The seed has no part in real text.
+        """Windows of the `train` or `validation` modules; tokenised on first use. The seed has no
+        part in real text.
 
         Raises:
             DataError: when the interpreter ships no source.
         """
         del seed
         root = Path(sysconfig.get_path("stdlib"))
-        paths = sorted(p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts[:-1]))
+        paths = sorted(
+            p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts[:-1])
+        )
         if not paths:
-            raise DataError(f"data.source=python_source found no module below {root}; use an interpreter that ships its source")
+            raise DataError(
+                f"data.source=python_source found no module below {root}; use an interpreter "
+                "that ships its source"
+            )
         names = [p.relative_to(root).as_posix() for p in paths]
         listing = "\n".join(f"{name} {path.stat().st_size}" for name, path in zip(names, paths))
-        key = hashlib.sha256(f"{listing}\n{self.held_out}\n{ByteTokenizer.fingerprint}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            f"{listing}\n{self.held_out}\n{ByteTokenizer.fingerprint}".encode()
+        ).hexdigest()[:16]
         base = Path(self.cache_dir) if self.cache_dir else cache_folder("data")
         folder = base / f"python_source-{key}" / split
         if not (folder / "meta.json").exists():
-            chosen = [p for p, name in zip(paths, names) if self._is_held_out(name) == (split == "validation")]
+            chosen = [
+                p
+                for p, name in zip(paths, names)
+                if self._is_held_out(name) == (split == "validation")
+            ]
             write_stream(folder, (p.read_bytes() for p in chosen), self.tokenizer())
         return TokenWindows(folder, seq_len)
 

@@ -9,11 +9,13 @@ from kha_jax.data.loader import Example
 
 
 class MultiQueryAssociativeRecall(Config):
-    """Key-value pairs, then queries that must be answered with the value last seen (MQAR; Arora et al., arXiv 2312.04927).
+    """Key-value pairs, then queries that must be answered with the value last seen (MQAR; Arora et
+    al., arXiv 2312.04927).
 
-    The row starts with `pairs` key-value pairs. In the rest, each key is asked again once, at gaps drawn from a power law with
-    exponent `gap_power` (small gaps are likelier), and its value must be predicted there; other places hold random tokens. Keys
-    and values come from halves of a vocabulary of `vocabulary` ids; only answers count in the loss. Many pairs with few key/value
+    The row starts with `pairs` key-value pairs. In the rest, each key is asked again once, at gaps
+    drawn from a power law with exponent `gap_power` (small gaps are likelier), and its value must
+    be predicted there; other places hold random tokens. Keys and values come from halves of a
+    vocabulary of `vocabulary` ids; only answers count in the loss. Many pairs with few key/value
     heads and small heads make it hard; softmax attention with room to spare solves it.
     """
 
@@ -25,7 +27,10 @@ class MultiQueryAssociativeRecall(Config):
 
     def validate(self):
         self.at_least(1, "pairs", "examples", "validation_examples")
-        problem = f"must be even and hold pairs={self.pairs} distinct keys besides id 0, so at least {2 * self.pairs + 2}, "
+        problem = (
+            f"must be even and hold pairs={self.pairs} distinct keys besides id 0, so at least "
+            f"{2 * self.pairs + 2}, "
+        )
         enough = self.vocabulary % 2 == 0 and self.vocabulary // 2 > self.pairs
         self.require(enough, "vocabulary", problem + f"found {self.vocabulary}")
         self.require(self.gap_power > 0, "gap_power", f"must be positive, found {self.gap_power}")
@@ -70,7 +75,9 @@ class RecallExamples:
         row[: 2 * c.pairs : 2], row[1 : 2 * c.pairs : 2] = keys, values
         gaps = (T - 2 * c.pairs) // 2
         likelihood = np.arange(1, gaps + 1, dtype=np.float64) ** (c.gap_power - 1)
-        places = 2 * c.pairs + 2 * random.choice(gaps, c.pairs, replace=False, p=likelihood / likelihood.sum())
+        places = 2 * c.pairs + 2 * random.choice(
+            gaps, c.pairs, replace=False, p=likelihood / likelihood.sum()
+        )
         noise = np.ones(T + 1, bool)
         noise[: 2 * c.pairs] = False
         row[places], row[places + 1] = keys, values

@@ -1,7 +1,8 @@
 """Flat token streams on disk: written once, read by memory map.
 
-A stream is a folder with `tokens.bin` (little-endian integers, documents one after another, each ended by the tokenizer's
-end-of-document id), `documents.npy` (the int64 offset where each document starts) and `meta.json`, written last.
+A stream is a folder with `tokens.bin` (little-endian integers, documents one after another, each
+ended by the tokenizer's end-of-document id), `documents.npy` (the int64 offset where each document
+starts) and `meta.json`, written last.
 """
 
 import hashlib
@@ -18,7 +19,8 @@ from kha_jax.data.loader import DataError, Example
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as they are, then <end of document>, then seven reserved ids so that the vocabulary divides by 8."""
+    """UTF-8 bytes as they are, then <end of document>, then seven reserved ids so that the
+    vocabulary divides by 8."""
 
     vocabulary_size = 264
     end_of_document = 256
@@ -34,13 +36,18 @@ class ByteTokenizer:
 
 
 def cache_folder(name: str) -> Path:
-    """A folder for what can be made again: $KHA_JAX_CACHE/name, by default below the user's cache folder."""
-    base = os.environ.get("KHA_JAX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kha_jax"
+    """A folder for what can be made again: $KHA_JAX_CACHE/name, by default below the user's cache
+    folder."""
+    base = (
+        os.environ.get("KHA_JAX_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kha_jax"
+    )
     return Path(base) / name
 
 
 def write_stream(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokenizer) -> None:
-    """Tokenises documents into `folder`, which appears complete or not at all; one that is complete is left as it is."""
+    """Tokenises documents into `folder`, which appears complete or not at all; one that is complete
+    is left as it is."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -56,10 +63,15 @@ def write_stream(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokeni
                 text_bytes += len(text)
         np.save(temporary / "documents.npy", np.array(starts, np.int64))
         meta = {
-            "dtype": "uint16", "tokens": tokens, "bytes": text_bytes, "documents": len(starts), "sha256": digest.hexdigest(),
-            "vocabulary_size": tokenizer.vocabulary_size, "tokenizer": tokenizer.fingerprint,
+            "dtype": "uint16",
+            "tokens": tokens,
+            "bytes": text_bytes,
+            "documents": len(starts),
+            "sha256": digest.hexdigest(),
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "tokenizer": tokenizer.fingerprint,
             "end_of_document": tokenizer.end_of_document,
-        }  # fmt: skip
+        }
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
             temporary.rename(folder)
@@ -74,8 +86,8 @@ def write_stream(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokeni
 class TokenWindows:
     """Fixed-length windows over a token stream; a `loader.Source`.
 
-    Window i reads tokens [i T, (i + 1) T]. Its documents get segment ids 0, 1, ... in order, positions restart in each, and a
-    token whose successor belongs to another document has weight 0.
+    Window i reads tokens [i T, (i + 1) T]. Its documents get segment ids 0, 1, ... in order,
+    positions restart in each, and a token whose successor belongs to another document has weight 0.
 
     Raises:
         DataError: when the folder is not a stream or its size is not what meta.json says.
@@ -90,7 +102,10 @@ class TokenWindows:
         except (OSError, ValueError) as error:
             raise DataError(f"{self.folder} is not a token stream: {error}") from None
         if len(self.tokens) != self.meta["tokens"]:
-            message = f"holds {len(self.tokens)} tokens, meta.json says {self.meta['tokens']}; remove the folder to make it again"
+            message = (
+                f"holds {len(self.tokens)} tokens, meta.json says {self.meta['tokens']}; remove "
+                "the folder to make it again"
+            )
             raise DataError(f"{self.folder / 'tokens.bin'} {message}")
         self.bytes_per_token = self.meta["bytes"] / self.meta["tokens"]
         self.fingerprint = self.meta["sha256"]

@@ -1,9 +1,10 @@
 """Dropless mixtures of feed-forward experts: every assignment is computed, whatever the load.
 
-KERNELS holds the implementations; `auto` takes the platform's best. All of them compute the same sum, with gradients of x, the weights
-of the assignments and the experts.
+KERNELS holds the implementations; `auto` takes the platform's best. All of them compute the same
+sum, with gradients of x, the weights of the assignments and the experts.
 
-Legend: N tokens, K experts a token, M = N K assignments sorted by expert, E experts, D model width, F expert width.
+Legend: N tokens, K experts a token, M = N K assignments sorted by expert, E experts, D model width,
+F expert width.
 """
 
 import jax
@@ -14,24 +15,35 @@ from kha_jax.ops.gating import swiglu
 
 
 def experts(
-    x_ND: jax.Array, chosen_NK: jax.Array, weights_NK: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array,
-    kernel: str = "auto", platform: str | None = None,
-) -> jax.Array:  # fmt: skip
+    x_ND: jax.Array,
+    chosen_NK: jax.Array,
+    weights_NK: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    kernel: str = "auto",
+    platform: str | None = None,
+) -> jax.Array:
     """y_n = sum over k of weights_nk * SwiGLU_(chosen_nk)(x_n), [N, D] in the dtype of x.
 
-    chosen_NK: expert ids; an id outside [0, E) contributes nothing, so that a device may hold a part of the experts.
-    platform: where this will run, for `auto`; jax's default backend by default.
+    chosen_NK: expert ids; an id outside [0, E) contributes nothing, so that a device may hold a
+    part of the experts. platform: where this will run, for `auto`; jax's default backend by
+    default.
     """
     kernel = best_kernel(platform or jax.default_backend()) if kernel == "auto" else kernel
     E = gate_EDF.shape[0]
     held_NK = (chosen_NK >= 0) & (chosen_NK < E)
-    chosen_NK, weights_NK = jnp.where(held_NK, chosen_NK, E), jnp.where(held_NK, weights_NK, 0).astype(x_ND.dtype)
+    chosen_NK, weights_NK = (
+        jnp.where(held_NK, chosen_NK, E),
+        jnp.where(held_NK, weights_NK, 0).astype(x_ND.dtype),
+    )
     with jax.named_scope(f"experts_{kernel}"):
         return KERNELS[kernel](x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD)
 
 
 def best_kernel(platform: str) -> str:
-    """The kernel that `auto` stands for: on a CPU jax's ragged_dot multiplies every row with every expert."""
+    """The kernel that `auto` stands for: on a CPU jax's ragged_dot multiplies every row with every
+    expert."""
     return "blocked" if platform == "cpu" else "ragged"
 
 
@@ -47,7 +59,8 @@ def _loop(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
 def _ragged(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
     """Rows sorted by expert and jax's grouped matrix product, which TPU and GPU have kernels for.
 
-    Weights multiply the F-wide hidden rows, so that neither the D-wide results nor their weighted copies are kept.
+    Weights multiply the F-wide hidden rows, so that neither the D-wide results nor their weighted
+    copies are kept.
     """
     (N, K), E = chosen_NK.shape, gate_EDF.shape[0]
     order_M = jnp.argsort(chosen_NK.reshape(-1), stable=True)
@@ -55,13 +68,17 @@ def _ragged(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
     sizes_E = jnp.sum(jax.nn.one_hot(chosen_NK, E, dtype=jnp.int32), axis=(0, 1))
     x_MD = _spread(x_ND, order_M // K, row_NK)
     weight_M1 = _spread(weights_NK.reshape(-1, 1), order_M, row_NK.reshape(-1, 1))
-    h_MF = swiglu(jax.lax.ragged_dot(x_MD, gate_EDF, sizes_E), jax.lax.ragged_dot(x_MD, up_EDF, sizes_E))
+    h_MF = swiglu(
+        jax.lax.ragged_dot(x_MD, gate_EDF, sizes_E), jax.lax.ragged_dot(x_MD, up_EDF, sizes_E)
+    )
     y_MD = jax.lax.ragged_dot(h_MF * weight_M1, down_EFD, sizes_E)
-    y_MD = jnp.where((jnp.arange(N * K) < jnp.sum(sizes_E))[:, None], y_MD, 0)  # rows of experts held elsewhere
+    # rows of experts held elsewhere
+    y_MD = jnp.where((jnp.arange(N * K) < jnp.sum(sizes_E))[:, None], y_MD, 0)
     return _collect(y_MD, order_M // K, row_NK)
 
 
-# Each other's gradients, so that both directions gather; the gradient of plain indexing would scatter.
+# Each other's gradients, so that both directions gather; the gradient of plain indexing would
+# scatter.
 @jax.custom_vjp
 def _spread(x_ND, token_M, row_NK):
     """x[token]: a row for each assignment."""
@@ -71,10 +88,18 @@ def _spread(x_ND, token_M, row_NK):
 @jax.custom_vjp
 def _collect(y_MD, token_M, row_NK):
     """sum over k of y[row_nk]: a row for each token, accumulated in float32."""
-    return sum(y_MD[row_NK[:, k]].astype(jnp.float32) for k in range(row_NK.shape[1])).astype(y_MD.dtype)
+    return sum(y_MD[row_NK[:, k]].astype(jnp.float32) for k in range(row_NK.shape[1])).astype(
+        y_MD.dtype
+    )
 
 
-_spread.defvjp(lambda x, token, row: (_spread(x, token, row), (token, row)), lambda ids, dx: (_collect(dx, *ids), None, None))
-_collect.defvjp(lambda y, token, row: (_collect(y, token, row), (token, row)), lambda ids, dy: (_spread(dy, *ids), None, None))
+_spread.defvjp(
+    lambda x, token, row: (_spread(x, token, row), (token, row)),
+    lambda ids, dx: (_collect(dx, *ids), None, None),
+)
+_collect.defvjp(
+    lambda y, token, row: (_collect(y, token, row), (token, row)),
+    lambda ids, dy: (_spread(dy, *ids), None, None),
+)
 
 KERNELS = {"loop": _loop, "ragged": _ragged, "blocked": blocked}

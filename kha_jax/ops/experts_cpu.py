@@ -1,10 +1,12 @@
 """Dropless experts on a CPU, where jax's grouped product costs every expert for every row.
 
-The first C assignments of each expert, C a little above the mean load, are computed as one batched product over experts; what exceeds C
-follows in a loop over blocks of rows, as many as there are. With an even load nothing exceeds; with all tokens on one expert nearly
-everything does, and is still computed.
+The first C assignments of each expert, C a little above the mean load, are computed as one batched
+product over experts; what exceeds C follows in a loop over blocks of rows, as many as there are.
+With an even load nothing exceeds; with all tokens on one expert nearly everything does, and is
+still computed.
 
-Legend: N tokens, K experts a token, M = N K assignments, E experts, C slots of each, D model width, F expert width.
+Legend: N tokens, K experts a token, M = N K assignments, E experts, C slots of each, D model width,
+F expert width.
 """
 
 from typing import NamedTuple
@@ -20,8 +22,9 @@ BLOCK = 64  # rows of one product of the loop
 
 
 class Plan(NamedTuple):
-    """Where each assignment is computed. order_M: assignments sorted by expert, then padding; starts_E, sizes_E: each expert's range in it;
-    slot_NK: the slot e C + c of each assignment, or E C for those of the loop."""
+    """Where each assignment is computed. order_M: assignments sorted by expert, then padding;
+    starts_E, sizes_E: each expert's range in it; slot_NK: the slot e C + c of each assignment, or E
+    C for those of the loop."""
 
     order_M: jax.Array
     starts_E: jax.Array
@@ -30,7 +33,8 @@ class Plan(NamedTuple):
 
 
 def _slots(assignments: int, experts: int) -> int:
-    """C: none where most experts would be idle, as in decoding, since every slot costs its expert's weights."""
+    """C: none where most experts would be idle, as in decoding, since every slot costs its expert's
+    weights."""
     mean = assignments / experts
     return 0 if mean < 8 else int(-(-(mean + MARGIN * mean**0.5) // 8) * 8)
 
@@ -50,7 +54,9 @@ def _heads(plan: Plan, C: int, weights_NK: jax.Array) -> tuple[jax.Array, jax.Ar
     at_EC = plan.starts_E[:, None] + jnp.arange(C)
     assignment_EC = plan.order_M[at_EC]
     filled_EC = jnp.arange(C) < plan.sizes_E[:, None]
-    return assignment_EC // weights_NK.shape[1], jnp.where(filled_EC, weights_NK.reshape(-1)[assignment_EC], 0)
+    return assignment_EC // weights_NK.shape[1], jnp.where(
+        filled_EC, weights_NK.reshape(-1)[assignment_EC], 0
+    )
 
 
 def _gather(z_ECD: jax.Array, slot_NK: jax.Array, weights_NK: jax.Array) -> jax.Array:
@@ -64,7 +70,8 @@ def _gather(z_ECD: jax.Array, slot_NK: jax.Array, weights_NK: jax.Array) -> jax.
 
 
 def _overflow(plan: Plan, C: int, K: int, body, carry):
-    """carry = body(expert, assignments [BLOCK], which of them count, carry) over the blocks that the slots leave over."""
+    """carry = body(expert, assignments [BLOCK], which of them count, carry) over the blocks that
+    the slots leave over."""
     left_E = jnp.maximum(plan.sizes_E - C, 0)
     busy = jnp.argsort(left_E == 0, stable=True)
 
@@ -121,7 +128,9 @@ def _backward(saved, dy_ND):
     if C:
         token_EC, weight_EC = _heads(plan, C, weights_NK)
         x_ECD, dy_ECD = x_ND[token_EC], dy_ND[token_EC]
-        dx_ECD, dw_EC, *totals = _expert_gradients(x_ECD, dy_ECD, weight_EC, gate_ECF, up_ECF, gate_EDF, up_EDF, down_EFD)
+        dx_ECD, dw_EC, *totals = _expert_gradients(
+            x_ECD, dy_ECD, weight_EC, gate_ECF, up_ECF, gate_EDF, up_EDF, down_EFD
+        )
         dx_ND = _gather(dx_ECD, plan.slot_NK, jnp.ones_like(weights_NK))
         dw_M = jnp.pad(dw_EC.reshape(-1), (0, 1))[plan.slot_NK.reshape(-1)]
     else:
@@ -133,25 +142,43 @@ def _backward(saved, dy_ND):
         token, own = assignment // K, [_pick(w, e) for w in (gate_EDF, up_EDF, down_EFD)]
         x, weight = x_ND[token], jnp.where(counts, weights_NK.reshape(-1)[assignment], 0)
         dx, dw, *parts = _expert_gradients(x, dy_ND[token], weight, x @ own[0], x @ own[1], *own)
-        totals = [jax.lax.dynamic_update_index_in_dim(z, _pick(z, e) + part, e, axis=0) for z, part in zip(totals, parts)]
+        totals = [
+            jax.lax.dynamic_update_index_in_dim(z, _pick(z, e) + part, e, axis=0)
+            for z, part in zip(totals, parts)
+        ]
         return dx_ND.at[token].add(dx), dw_M.at[assignment].add(jnp.where(counts, dw, 0)), totals
 
     dx_ND, dw_M, totals = _overflow(plan, C, K, body, (dx_ND, dw_M, totals))
-    return dx_ND, np.zeros(weights_NK.shape, jax.dtypes.float0), dw_M.reshape(weights_NK.shape), *totals
+    return (
+        dx_ND,
+        np.zeros(weights_NK.shape, jax.dtypes.float0),
+        dw_M.reshape(weights_NK.shape),
+        *totals,
+    )
 
 
 def _expert_gradients(x, dy, weight, gate, up, w_gate, w_up, w_down):
-    """Gradients of weight * SwiGLU(x) by x, weight and the three matrices; leading axes, if any, run over experts.
+    """Gradients of weight * SwiGLU(x) by x, weight and the three matrices; leading axes, if any,
+    run over experts.
 
     The weight's own is <h W_down, dy> = <h, dy W_down^T>, so that the output need not be kept.
     """
-    turned = lambda z: z.swapaxes(-1, -2)  # noqa: E731
+
+    def turned(z):
+        return z.swapaxes(-1, -2)
+
     h, backward = jax.vjp(swiglu, gate, up)
     dh = dy @ turned(w_down)
     dw = jnp.sum(h * dh, axis=-1)
     dgate, dup = backward(dh * weight[..., None])
     d_down = turned(h * weight[..., None]) @ dy
-    return dgate @ turned(w_gate) + dup @ turned(w_up), dw, turned(x) @ dgate, turned(x) @ dup, d_down
+    return (
+        dgate @ turned(w_gate) + dup @ turned(w_up),
+        dw,
+        turned(x) @ dgate,
+        turned(x) @ dup,
+        d_down,
+    )
 
 
 blocked.defvjp(_forward, _backward)

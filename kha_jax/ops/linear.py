@@ -8,11 +8,13 @@ import jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: jax.Array, kernel: jax.Array, contract: int = 1) -> jax.Array:
-    """sum over the last `contract` axes of x and the first of kernel: x[..., D], kernel[D, ...] -> [..., ...].
+    """sum over the last `contract` axes of x and the first of kernel: x[..., D], kernel[D, ...] ->
+    [..., ...].
 
-    Tokens are flattened to one row axis, so that forward and backward are plain matrix products: XLA's CPU backend runs the
-    gradient of a [batch, length, D] product at less than half the speed of the flat one; elsewhere it makes no difference.
-    The gradient is written out so that several kernels reading one x keep a single copy of it.
+    Tokens are flattened to one row axis, so that forward and backward are plain matrix products:
+    XLA's CPU backend runs the gradient of a [batch, length, D] product at less than half the speed
+    of the flat one; elsewhere it makes no difference. The gradient is written out so that several
+    kernels reading one x keep a single copy of it.
     """
     return _forward(x, kernel, contract)[0]
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 class TokenSums(NamedTuple):
     """Sums over weighted tokens, so that micro-batches and hosts add up exactly.
 
-    loss: nats of cross-entropy. z_loss: sum of squared log-partition values. correct: tokens whose label has the
-    largest logit. tokens: sum of the weights.
+    loss: nats of cross-entropy. z_loss: sum of squared log-partition values. correct: tokens whose
+    label has the largest logit. tokens: sum of the weights.
     """
 
     loss: jax.Array
@@ -24,18 +24,26 @@ class TokenSums(NamedTuple):
 
 
 def _chunk_length(batch: int, length: int, chunk_tokens: int) -> int:
-    """The longest divisor of `length` that keeps batch * divisor within chunk_tokens (at least 1)."""
-    return next(size for size in range(length, 0, -1) if length % size == 0 and (size * batch <= chunk_tokens or size == 1))
+    """The longest divisor of `length` that keeps batch * divisor within chunk_tokens (at least
+    1)."""
+    return next(
+        size
+        for size in range(length, 0, -1)
+        if length % size == 0 and (size * batch <= chunk_tokens or size == 1)
+    )
 
 
 def _split(z: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [T / C, B, C, ...]: chunks run along positions, so a sharded batch stays where it is."""
+    """[B, T, ...] -> [T / C, B, C, ...]: chunks run along positions, so a sharded batch stays where
+    it is."""
     return jnp.moveaxis(z.reshape(z.shape[0], -1, chunk, *z.shape[2:]), 1, 0)
 
 
 def _chunk_sums(x_BCD, table_VD, targets_BC, weights_BC):
     """Sums of one chunk, and what its gradient needs: the logits and their log-partition."""
-    logits = jnp.einsum("BCD,VD->BCV", x_BCD, table_VD.astype(x_BCD.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "BCD,VD->BCV", x_BCD, table_VD.astype(x_BCD.dtype), preferred_element_type=jnp.float32
+    )
     top = jnp.max(logits, axis=-1)
     log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
     label = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1)[..., 0]
@@ -55,12 +63,15 @@ def _objective(x_BTD, table_VD, targets_BT, weights_BT, z_loss, chunk):
         return jax.tree.map(jnp.add, total, _chunk_sums(x, table_VD, targets, weights)[0]), None
 
     zero = TokenSums(*(jnp.zeros((), jnp.float32) for _ in TokenSums._fields))
-    sums, _ = jax.lax.scan(body, zero, tuple(_split(z, chunk) for z in (x_BTD, targets_BT, weights_BT)))
+    sums, _ = jax.lax.scan(
+        body, zero, tuple(_split(z, chunk) for z in (x_BTD, targets_BT, weights_BT))
+    )
     return sums.loss + z_loss * sums.z_loss, sums
 
 
 def _objective_forward(x_BTD, table_VD, targets_BT, weights_BT, z_loss, chunk):
-    """The gradient of a sum is known up to one scalar, so it is built while the chunk's logits are at hand."""
+    """The gradient of a sum is known up to one scalar, so it is built while the chunk's logits are
+    at hand."""
 
     def body(carry, piece):
         total, d_table = carry
@@ -76,7 +87,9 @@ def _objective_forward(x_BTD, table_VD, targets_BT, weights_BT, z_loss, chunk):
 
     zero = TokenSums(*(jnp.zeros((), jnp.float32) for _ in TokenSums._fields))
     pieces = tuple(_split(z, chunk) for z in (x_BTD, targets_BT, weights_BT))
-    (sums, d_table), d_x = jax.lax.scan(body, (zero, jnp.zeros(table_VD.shape, jnp.float32)), pieces)
+    (sums, d_table), d_x = jax.lax.scan(
+        body, (zero, jnp.zeros(table_VD.shape, jnp.float32)), pieces
+    )
     d_x = jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape)
     return (sums.loss + z_loss * sums.z_loss, sums), (d_x, d_table.astype(table_VD.dtype))
 
@@ -99,14 +112,17 @@ def cross_entropy(
     z_loss: float = 0.0,
     chunk_tokens: int = 1024,
 ) -> tuple[jax.Array, TokenSums]:
-    """sum_t w_t (log Z_t - logit[target_t] + z_loss (log Z_t)^2), log Z_t the log-sum-exp of x_t table^T.
+    """sum_t w_t (log Z_t - logit[target_t] + z_loss (log Z_t)^2), log Z_t the log-sum-exp of x_t
+    table^T.
 
-    Works through chunks of about `chunk_tokens` tokens; forward and backward hold one chunk of logits only. Gradients
-    reach x_BTD and table_VD through the first result; the sums are for reporting and carry none.
+    Works through chunks of about `chunk_tokens` tokens; forward and backward hold one chunk of
+    logits only. Gradients reach x_BTD and table_VD through the first result; the sums are for
+    reporting and carry none.
 
     Args:
         x_BTD: final hidden states.
-        table_VD: output embedding; cast to the dtype of x for the products, which accumulate in float32.
+        table_VD: output embedding; cast to the dtype of x for the products, which accumulate in
+            float32.
         targets_BT: label of every position, in [0, V).
         weights_BT: float32, 0 where a position does not count.
         z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, section 5).

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float = 1e-6) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich, arXiv 1910.07467).
 
-    The gradient is written out so that only x and one number per row are kept for the backward pass.
+    The gradient is written out so that only x and one number per row are kept for the backward
+    pass.
 
     Args:
         x: any shape ending in the normalised axis; the statistics are taken in float32.
