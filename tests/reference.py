@@ -329,11 +329,17 @@ def grouped_query(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     act on the K heads. parameters: query [D,N,H], key [D,K,H], value [D,K,U], output [N,U,D]; with
     the norm query_norm [H], key_norm [H]. settings: theta 10 000, eps 1e-6, qk_norm True. Where
     `heads` changes the number of heads, attention reads the new number, and so does W_O.
+    after_norm: {slot: {kernel}} composes heads between the norm and the rotation.
     """
     settings = complete(settings, theta=10_000.0, eps=1e-6, qk_norm=True)
     x_BTD, p = float64(x_BTD), float64(parameters)
     q_BTNH, k_BSKH, v_BSKU = (mix_slot(heads(x_BTD, p[slot]), slot, p, SLOTS) for slot in SLOTS)
     q_BTNH, k_BSKH = normalise(q_BTNH, k_BSKH, p, settings)
+    after = p.get("after_norm", {})
+    q_BTNH, k_BSKH, v_BSKU = (
+        compose(z, after[slot]["kernel"]) if slot in after else z
+        for slot, z in zip(SLOTS, (q_BTNH, k_BSKH, v_BSKU))
+    )
     q_BTNH, k_BSKH = (rotate(z, positions_BT, settings["theta"]) for z in (q_BTNH, k_BSKH))
     return finish(q_BTNH, k_BSKH, v_BSKU, x_BTD, p, segment_ids_BT)
 
