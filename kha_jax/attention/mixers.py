@@ -26,11 +26,11 @@ from kha_jax.sharding import ways
 class StreamMixer(Config):
     """A member of the family; sizes are those of one stream of one layer.
 
-    linear: whether z~ is linear in z. over_heads: whether heads meet in it.
+    linear: whether z~ is linear in z. by_head: whether it tells heads apart.
     """
 
     linear: ClassVar[bool] = True
-    over_heads: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
 
     @property
     def module(self) -> type["Mixer"]:
@@ -161,7 +161,7 @@ class HeadComposition(LinearMixer):
     (arXiv 2602.21371). apply: see LinearMixer.
     """
 
-    over_heads = True
+    by_head = True
     heads_read: int | None = None
     before_norm: bool = True
     init: Literal["identity", "normal"] = "identity"
