@@ -16,7 +16,7 @@ from kha_jax.config import Config, choice
 from kha_jax.ops.attention import attention
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Module
-from kha_jax.sharding import axis_size, per_device, platform
+from kha_jax.sharding import per_device, platform, ways
 
 SLOTS = ("query", "key", "value")
 
@@ -114,9 +114,9 @@ class Attention(Module):
         not know of the mesh."""
         heads, rows = ("batch", "length", "heads", None), ("batch", "length")
         # a copy for each device that holds some of a key head's queries
-        if k_BSKH.shape[2] < axis_size("model"):
+        if k_BSKH.shape[2] < ways("heads"):
             k_BSKH, v_BSKU = (
-                jnp.repeat(z, axis_size("model") // z.shape[2], axis=2) for z in (k_BSKH, v_BSKU)
+                jnp.repeat(z, ways("heads") // z.shape[2], axis=2) for z in (k_BSKH, v_BSKU)
             )
         kernel = functools.partial(attention, kernel=self.config.kernel, platform=platform())
         if segment_ids_BT is None:

@@ -20,7 +20,7 @@ from kha_jax.config import Config
 from kha_jax.ops.gating import sigmoid_gate
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Module, Numerics
-from kha_jax.sharding import axis_size
+from kha_jax.sharding import ways
 
 
 class StreamMixer(Config):
@@ -111,7 +111,7 @@ STREAM_MIXERS = {
 def transform(z: jax.Array, T: jax.Array) -> jax.Array:
     """z T over the last axis. Heads that are split over devices are not flattened with the rows,
     which would gather them."""
-    return linear(z, T) if axis_size("model") == 1 else jnp.matmul(z, T)
+    return linear(z, T) if ways("heads") == 1 else jnp.matmul(z, T)
 
 
 def diagonal(value: float) -> Callable:
