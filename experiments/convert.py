@@ -62,7 +62,7 @@ def write_run(
 ) -> None:
     """A run folder with one checkpoint, whose optimiser has no moments yet."""
     trainer = make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-    fresh = jax.jit(trainer.init)(jax.random.key(config.seed)).optimizer
+    fresh = trainer.init(jax.random.key(config.seed)).optimizer
     schedule = fresh[-1]._replace(count=jnp.int32(step))
     state = TrainState(step=jnp.int32(step), optimizer=(*fresh[:-1], schedule), **variables)
     try:

@@ -15,6 +15,7 @@ from absl import flags
 
 from experiments import command_line
 from experiments.command_line import UsageError
+from kha_jax.config import ConfigError
 from kha_jax.data.tokens import cache_folder
 from kha_jax.decoding import Decoder, Sampling, absorb_if_linear
 
@@ -37,7 +38,10 @@ log = logging.getLogger("kha_jax")
 
 def main() -> None:
     """See the module's docstring."""
-    sampling = Sampling(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value)
+    try:
+        sampling = Sampling(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value)
+    except ConfigError as error:
+        raise UsageError(f"--{error}") from None
     if not PROMPT.value:
         raise UsageError("--prompt: is required; write --prompt='text to continue'")
     config, step, variables = command_line.read_run(WORKDIR.value, STEP.value)

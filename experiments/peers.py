@@ -51,7 +51,7 @@ def tokens() -> np.ndarray:
 
 
 def kha_jax_step(variant: str, mixture: bool = False) -> Step:
-    """The trainer's own step, compiled, with its state donated."""
+    """The trainer's own step."""
     import jax
 
     from kha_jax import sharding
@@ -59,7 +59,7 @@ def kha_jax_step(variant: str, mixture: bool = False) -> Step:
 
     config = peer_run(variant, mixture)
     trainer = make_trainer(config, sharding.make_mesh(config.mesh))
-    box = [jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(0))]
+    box = [trainer.init(jax.random.key(0))]
     ids = tokens().astype(np.int32)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
     batch = {
@@ -69,10 +69,9 @@ def kha_jax_step(variant: str, mixture: bool = False) -> Step:
         "segment_ids": np.zeros_like(positions),
         "weights": np.ones((BATCH, LENGTH), np.float32),
     }
-    compiled = jax.jit(trainer.train_step, donate_argnums=0)
 
     def step():
-        state, metrics = compiled(box.pop(), batch)
+        state, metrics = trainer.train_step(box.pop(), batch)
         box.append(jax.block_until_ready(state))
 
     return step

@@ -33,15 +33,16 @@ from rich.table import Table  # noqa: E402
 from experiments import command_line  # noqa: E402
 from experiments.command_line import UsageError  # noqa: E402
 from kha_jax import planning  # noqa: E402
-from kha_jax.config import ConfigError  # noqa: E402
-from kha_jax.planning import EFFICIENCY, TOPOLOGIES, Plan  # noqa: E402
+from kha_jax.config import ConfigError, under  # noqa: E402
+from kha_jax.planning import EFFICIENCY, Plan  # noqa: E402
+from kha_jax.sharding import SLICES  # noqa: E402
 from kha_jax.training import RunConfig  # noqa: E402
 
 CONFIG = command_line.define_config(str(command_line.REPOSITORY / "configs" / "kha_moe_6b.py"))
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    f"KIND:SHAPE, such as v5p:4x4x4, or one of {', '.join(TOPOLOGIES)}; by default the mesh's "
+    f"KIND:SHAPE, such as v5p:4x4x4, or one of {', '.join(SLICES)}; by default the mesh's "
     "preset, or v5p-128.",
 )
 SEQUENCES = flags.DEFINE_integer(
@@ -78,7 +79,7 @@ def plans() -> dict[str, Plan]:
             file=sys.stderr,
         )
     out = {}
-    meant = config.mesh.preset if config.mesh.preset in TOPOLOGIES else "v5p-128"
+    meant = config.mesh.preset if config.mesh.preset in SLICES else "v5p-128"
     for slice_name in SWEEP.value or [TOPOLOGY.value or meant]:
         slice_ = planning.topology(slice_name)
         for name, run in runs.items():
@@ -98,7 +99,8 @@ def plans() -> dict[str, Plan]:
 
 def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
     """The plan; where it does not fit, the cheapest change that does is printed."""
-    run = planning.placed(asked, slice_, SEQUENCES.value)
+    with under("config"):
+        run = planning.placed(asked, slice_, SEQUENCES.value)
     raised = [f"--config.batch_size={run.batch_size}"] if run.batch_size != asked.batch_size else []
     if raised:
         print(
@@ -106,23 +108,26 @@ def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
             f"{asked.batch_size}",
             file=sys.stderr,
         )
-    found = planning.plan(run, slice_, compiled)
+    with under("config"):
+        found = planning.plan(run, slice_, compiled)
     if not found.fits:
         remedy = (
             "no change of rematerialisation, accumulation or slice that is known here does; "
             "split the model further"
         )
-        for remedy_flags, changed, where in planning.remedies(run, slice_):
+        for change in planning.remedies(run, slice_):
             try:
-                then = planning.plan(changed, where, compiled)
+                then = planning.plan(change.config, change.slice_, compiled)
             except ConfigError:
                 continue  # something does not divide over the larger slice
             if then.fits:
+                needed = [f"--config.{field}={value}" for field, value in change.changes.items()]
+                moved = [f"--topology={change.moved_to}"] if change.moved_to else []
                 size = (
                     f"{then.sequences_per_device} sequences a device, "
                     f"{then.peak_bytes_per_device / GIB:.1f} GiB"
                 )
-                remedy = f"fits with {' '.join([*remedy_flags, *raised])}: {size}"
+                remedy = f"fits with {' '.join([*needed, *moved, *raised])}: {size}"
                 break
         peak, room = found.peak_bytes_per_device / GIB, slice_.chip.hbm_bytes / GIB
         print(f"{slice_.name}: {peak:.1f} GiB do not fit {room:.2f}; {remedy}", file=sys.stderr)
@@ -196,7 +201,11 @@ def main() -> None:
         raise UsageError(
             "--topology: does nothing beside --sweep_topologies; leave out one of them"
         )
-    found = plans()
+    try:
+        found = plans()
+    except planning.SliceError as error:
+        flag = "--sweep_topologies" if SWEEP.value else "--topology"
+        raise UsageError(f"{flag}: {error}") from None
     if JSON.value:
         as_dict = {name: plan._asdict() for name, plan in found.items()}
         print(json.dumps(next(iter(as_dict.values())) if len(found) == 1 else as_dict, indent=1))

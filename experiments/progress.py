@@ -60,7 +60,7 @@ class Progress:
         flops = f"{cost.training_flops / 1e6:.1f} MFLOP per token, "
         axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         self.console.print(f"{workdir}: {sizes}{flops}{mesh.devices.size} {device} ({axes})")
-        tokens = config.steps * config.batch_size * config.seq_len
+        tokens = config.steps * config.tokens_per_step
         origin = f"resuming after step {first_step}" if first_step else "from scratch"
         self.console.print(
             f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "

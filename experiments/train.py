@@ -27,11 +27,11 @@ from experiments.command_line import UsageError
 from experiments.progress import Progress
 from kha_jax import accounting, data, processes, sharding
 from kha_jax.checkpoint import Checkpoints
-from kha_jax.config import to_dict
+from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
 from kha_jax.data.tokens import cache_folder
 from kha_jax.metrics import Meter, MetricsFile, TensorBoard, bits_per_byte
-from kha_jax.training import RunConfig, make_trainer
+from kha_jax.training import RunConfig, Trainer, make_trainer
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string(
@@ -183,15 +183,17 @@ def _keep_config(path: Path, config: RunConfig) -> None:
     path.write_text(json.dumps(new, indent=1) + "\n")
 
 
-def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str, float]:
-    """Loss, accuracy and, for text, bits per byte over the first validation batches."""
-    rows, placement = sharding.local_rows(mesh, config.batch_size), sharding.batch_sharding(mesh)
+def evaluate(trainer: Trainer, state, source, config: RunConfig, rows) -> dict[str, float]:
+    """Loss, accuracy and, for text, bits per byte over the first validation batches, of which this
+    process loads these rows."""
+    placement = trainer.abstract_batch["tokens"].sharding
     wanted = min(config.evaluation.batches, max(1, len(source) // config.batch_size))
     reader = data.batches(
         source, batch_size=config.batch_size, rows=rows, seed=0, start=0, stop=wanted, shuffle=False
     )
     sums = [
-        step_function(state, to_device(batch, placement, config.batch_size)) for batch in reader
+        trainer.evaluation_step(state, to_device(batch, placement, config.batch_size))
+        for batch in reader
     ]
     total = jax.tree.map(
         lambda *parts: float(np.sum([np.asarray(part, np.float64) for part in parts])), *sums
@@ -212,9 +214,7 @@ class Reporter:
 
     def __init__(self, config: RunConfig, mesh: jax.sharding.Mesh, workdir: Path, first_step: int):
         self.config, self.pending, self.nonfinite = config, None, 0
-        cost = accounting.account(
-            config.model, config.seq_len, tokens=config.batch_size * config.seq_len
-        )
+        cost = accounting.account(config.model, config.seq_len, tokens=config.tokens_per_step)
         peak = accounting.peak_flops(jax.devices()[0].device_kind) * mesh.devices.size
         self.meter = Meter(cost.training_flops, peak)
         leader = jax.process_index() == 0
@@ -256,7 +256,7 @@ class Reporter:
                 (step - 1) * rows,
                 step * rows - 1,
             )
-        self.now(step, {**values, **self.meter.read(self.config.batch_size * self.config.seq_len)})
+        self.now(step, {**values, **self.meter.read(self.config.tokens_per_step)})
 
     def evaluated(self, step: int) -> bool:
         """Whether a resumed run's last line holds an evaluation, as far as one process can tell."""
@@ -302,14 +302,16 @@ def main() -> int:
     join_processes()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
     with processes.together("set-up", WAIT.value):
-        mesh = sharding.make_mesh(config.mesh)
-        config.check_on(mesh.shape, jax.default_backend())
+        with under("config.mesh"):
+            mesh = sharding.make_mesh(config.mesh)
+        with under("config"):
+            config.check_on(mesh.shape, jax.default_backend())
+            trainer = make_trainer(config, mesh)
         workdir, lock = open_workdir(config)
         train_source, validation_source = (
             config.data.open(split, config.seq_len, config.seed)
             for split in ("train", "validation")
         )
-        trainer = make_trainer(config, mesh)
     processes.same("config", json.dumps(to_dict(config)), "start all with the same command")
     processes.same(
         "--workdir", (workdir / "lock").read_text(), "name a folder that all of them see"
@@ -333,17 +335,13 @@ def main() -> int:
     if first_step:
         state = checkpoints.restore(first_step, trainer.abstract)
     else:
-        state = jax.jit(trainer.init, out_shardings=trainer.shardings)(jax.random.key(config.seed))
+        state = trainer.init(jax.random.key(config.seed))
     reporter, profile = (
         Reporter(config, mesh, workdir, first_step),
         Profile(config, workdir / "profile"),
     )
 
     # ---------------------------------------------------------------- the loop
-    train_step = jax.jit(
-        trainer.train_step, donate_argnums=0, out_shardings=(trainer.shardings, None)
-    )
-    evaluation_step = jax.jit(trainer.evaluation_step)
     rows, placement = sharding.local_rows(mesh, config.batch_size), sharding.batch_sharding(mesh)
     where = {
         "batch_size": config.batch_size,
@@ -360,7 +358,7 @@ def main() -> int:
         )
 
     def evaluate_and_report(step: int) -> None:
-        reporter.now(step, evaluate(evaluation_step, state, validation_source, config, mesh))
+        reporter.now(step, evaluate(trainer, state, validation_source, config, rows))
 
     if evaluation_due(first_step) and not reporter.evaluated(first_step):
         evaluate_and_report(first_step)  # the run was stopped before it could
@@ -370,7 +368,7 @@ def main() -> int:
         waiting = time.perf_counter()
         batch = to_device(next(reader), placement, config.batch_size)
         reporter.meter.wait(time.perf_counter() - waiting)
-        state, metrics = train_step(state, batch)
+        state, metrics = trainer.train_step(state, batch)
         reporter.later(step, metrics)
         profile.after(step, state)
         if step == first_step + 1:

@@ -7,6 +7,7 @@ config and the fields of all its members are known, so that switching the kind n
 file. A field set for a kind that does not have it is an error.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -27,6 +28,15 @@ class ConfigError(ValueError):
     def under(self, path: str) -> "ConfigError":
         """The same error with the field's full path from `path` downwards."""
         return ConfigError(".".join(part for part in (path, self.field) if part), self.problem)
+
+
+@contextlib.contextmanager
+def under(path: str) -> typing.Iterator[None]:
+    """Config errors raised within name their field from `path` downwards."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.under(path) from None
 
 
 def near(word: str, known: typing.Iterable[str]) -> str:
@@ -124,8 +134,8 @@ def kind_of(field: dataclasses.Field, value: Config) -> str:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Every field with its value, nested, choices with their kind: what config.json and
-    --print_config show."""
+    """Every field with its value, nested, choices with their kind: what config.json
+    holds."""
     out: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -68,7 +68,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise ImportError(
-                "--tensorboard needs the extra: pip install -e '.[tensorboard]'"
+                "TensorBoard needs the extra: pip install -e '.[tensorboard]'"
             ) from None
         self.writer = SummaryWriter(str(folder))
 

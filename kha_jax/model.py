@@ -6,7 +6,6 @@ Legend: B batch, T position, D model width, V vocabulary.
 
 import functools
 import itertools
-import math
 from typing import Any, Callable, Literal, NamedTuple
 
 import flax.linen as nn
@@ -20,7 +19,7 @@ from kha_jax.feed_forward import FeedForward, SwiGLU
 from kha_jax.moe import MoE
 from kha_jax.ops import losses
 from kha_jax.parameters import Aux, Module, Numerics, RMSNorm, no_aux
-from kha_jax.sharding import MESH_AXES, axis_size, constrain, current_mesh, per_device
+from kha_jax.sharding import constrain, per_device, sum_over, ways
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -292,15 +291,14 @@ class Transformer(Module):
         """Each device takes its own tokens, split over all mesh axes, through the whole table,
         whose gradient is summed once."""
         c, tokens = self.config.loss, ("batch", "loss_length")
+        chunk = max(1, c.chunk_tokens // ways(*tokens))
 
         def local(x_BTD, table_VD, targets_BT, weights_BT):
             sums = losses.cross_entropy(
                 x_BTD, table_VD, targets_BT, weights_BT, z_loss=c.z_loss, chunk_tokens=chunk
             )
-            return jax.tree.map(lambda z: jax.lax.psum(z, axes), sums) if axes else sums
+            return sum_over(sums, *tokens)
 
-        axes = () if current_mesh() is None or current_mesh().size == 1 else MESH_AXES
-        chunk = max(1, c.chunk_tokens // (math.prod(map(axis_size, MESH_AXES)) if axes else 1))
         scalars = ((), losses.TokenSums((), (), (), ()))
         each = per_device(local, ((*tokens, None), (None, None), tokens, tokens), scalars)
         return each(x_BTD, self.output_table(), targets_BT, weights_BT)

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from kha_jax.feed_forward import FeedForward, SwiGLU
 from kha_jax.ops import experts
 from kha_jax.parameters import Aux, Module
-from kha_jax.sharding import axis_size, constrain, per_device, platform
+from kha_jax.sharding import (
+    constrain,
+    gather,
+    index_along,
+    per_device,
+    platform,
+    scatter_sum,
+    sum_over,
+)
 
 BIAS_RULES = ("rms", "sign", "sign_centred")
 
@@ -147,9 +155,9 @@ class MoELayer(Module):
                 jax.nn.one_hot(chosen_BTK, c.experts, dtype=jnp.float32), axis=(0, 1, 2)
             )
         weights = (
-            self.weight("gate", expert=c.experts, expert_embed=D, feed_forward=F),
-            self.weight("up", expert=c.experts, expert_embed=D, feed_forward=F),
-            self.weight("down", expert=c.experts, feed_forward=F, expert_embed=D),
+            self.weight("gate", experts=c.experts, expert_embed=D, feed_forward=F),
+            self.weight("up", experts=c.experts, expert_embed=D, feed_forward=F),
+            self.weight("down", experts=c.experts, feed_forward=F, expert_embed=D),
         )
         y_BTD = exchange(x_BTD, chosen_BTK, weights_BTK, weights, c)
         if c.shared_experts:
@@ -182,22 +190,19 @@ def router_loss(
 def exchange(
     x_BTD: jax.Array, chosen_BTK: jax.Array, weights_BTK: jax.Array, weights: tuple, config: MoE
 ) -> jax.Array:
-    """`ops.experts.experts` over the mesh: each device computes the tokens of its `expert` group
-    for the experts that it holds.
+    """`ops.experts.experts` over the mesh: each device computes the tokens of all devices that
+    split the experts for those that it holds.
 
-    Tokens are gathered over `expert` and their results summed back by reduce-scatter: with no row
+    Tokens are gathered over them and their results summed back by reduce-scatter: with no row
     dropped and shapes that do not depend on the load, an all-to-all has to make room for every
-    token at every expert group, top_k times over, so this moves the fewest bytes. The expert width
-    is split over `model`; what the weights have on `data` (FSDP) is gathered before.
+    token at every part of the experts, top_k times over, so this moves the fewest bytes. The expert
+    width is split as any feed-forward's; where FSDP splits the weights they are gathered before.
     """
 
     def local(x, chosen, gates, gate, up, down):
-        (_, T, D), groups = x.shape, axis_size("expert")
-        if groups > 1:
-            x, chosen, gates = (
-                jax.lax.all_gather(z, "expert", axis=0, tiled=True) for z in (x, chosen, gates)
-            )
-            chosen = chosen - jax.lax.axis_index("expert") * gate.shape[0]
+        _, T, D = x.shape
+        x, chosen, gates = (gather(z, "experts") for z in (x, chosen, gates))
+        chosen = chosen - index_along("experts") * gate.shape[0]
 
         def compute(x, chosen, gates):
             return experts.experts(x, chosen, gates, gate, up, down, config.kernel, platform())
@@ -205,14 +210,10 @@ def exchange(
         y = in_chunks(
             compute, config.chunk_tokens, *(z.reshape(-1, z.shape[-1]) for z in (x, chosen, gates))
         ).reshape(-1, T, D)
-        if axis_size("model") > 1:
-            y = jax.lax.psum(y, "model")
-        return (
-            jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True) if groups > 1 else y
-        )
+        return scatter_sum(sum_over(y, "feed_forward"), "experts")
 
-    tokens, wide = ("batch", "length", None), ("expert", None, "feed_forward")
-    in_axes = (tokens, tokens, tokens, wide, wide, ("expert", "feed_forward", None))
+    tokens, wide = ("batch", "length", None), ("experts", None, "feed_forward")
+    in_axes = (tokens, tokens, tokens, wide, wide, ("experts", "feed_forward", None))
     return per_device(local, in_axes, tokens)(x_BTD, chosen_BTK, weights_BTK, *weights)
 
 

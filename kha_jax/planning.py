@@ -13,21 +13,16 @@ import re
 from typing import Any, Iterator, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kha_jax import accounting, sharding
 from kha_jax.accounting import PEAK_FLOPS
-from kha_jax.config import ConfigError, near
+from kha_jax.config import ConfigError, near, to_dict, under
 from kha_jax.model import ModelConfig, Segment
 from kha_jax.ops.attention import ROWS
+from kha_jax.sharding import SLICES, ways_of
 from kha_jax.training import RunConfig, TrainState, make_trainer
 
-# the mesh axes over which weights are gathered when they are used
-FSDP = (
-    sharding.RULES["embed"],
-    sharding.RULES["expert_embed"],
-)
 # Of the peak, in the matrix products and the attention kernel: an assumption, not a measurement.
 EFFICIENCY = 0.75
 
@@ -47,21 +42,6 @@ CHIPS = {
     "v5e": Chip(PEAK_FLOPS["v5e"], 15.75 * 2**30, 819e9, 200e9),
     "v6e": Chip(PEAK_FLOPS["v6e"], 31.25 * 2**30, 1640e9, 448e9),
 }
-# One device, one host, and the slices of sharding.PRESETS, by their vendor's names and as libtpu
-# calls them.
-TOPOLOGIES = {
-    "v5e-1": "v5e:1x1",
-    "v5e-4": "v5e:2x2",
-    "v5e-64": "v5e:8x8",
-    "v5e-256": "v5e:16x16",
-    "v5p-8": "v5p:2x2x1",
-    "v5p-64": "v5p:4x4x2",
-    "v5p-128": "v5p:4x4x4",
-    "v6e-1": "v6e:1x1",
-    "v6e-4": "v6e:2x2",
-    "v6e-64": "v6e:8x8",
-    "v6e-256": "v6e:16x16",
-}
 
 
 class Topology(NamedTuple):
@@ -72,25 +52,23 @@ class Topology(NamedTuple):
     chip: Chip
 
 
+class SliceError(ValueError):
+    """A slice that does not exist. The message says which do."""
+
+
 def topology(name: str) -> Topology:
     """The slice of a name such as v5p:4x4x4, or of a preset such as v5p-128.
 
     Raises:
-        ConfigError: for a name of neither form.
+        SliceError: for a name of neither form.
     """
-    full = TOPOLOGIES.get(name, name)
+    full = SLICES.get(name, name)
     kind, _, shape = full.partition(":")
-    if (
-        kind not in CHIPS
-        or not shape
-        or not all(part.isdigit() and int(part) for part in shape.split("x"))
-    ):
-        raise ConfigError(
-            "--topology",
-            f"{name!r} is not KIND:SHAPE with a kind of {', '.join(CHIPS)}; "
-            f"{near(name, TOPOLOGIES)}",
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise SliceError(
+            f"{name!r} is not KIND:SHAPE with a kind of {', '.join(CHIPS)}; {near(name, SLICES)}"
         )
-    return Topology(full, math.prod(map(int, shape.split("x"))), CHIPS[kind])
+    return Topology(full, sharding.chips(full), CHIPS[kind])
 
 
 class Plan(NamedTuple):
@@ -135,15 +113,16 @@ def placed(config: RunConfig, slice_: Topology, sequences: int | None) -> RunCon
     Raises:
         ConfigError: the batch or the mesh does not divide, or the kernel is of another platform.
     """
-    sizes = dict(zip(sharding.MESH_AXES, config.mesh.shape(slice_.chips)))
-    ways = sizes["data"] * sizes["expert"]
+    with under("mesh"):
+        sizes = config.mesh.sizes(slice_.chips)
+    ways = ways_of(sizes, "batch")
     if sequences is not None:
         at_once = sequences * ways
         batch = max(config.batch_size, at_once)
         if batch % at_once:
             found = f"found {config.batch_size}"
             raise ConfigError(
-                "config.batch_size",
+                "batch_size",
                 f"must be a multiple of {at_once}, {sequences} on each of {ways} devices, {found}",
             )
         # a larger batch sees the same tokens
@@ -154,10 +133,11 @@ def placed(config: RunConfig, slice_: Topology, sequences: int | None) -> RunCon
 
 
 class Remedy(NamedTuple):
-    """A change that saves memory: the flags that make it, and what they make of the run and the
-    slice."""
+    """A change that saves memory: fields of the run by their dotted names, the slice where it is
+    another one, and what they make of the run and the slice."""
 
-    flags: tuple[str, ...]
+    changes: dict[str, Any]
+    moved_to: str | None
     config: RunConfig
     slice_: Topology
 
@@ -168,47 +148,33 @@ def remedies(config: RunConfig, slice_: Topology) -> Iterator[Remedy]:
     Full rematerialisation, then fewer sequences at once, then larger slices of the kind, whose FSDP
     leaves each device less state.
     """
-    flags: tuple[str, ...] = ()
+    full: dict[str, Any] = {}
     if config.model.remat != "full":
-        config, flags = (
-            config.replace(model=config.model.replace(remat="full")),
-            ("--config.model.remat=full",),
-        )
-        yield Remedy(flags, config, slice_)
-    data, expert, _ = config.mesh.shape(slice_.chips)
-    sequences = config.batch_size // config.accumulation // (data * expert)
+        full = {"model.remat": "full"}
+        config = config.replace(model=config.model.replace(remat="full"))
+        yield Remedy(full, None, config, slice_)
+    apart = ways_of(config.mesh.sizes(slice_.chips), "batch")
+    sequences = config.batch_size // config.accumulation // apart
     for fewer in (n for n in range(sequences - 1, 0, -1) if sequences % n == 0):
         accumulation = config.accumulation * sequences // fewer
-        yield Remedy(
-            (*flags, f"--config.accumulation={accumulation}"),
-            config.replace(accumulation=accumulation),
-            slice_,
-        )
-    for name, full_name in TOPOLOGIES.items():
-        larger = topology(full_name)
+        changed = config.replace(accumulation=accumulation)
+        yield Remedy({**full, "accumulation": accumulation}, None, changed, slice_)
+    for name in SLICES:
+        larger = topology(name)
         if larger.chip != slice_.chip or larger.chips <= slice_.chips:
             continue
-        fills = -1 in (config.mesh.data, config.mesh.expert, config.mesh.model)
-        mesh = {
-            "preset": name if config.mesh.preset else None,
-            "data": config.mesh.data if fills else -1,
-        }
+        mesh = config.mesh.moved(name)
         try:
-            fewest = placed(config.replace(mesh=config.mesh.replace(**mesh)), larger, 1)
+            fewest = placed(config.replace(mesh=mesh), larger, 1)
         except ConfigError:
-            continue  # no preset has this name, or something does not divide over it
-        moved = [
-            f"--config.mesh.{field}={value}"
-            for field, value in mesh.items()
+            continue  # something does not divide over it
+        moved = {
+            f"mesh.{field}": value
+            for field, value in to_dict(mesh).items()
             if value != getattr(config.mesh, field)
-        ]
-        change = (
-            *flags,
-            f"--topology={name}",
-            f"--config.accumulation={fewest.accumulation}",
-            *moved,
-        )
-        yield Remedy(change, fewest, larger)
+        }
+        changes = {**full, "accumulation": fewest.accumulation, **moved}
+        yield Remedy(changes, name, fewest, larger)
 
 
 def has_libtpu() -> bool:
@@ -220,24 +186,19 @@ def compiled_memory(config: RunConfig, slice_: Topology) -> tuple[float, float]:
     libtpu.
 
     Raises:
-        ConfigError: libtpu knows no such slice.
+        SliceError: libtpu knows no such slice.
     """
     from jax.experimental import topologies
 
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=slice_.name).devices
     except RuntimeError as error:
-        raise ConfigError(
-            "--topology", f"libtpu knows no slice {slice_.name}: {' '.join(str(error).split())}"
+        raise SliceError(
+            f"libtpu knows no slice {slice_.name}: {' '.join(str(error).split())}"
         ) from None
-    mesh = sharding.make_mesh(config.mesh, devices)
-    trainer, rows = make_trainer(config, mesh), sharding.batch_sharding(mesh)
-    ids = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32, sharding=rows)
-    batch = {name: ids for name in ("tokens", "targets", "positions", "segment_ids")}
-    batch["weights"] = jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=rows)
-    step = jax.jit(trainer.train_step, donate_argnums=0, out_shardings=(trainer.shardings, None))
+    trainer = make_trainer(config, sharding.make_mesh(config.mesh, devices))
     try:
-        memory = step.lower(trainer.abstract, batch).compile().memory_analysis()
+        memory = trainer.lower().compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
@@ -263,23 +224,14 @@ def _needed(message: str) -> float | None:
 
 def _abstract_state(config: RunConfig, chips: int) -> tuple[TrainState, dict[str, int]]:
     """The run's state as it is laid out on this many devices, and the mesh's sizes."""
-    sizes = dict(zip(sharding.MESH_AXES, config.mesh.shape(chips)))
-    return make_trainer(
-        config, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    ).abstract, sizes
+    sizes = config.mesh.sizes(chips)
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    return make_trainer(config, mesh).abstract, sizes
 
 
 def _held(leaf: jax.ShapeDtypeStruct) -> int:
     """Elements of an array on one device."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
-
-
-def _gathered_over(leaf: jax.ShapeDtypeStruct, sizes: dict[str, int]) -> int:
-    """Devices over which FSDP gathers an array when it is used."""
-    parts = [part for part in leaf.sharding.spec if part in FSDP]
-    return math.prod(
-        sizes[axis] for part in parts for axis in ((part,) if isinstance(part, str) else part)
-    )
 
 
 def _held_bytes(tree: Any) -> float:
@@ -290,13 +242,15 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     """Plans a run that `placed` has put on the slice. compiled: memory from XLA; otherwise
     estimated from the sizes."""
     chips, chip, model = slice_.chips, slice_.chip, config.model
-    cost = accounting.account(model, config.seq_len, tokens=config.batch_size * config.seq_len)
-    tokens = config.batch_size * config.seq_len
+    tokens = config.tokens_per_step
+    cost = accounting.account(model, config.seq_len, tokens=tokens)
     state, sizes = _abstract_state(config, chips)
-    local_tokens = tokens / config.accumulation / sizes["data"] / sizes["expert"]
+    apart, model_ways = ways_of(sizes, "batch"), ways_of(sizes, "heads")
+    local_tokens = tokens / config.accumulation / apart
     # that a device computes with
     weights = sum(
-        _held(leaf) * _gathered_over(leaf, sizes) for leaf in jax.tree.leaves(state.params)
+        _held(leaf) * sharding.gathered_ways(leaf.sharding)
+        for leaf in jax.tree.leaves(state.params)
     )
     params_bytes, optimizer_bytes = (
         _held_bytes(state.params),
@@ -309,7 +263,7 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
         peak, temporaries = compiled_memory(config, slice_)
     else:
         temporaries = _estimated_temporaries(
-            config, local_tokens, weights, sizes["model"], params_bytes, activations
+            config, local_tokens, weights, model_ways, params_bytes, activations
         )
         peak = params_bytes + optimizer_bytes + temporaries
 
@@ -319,9 +273,8 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     executed = cost.training_flops * (3 + again) / 3 * tokens
     moved = _moved(config, state.params, sizes)
     passes = 3 + again
-    hbm = passes * config.accumulation * _pass_bytes(
-        config, local_tokens, weights, sizes["model"]
-    ) + 3 * (params_bytes + optimizer_bytes)
+    layers = _pass_bytes(config, local_tokens, weights, model_ways)
+    hbm = passes * config.accumulation * layers + 3 * (params_bytes + optimizer_bytes)
     times = {
         "compute": executed / chips / chip.flops / EFFICIENCY,
         "HBM": hbm / chip.hbm_bandwidth,
@@ -334,9 +287,7 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
         topology=slice_.name,
         chips=chips,
         batch_size=config.batch_size,
-        sequences_per_device=config.batch_size
-        // config.accumulation
-        // (sizes["data"] * sizes["expert"]),
+        sequences_per_device=config.batch_size // config.accumulation // apart,
         accumulation=config.accumulation,
         params_total=cost.parameters,
         params_active=cost.active,
@@ -367,13 +318,13 @@ def _moved(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[str, f
 
     FSDP gathers weights in the compute dtype for the forward and the backward pass of every
     micro-batch and reduce-scatters their gradients; what is whole on every device has its gradient
-    summed. `expert` gathers tokens and reduce-scatters results, in every pass; `model` sums the
-    outputs of attention and feed-forward.
+    summed. Split experts gather tokens and reduce-scatter results, in every pass; split heads and
+    feed-forward widths sum their outputs.
     """
     item = np.dtype(config.model.numerics.dtype).itemsize
     gathered, replicated, devices = 0.0, 0.0, math.prod(sizes.values())
     for leaf in jax.tree.leaves(params):
-        ways = _gathered_over(leaf, sizes)
+        ways = sharding.gathered_ways(leaf.sharding)
         gathered += item * _held(leaf) * (ways - 1)
         replicated += 4 * _held(leaf) if ways == 1 else 0
     moved = {
@@ -382,11 +333,12 @@ def _moved(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[str, f
         "all-reduce": 2 * replicated * (devices - 1) / devices * config.accumulation,
     }
     passes = 3 if config.model.remat == "full" else 2  # of the layers, forward and backward
-    tokens = config.batch_size * config.seq_len / sizes["data"] / sizes["expert"]
+    tokens = config.tokens_per_step / ways_of(sizes, "batch")
     stream = passes * item * tokens * config.model.width * config.model.layers
     for kind in ("all-gather", "reduce-scatter"):
-        moved[kind] += stream * (sizes["expert"] - 1)
-    moved["all-reduce"] += 2 * stream * 2 * (sizes["model"] - 1) / sizes["model"]
+        moved[kind] += stream * (ways_of(sizes, "experts") - 1)
+    wide = ways_of(sizes, "heads")
+    moved["all-reduce"] += 2 * stream * 2 * (wide - 1) / wide
     return {kind: size for kind, size in moved.items() if size}
 
 

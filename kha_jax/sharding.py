@@ -4,18 +4,21 @@ Parameters and activations name their axes once, beside their shapes; RULES says
 each name uses. The batch is split over `data` and `expert`; parameters and optimiser state are
 split over both too (FSDP), those of experts over `data` since `expert` splits them already; heads,
 the feed-forward width and the vocabulary are split over `model`.
+
+No other module names a mesh axis: they ask by logical one. The mesh that they ask about is jax's
+own, of `jax.set_mesh` or of `on_mesh`, and therefore a part of jit's key: what was traced without
+it is traced again within.
 """
 
-import contextlib
-import contextvars
+import functools
 import math
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Mapping
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kha_jax.config import Config, ConfigError, near
 
@@ -35,7 +38,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "groups": None,
     "mixer_in": None,
     "mixer_out": None,
-    "expert": "expert",
+    "experts": "expert",
     "router": None,
     # either
     "vocabulary": "model",
@@ -46,18 +49,35 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 # Axes that are kept whole where there are fewer of them than devices: one key head serves the query
 # heads of several devices.
 SHARED = ("kv_heads",)
+# Axes whose parts are gathered where a parameter is used (FSDP).
+STORED = ("embed", "expert_embed")
 MESH_AXES = ("data", "expert", "model")
-# Devices of the places that a run can be meant for; slices have their vendor's names, where a v5p
-# chip counts twice.
+# Slices by their vendor's names, where a v5p chip counts twice, and by libtpu's: kind and shape.
+SLICES = {
+    "v5e-1": "v5e:1x1",
+    "v5e-4": "v5e:2x2",
+    "v5e-64": "v5e:8x8",
+    "v5e-256": "v5e:16x16",
+    "v5p-8": "v5p:2x2x1",
+    "v5p-64": "v5p:4x4x2",
+    "v5p-128": "v5p:4x4x4",
+    "v6e-1": "v6e:1x1",
+    "v6e-4": "v6e:2x2",
+    "v6e-64": "v6e:8x8",
+    "v6e-256": "v6e:16x16",
+}
+
+
+def chips(topology: str) -> int:
+    """Devices of a slice by libtpu's name, such as v5p:4x4x4."""
+    return math.prod(map(int, topology.partition(":")[2].split("x")))
+
+
+# Devices of the places that a run can be meant for; None: any number.
 PRESETS: dict[str, int | None] = {
     "1-device": 1,
     "1-host": None,
-    "v5e-64": 64,
-    "v5e-256": 256,
-    "v5p-64": 32,
-    "v5p-128": 64,
-    "v6e-64": 64,
-    "v6e-256": 256,
+    **{name: chips(topology) for name, topology in SLICES.items()},
 }
 
 
@@ -93,8 +113,8 @@ class MeshConfig(Config):
             len(fill) <= 1, (fill + [""])[0], f"only one axis may be -1, found {' and '.join(fill)}"
         )
 
-    def shape(self, devices: int) -> tuple[int, int, int]:
-        """Sizes of the axes on this many devices.
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Sizes of the mesh axes, in their order, on this many devices.
 
         Raises:
             ConfigError: when the sizes do not multiply to the number of devices, or the preset has
@@ -102,23 +122,26 @@ class MeshConfig(Config):
         """
         meant = PRESETS.get(self.preset) or devices
         self.require(
-            meant == devices,
-            "config.mesh.preset",
-            f"{self.preset!r} has {meant} devices, found {devices}",
+            meant == devices, "preset", f"{self.preset!r} has {meant} devices, found {devices}"
         )
-        sizes = [getattr(self, axis) for axis in MESH_AXES]
-        known = math.prod(size for size in sizes if size != -1)
-        listed = " x ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
-        remedy = "use data=-1 to fill"
-        if -1 in sizes:
-            sizes[sizes.index(-1)] = devices // known
-            remedy = f"use sizes that divide {devices}"
+        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+        known = math.prod(size for size in sizes.values() if size != -1)
+        listed = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        fills = [axis for axis, size in sizes.items() if size == -1]
+        remedy = f"use sizes that divide {devices}" if fills else "use data=-1 to fill"
+        sizes.update({axis: devices // known for axis in fills})
         self.require(
-            math.prod(sizes) == devices,
-            "config.mesh",
+            math.prod(sizes.values()) == devices,
+            "",
             f"{listed} does not make {devices} devices; {remedy}",
         )
-        return tuple(sizes)
+        return sizes
+
+    def moved(self, name: str) -> "MeshConfig":
+        """The same on the slice `name`: its preset where there was one, filled where nothing did
+        fill."""
+        fills = -1 in (getattr(self, axis) for axis in MESH_AXES)
+        return self.replace(preset=name if self.preset else None, data=self.data if fills else -1)
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -132,12 +155,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     devices = jax.devices() if devices is None else devices
     processes = len({device.process_index for device in devices})
     problem = f"{config.preset!r} is one process, found {processes}"
-    config.require(
-        processes == 1 or config.preset not in ("1-device", "1-host"), "config.mesh.preset", problem
-    )
+    config.require(processes == 1 or config.preset not in ("1-device", "1-host"), "preset", problem)
     if config.preset == "1-device":
         devices = devices[:1]
-    shape, types = config.shape(len(devices)), (AxisType.Auto,) * 3
+    shape = tuple(config.sizes(len(devices)).values())
+    types = (AxisType.Auto,) * len(shape)  # linen's constraints fail under Explicit
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     # heads of one layer may lie across a physical axis: without splitting, few shapes fit a torus
     # of 4 x 4 x 4
@@ -145,7 +167,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, MESH_AXES, axis_types=types)
     problem = f"must divide by the {slices} slices, which only data spans, found {shape[0]}"
-    config.require(shape[0] % slices == 0, "config.mesh.data", problem)
+    config.require(shape[0] % slices == 0, "data", problem)
     return Mesh(hybrid_devices(shape, slices, devices), MESH_AXES, axis_types=types)
 
 
@@ -158,96 +180,100 @@ def hybrid_devices(shape: tuple[int, int, int], slices: int, devices: list[Any])
     )
 
 
-_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+def on_mesh(mesh: Mesh | None, function: Callable) -> Callable:
+    """The function, to be jitted: wherever it is called from, it is traced where `constrain` and
+    its siblings see this mesh; None: no mesh."""
+    seen = AbstractMesh((), ()) if mesh is None else mesh.abstract_mesh
+
+    @functools.wraps(function)
+    def inside(*arguments):
+        with jax.sharding.use_abstract_mesh(seen):
+            return function(*arguments)
+
+    return inside
 
 
-@contextlib.contextmanager
-def using(mesh: Mesh) -> Iterator[None]:
-    """Within this, `constrain` pins activations to the mesh."""
-    token = _mesh.set(mesh)
-    try:
-        yield
-    finally:
-        _mesh.reset(token)
+def platform() -> str:
+    """Where the computation will run: the platform of the mesh, whose devices may be described and
+    not present, or jax's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
-def current_mesh() -> Mesh | None:
-    """The mesh of the enclosing `using`, or None outside of one."""
-    return _mesh.get()
+def mesh_axes(*axes: str | None) -> tuple[str, ...]:
+    """The mesh axes that split these logical axes."""
+    parts = [RULES[axis] or () for axis in axes if axis is not None]
+    return tuple(a for part in parts for a in ((part,) if isinstance(part, str) else part))
+
+
+def ways_of(sizes: Mapping[str, int], *axes: str | None) -> int:
+    """Devices that split these logical axes together, on a mesh of these sizes."""
+    return math.prod(sizes[axis] for axis in mesh_axes(*axes))
+
+
+def ways(*axes: str) -> int:
+    """Devices of the mesh that split these logical axes together; 1 without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return ways_of(sizes, *axes) if sizes else 1
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to the mesh by logical axis names; does nothing outside `using`."""
-    mesh = _mesh.get()
-    return (
-        x
-        if mesh is None
-        else jax.lax.with_sharding_constraint(
-            x, NamedSharding(mesh, spec(_divided(axes, x.shape, mesh)))
-        )
-    )
+    """Pins an activation to the mesh by logical axis names; does nothing without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if not sizes:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(_divided(axes, x.shape, sizes)))
 
 
 def _divided(
-    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh
+    axes: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> tuple[str | None, ...]:
     """The axes, without those of SHARED that are fewer than their devices."""
 
     def whole(axis, size):
-        return (
-            axis in SHARED
-            and size < mesh.shape[RULES[axis]]
-            and mesh.shape[RULES[axis]] % size == 0
-        )
+        return axis in SHARED and size < (n := ways_of(sizes, axis)) and n % size == 0
 
     return tuple(None if whole(axis, size) else axis for axis, size in zip(axes, shape))
 
 
-def platform() -> str:
-    """Where the computation will run: the platform of the enclosing mesh, which may be described
-    and not present, or jax's default."""
-    mesh = current_mesh()
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-
-
 def per_device(function: Callable, in_axes: tuple, out_axes: Any) -> Callable:
     """The function on each device's part of its arguments, cut by logical axis names; the function
-    itself outside of a mesh.
+    itself without a mesh.
 
     in_axes: one tuple of names for each argument; mesh axes that they do not use are gathered.
     out_axes: the same for the result, whose parts must agree along the mesh axes that it does not
-    use.
+    use. Inside, devices meet through `gather`, `sum_over` and `scatter_sum`.
     """
-    mesh = current_mesh()
-    if mesh is None or mesh.size == 1:
+    if jax.sharding.get_abstract_mesh().size <= 1:  # 0 without a mesh
         return function
 
     def is_axes(axes):
         return isinstance(axes, tuple) and all(a is None or isinstance(a, str) for a in axes)
 
     in_specs, out_specs = jax.tree.map(spec, (in_axes, out_axes), is_leaf=is_axes)
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def ways(axis: str) -> int:
-    """Devices that a logical axis is split over on the enclosing mesh."""
-    mesh, part = current_mesh(), RULES[axis]
-    if mesh is None or part is None:
-        return 1
-    return math.prod(mesh.shape[name] for name in ((part,) if isinstance(part, str) else part))
+def gather(x: jax.Array, axis: str) -> jax.Array:
+    """Within `per_device`: the parts of x on all devices that split a logical axis, one after
+    another along the first dimension."""
+    return jax.lax.all_gather(x, mesh_axes(axis), tiled=True) if ways(axis) > 1 else x
 
 
-def place(axis: str) -> int | jax.Array:
-    """Within `per_device`, which of the `ways` of a logical axis this device holds."""
-    return jax.lax.axis_index(RULES[axis]) if ways(axis) > 1 else 0
+def sum_over(tree: Any, *axes: str) -> Any:
+    """Within `per_device`: sums over all devices that split these logical axes."""
+    return jax.lax.psum(tree, mesh_axes(*axes)) if ways(*axes) > 1 else tree
 
 
-def axis_size(name: str) -> int:
-    """Devices along an axis of the enclosing mesh."""
-    mesh = current_mesh()
-    return 1 if mesh is None else mesh.shape[name]
+def scatter_sum(x: jax.Array, axis: str) -> jax.Array:
+    """Within `per_device`: of the sum over all devices that split a logical axis, this device's
+    part along the first dimension; the transpose of `gather`."""
+    return jax.lax.psum_scatter(x, mesh_axes(axis), tiled=True) if ways(axis) > 1 else x
+
+
+def index_along(axis: str) -> jax.Array | int:
+    """Within `per_device`: which part of a logical axis this device holds, from 0."""
+    return jax.lax.axis_index(mesh_axes(axis)) if ways(axis) > 1 else 0
 
 
 def spec(axes: tuple[str | None, ...], where: str = "array") -> PartitionSpec:
@@ -262,14 +288,13 @@ def spec(axes: tuple[str | None, ...], where: str = "array") -> PartitionSpec:
             raise ValueError(
                 f"{where}: logical axis {axis!r} has no rule; known are {', '.join(RULES)}"
             )
-        part = None if axis is None else RULES[axis]
-        for mesh_axis in (part,) if isinstance(part, str) else part or ():
+        for mesh_axis in mesh_axes(axis):
             if mesh_axis in used:
                 raise ValueError(
                     f"{where}: {axis!r} and {used[mesh_axis]!r} both map to mesh axis {mesh_axis!r}"
                 )
             used[mesh_axis] = axis
-        parts.append(part)
+        parts.append(None if axis is None else RULES[axis])
     return PartitionSpec(*parts)
 
 
@@ -285,22 +310,26 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, PartitionSpec())
-        partition = spec(_divided(leaf.names, leaf.value.shape, mesh), name)
-        for size, axis, part in zip(leaf.value.shape, leaf.names, partition):
-            ways = math.prod(
-                mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ())
-            )
-            if size % ways:
+        axes = _divided(leaf.names, leaf.value.shape, mesh.shape)
+        for size, axis in zip(leaf.value.shape, axes):
+            if size % ways_of(mesh.shape, axis):
                 raise ConfigError(
-                    "config.mesh",
-                    f"{name}: dimension {axis!r} of {size} does not divide into {ways} (mesh "
-                    f"axis {part})",
+                    "",
+                    f"{name}: dimension {axis!r} of {size} does not divide into "
+                    f"{ways_of(mesh.shape, axis)} (mesh axis {RULES[axis]})",
                 )
-        return NamedSharding(mesh, partition)
+        return NamedSharding(mesh, spec(axes, name))
 
     return jax.tree_util.tree_map_with_path(
         one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
     )
+
+
+def gathered_ways(sharding: NamedSharding) -> int:
+    """Devices over which FSDP gathers a parameter when it is used."""
+    stored = [RULES[axis] for axis in STORED]
+    axes = [axis for axis in sharding.spec if axis in stored]
+    return math.prod(sharding.mesh.shape[a] for axis in axes for a in np.atleast_1d(axis))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

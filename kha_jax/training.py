@@ -1,10 +1,10 @@
-"""A run's config, its state, and the pure functions that change it: train_step and evaluation_step.
+"""A run's config, its state, and its compiled functions: init, train_step and evaluation_step.
 
 Legend: A micro-batches of a step, B batch, T position.
 """
 
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,12 +12,25 @@ import jax.numpy as jnp
 import optax
 
 from kha_jax import data, moe, optimizer
-from kha_jax.config import Config, choice
+from kha_jax.config import Config, choice, under
 from kha_jax.model import Batch, ModelConfig, Transformer
 from kha_jax.ops.attention import refusal
 from kha_jax.ops.losses import TokenSums
 from kha_jax.optimizer import OptimizerConfig
-from kha_jax.sharding import MeshConfig, tree_shardings, using
+from kha_jax.sharding import (
+    MeshConfig,
+    batch_sharding,
+    mesh_axes,
+    on_mesh,
+    tree_shardings,
+    ways_of,
+)
+
+# What a batch holds, all [B, T].
+BATCH = {
+    **dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32),
+    "weights": jnp.float32,
+}
 
 
 class EvaluationConfig(Config):
@@ -94,24 +107,30 @@ class RunConfig(Config):
             f"must be at least {shortest} for this data, found {self.seq_len}",
         )
 
-    def check_on(self, sizes: dict[str, int], platform: str) -> None:
-        """Checks that the run can be placed on a mesh with these sizes.
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimiser step, over all devices and micro-batches."""
+        return self.batch_size * self.seq_len
+
+    def check_on(self, sizes: Mapping[str, int], platform: str) -> None:
+        """Checks that the run can be placed on a mesh whose axes have these sizes.
 
         Raises:
             ConfigError: names what does not divide over it, or the kernel that does not run there.
         """
-        ways, rows = sizes["data"] * sizes["expert"], self.batch_size // self.accumulation
+        ways, rows = ways_of(sizes, "batch"), self.batch_size // self.accumulation
         problem = (
             f"must divide by {ways} devices in each micro-batch, found {self.batch_size} / "
             f"{self.accumulation}"
         )
-        self.require(rows % ways == 0, "config.batch_size", problem)
-        problem = f"must divide by mesh.model={sizes['model']}, found {self.seq_len}"
-        self.require(self.seq_len % sizes["model"] == 0, "config.seq_len", problem)
+        self.require(rows % ways == 0, "batch_size", problem)
+        (axis,) = mesh_axes("loss_length")
+        problem = f"must divide by mesh.{axis}={sizes[axis]}, found {self.seq_len}"
+        self.require(self.seq_len % sizes[axis] == 0, "seq_len", problem)
         for segment in self.model.segments():
             attention, dtype = segment.attention, self.model.numerics.dtype
             problem = refusal(attention.kernel, attention.case(platform, dtype, self.seq_len))
-            self.require(problem is None, "config.model.attention.kernel", str(problem))
+            self.require(problem is None, "model.attention.kernel", str(problem))
 
 
 class TrainState(NamedTuple):
@@ -128,14 +147,24 @@ class TrainState(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """Functions of one run on one mesh, not yet compiled."""
+    """One run on one mesh: its functions, compiled when they are first called wherever that is, and
+    the shapes and places of what they take.
+
+    init: the state from a random key. train_step: the next state and metrics; it takes the memory
+    of the state that it is given. evaluation_step: sums over the tokens of a batch.
+    """
 
     model: Transformer
     init: Callable[[jax.Array], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluation_step: Callable[[TrainState, Batch], TokenSums]
     abstract: TrainState
+    abstract_batch: Batch
     shardings: TrainState
+
+    def lower(self) -> jax.stages.Lowered:
+        """The train step, to be compiled ahead of time."""
+        return self.train_step.lower(self.abstract, self.abstract_batch)
 
 
 def variables(state: TrainState) -> dict[str, Any]:
@@ -144,9 +173,10 @@ def variables(state: TrainState) -> dict[str, Any]:
 
 
 def _boxed_variables(model: Transformer, key: jax.Array) -> dict[str, Any]:
-    ids, ones = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.float32)
-    batch = {"tokens": ids, "targets": ids, "positions": ids, "segment_ids": ids, "weights": ones}
-    return {"balance": {}, **model.init(key, batch, method="loss")}
+    # its one row does not divide over a mesh
+    init = on_mesh(None, functools.partial(model.init, method="loss"))
+    batch = {name: jnp.ones((1, 1), dtype) for name, dtype in BATCH.items()}
+    return {"balance": {}, **init(key, batch)}
 
 
 def _is_boxed(leaf: Any) -> bool:
@@ -196,12 +226,15 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
         return nn.unbox(boxed_init(key))
 
     boxed_state = jax.eval_shape(boxed_init, jax.random.key(0))
-    shardings = tree_shardings(boxed_state, mesh)
+    with under("mesh"):
+        shardings = tree_shardings(boxed_state, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         nn.unbox(boxed_state),
         shardings,
     )
+    shape, rows = (config.batch_size, config.seq_len), batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in BATCH.items()}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         return _train_step(config, model, tx, state, batch)
@@ -210,18 +243,16 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
         return model.apply(variables(state), batch, method="loss")[1][0]
 
     return Trainer(
-        model, init, _on(mesh, train_step), _on(mesh, evaluation_step), abstract, shardings
+        model=model,
+        init=jax.jit(init, out_shardings=shardings),
+        train_step=jax.jit(
+            on_mesh(mesh, train_step), donate_argnums=0, out_shardings=(shardings, None)
+        ),
+        evaluation_step=jax.jit(on_mesh(mesh, evaluation_step)),
+        abstract=abstract,
+        abstract_batch=batch,
+        shardings=shardings,
     )
-
-
-def _on(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
-    """The function, traced where activations are pinned to the mesh."""
-
-    def inside(*arguments):
-        with using(mesh):
-            return function(*arguments)
-
-    return inside
 
 
 def _train_step(config, model, tx, state, batch):

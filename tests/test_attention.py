@@ -178,8 +178,9 @@ def test_eight_devices_compute_what_one_does(name, projection):
     """Four devices split the heads, or the queries where heads meet; two the rows."""
     config = config_of(name, projection)
     mesh = sharding.make_mesh(MeshConfig(data=2, model=4))
-    with sharding.using(mesh):
-        ours = jax.jit(functools.partial(layer, config))(random(config), inputs())
+    on_eight = jax.jit(sharding.on_mesh(mesh, functools.partial(layer, config)))
+    everywhere_whole = jax.NamedSharding(mesh, jax.P())
+    ours = on_eight(*jax.device_put((random(config), inputs()), everywhere_whole))
     assert relative_error(ours, output(config, random(config))) < 1e-5
 
 

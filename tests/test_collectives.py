@@ -15,7 +15,7 @@ from kha_jax.attention.projections import GroupedQuery
 from kha_jax.moe import MoE
 from kha_jax.sharding import MeshConfig
 from kha_jax.training import make_trainer
-from tests.test_training import MODEL, RUN, random_batch
+from tests.test_training import MODEL, RUN
 
 PLAIN = AttentionConfig(projection=GroupedQuery(query_heads=8, kv_heads=8, head_dim=8))
 DENSE = MODEL.replace(stack="unroll", attention=PLAIN)
@@ -27,16 +27,9 @@ def compiled(model, sizes, what):
     """(trainer, HLO text) of the train step or of the evaluation step, which is the forward
     pass."""
     mesh = sharding.make_mesh(MeshConfig(**dict(zip(sharding.MESH_AXES, sizes))))
-    trainer, rows = make_trainer(RUN.replace(model=model), mesh), sharding.batch_sharding(mesh)
-    batch = jax.tree.map(
-        lambda z: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=rows), random_batch()
-    )
-    step = (
-        jax.jit(trainer.train_step, out_shardings=(trainer.shardings, None))
-        if what == "train"
-        else jax.jit(trainer.evaluation_step)
-    )
-    return trainer, step.lower(trainer.abstract, batch).compile().as_text()
+    trainer = make_trainer(RUN.replace(model=model), mesh)
+    step = {"train": trainer.train_step, "evaluation": trainer.evaluation_step}[what]
+    return trainer, step.lower(trainer.abstract, trainer.abstract_batch).compile().as_text()
 
 
 def collectives(text):

@@ -260,7 +260,7 @@ def test_meshes_train_as_one_device(mesh):
 def test_evaluation_and_a_non_finite_step_leave_the_bias_and_a_checkpoint_keeps_it(tmp_path):
     trainer, state, _ = trained(MIXTURE)
     step, before = begun(MIXTURE)[2], bias_of(state)
-    sums = jax.jit(trainer.evaluation_step)(state, random_batch(3))
+    sums = trainer.evaluation_step(state, random_batch(3))
     assert np.isfinite(sums.loss) and np.array_equal(before, bias_of(state))
     broken = state._replace(
         params={**state.params, "embedding": state.params["embedding"] * np.nan}

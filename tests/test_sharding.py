@@ -16,20 +16,27 @@ from kha_jax.config import ConfigError
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
 from kha_jax.parameters import Numerics
-from kha_jax.planning import TOPOLOGIES, topology
+from kha_jax.planning import topology
 from kha_jax.sharding import (
     MESH_AXES,
     PRESETS,
     RULES,
+    SLICES,
     MeshConfig,
     batch_sharding,
     constrain,
+    gather,
     hybrid_devices,
+    index_along,
     local_rows,
     make_mesh,
+    on_mesh,
+    per_device,
+    scatter_sum,
     spec,
+    sum_over,
     tree_shardings,
-    using,
+    ways,
 )
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2)]
@@ -55,7 +62,7 @@ def test_spec_follows_the_rules():
     )
     assert spec(("vocabulary", "embed")) == PartitionSpec("model", ("data", "expert"))
     assert spec(("batch", "length", None)) == PartitionSpec(("data", "expert"), None, None)
-    assert spec(("expert", "expert_embed", "feed_forward")) == PartitionSpec(
+    assert spec(("experts", "expert_embed", "feed_forward")) == PartitionSpec(
         "expert", "data", "model"
     )
     assert spec(()) == PartitionSpec()
@@ -84,7 +91,7 @@ def test_spec_refuses_an_unknown_name():
         (("heads", "feed_forward"), r"'feed_forward' and 'heads' both map to mesh axis 'model'"),
         (("embed", "head_dim", "embed"), r"'embed' and 'embed' both map to mesh axis 'data'"),
         # One of the two mesh axes of the batch is enough.
-        (("batch", "expert"), r"'expert' and 'batch' both map to mesh axis 'expert'"),
+        (("batch", "experts"), r"'experts' and 'batch' both map to mesh axis 'expert'"),
         (("embed", "batch"), r"'batch' and 'embed' both map to mesh axis 'data'"),
     ],
 )
@@ -104,7 +111,7 @@ def test_spec_refuses_a_mesh_axis_used_twice(axes, named):
     ],
 )
 def test_mesh_shape(sizes, devices, shape):
-    assert MeshConfig(**sizes).shape(devices) == shape
+    assert MeshConfig(**sizes).sizes(devices) == dict(zip(MESH_AXES, shape))
 
 
 @pytest.mark.parametrize(
@@ -122,8 +129,8 @@ def test_mesh_shape(sizes, devices, shape):
 )
 def test_mesh_of_the_wrong_size(sizes, devices, found):
     with pytest.raises(ConfigError) as error:
-        MeshConfig(**sizes).shape(devices)
-    assert str(error.value).startswith(f"config.mesh: {found}")
+        MeshConfig(**sizes).sizes(devices)
+    assert str(error.value).startswith(found)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +250,7 @@ def test_unboxed_leaves_are_replicated():
 def test_dimensions_that_do_not_divide_are_named(sizes, leaf, problem):
     with pytest.raises(ValueError) as error:
         tree_shardings({"layers": {"query": leaf}}, mesh_of(*sizes))
-    assert str(error.value).startswith(f"config.mesh: layers/query: {problem}")
+    assert str(error.value).startswith(f"layers/query: {problem}")
     tree_shardings({"layers": {"query": leaf}}, mesh_of(1, 1, 1))  # one device takes any size
 
 
@@ -251,10 +258,7 @@ def test_the_transformer_names_the_parameter_that_does_not_divide():
     shapes = boxed_shapes(model().replace(feed_forward=SwiGLU(width=12)))
     with pytest.raises(
         ValueError,
-        match=(
-            "^config.mesh: layers/feed_forward/down: dimension 'feed_forward' of 12 does not "
-            "divide into 8"
-        ),
+        match=("^layers/feed_forward/down: dimension 'feed_forward' of 12 does not divide into 8"),
     ):
         tree_shardings(shapes, mesh_of(1, 1, 8))
 
@@ -271,13 +275,44 @@ def test_batch_is_split_over_data_and_expert():
     assert sharding.shard_shape((16, 5)) == (4, 5)
 
 
-def test_constrain_places_activations_inside_a_mesh_only():
-    x_BTD = jnp.ones((8, 4, 16))
-    pin = jax.jit(lambda x: constrain(2 * x, "batch", "length", "feed_forward"))
-    assert pin(x_BTD).sharding.is_fully_replicated
-    with using(mesh_of(2, 2, 2)):
-        placed = jax.jit(lambda x: constrain(2 * x, "batch", "length", "feed_forward"))(x_BTD)
-    assert placed.sharding.shard_shape(placed.shape) == (2, 4, 8)
+def test_what_was_traced_without_a_mesh_is_traced_again_within_one():
+    """The mesh is a part of jit's key, also of a function that was called outside before."""
+    seen, x_BTD = [], jnp.ones((8, 4, 16))
+
+    @jax.jit
+    def pin(x):
+        seen.append(ways("batch"))
+        return constrain(2 * x, "batch", "length", "feed_forward")
+
+    def shard(y):
+        return y.sharding.shard_shape(y.shape)
+
+    assert shard(pin(x_BTD)) == (8, 4, 16)
+    with jax.set_mesh(mesh_of(2, 2, 2)):
+        assert shard(pin(x_BTD)) == (2, 4, 8)
+    placed = jax.device_put(x_BTD, batch_sharding(mesh_of(2, 1, 4)))
+    assert shard(jax.jit(on_mesh(mesh_of(2, 1, 4), pin))(placed)) == (4, 4, 4)
+    assert seen == [1, 4, 2]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_devices_meet_by_logical_axis(sizes):
+    """Gathered parts are the whole in its order, and scattered sums are what every device holds
+    times the devices that hold it."""
+    x = jnp.arange(16.0)
+
+    def meet(x):
+        whole = gather(x, "experts")
+        start = index_along("experts") * len(x)
+        kept = jax.lax.dynamic_slice_in_dim(whole, start, len(x)) - x
+        return scatter_sum(whole, "experts"), kept, sum_over((jnp.sum(x),), "experts", "heads")[0]
+
+    axes = ("experts",)
+    with jax.set_mesh(mesh_of(*sizes)):
+        summed, kept, total = jax.jit(per_device(meet, (axes,), (axes, axes, ())))(x)
+    np.testing.assert_array_equal(summed, sizes[1] * x)
+    np.testing.assert_array_equal(kept, 0)
+    assert total == sizes[2] * 120
 
 
 def test_sharded_equals_unsharded():
@@ -304,7 +339,7 @@ def test_sharded_equals_unsharded():
 
     mesh = mesh_of(2, 2, 2)
     shardings = tree_shardings(boxed_shapes(config), mesh)
-    with using(mesh):
+    with jax.set_mesh(mesh):
         sharded = jax.jit(born, out_shardings=shardings)(jax.random.key(0))
         placed = jax.device_put(batch, batch_sharding(mesh))
         loss, grads = jax.jit(gradient, out_shardings=(None, shardings))(sharded, placed)
@@ -318,19 +353,17 @@ def test_sharded_equals_unsharded():
 
 
 def test_presets_say_where_a_run_belongs():
-    assert MeshConfig(preset="v5p-64", model=4).shape(32) == (8, 1, 4)
-    with pytest.raises(ConfigError, match="config.mesh.preset: 'v5p-64' has 32 devices, found 64"):
-        MeshConfig(preset="v5p-64").shape(64)
+    assert tuple(MeshConfig(preset="v5p-64", model=4).sizes(32).values()) == (8, 1, 4)
+    with pytest.raises(ConfigError, match="^preset: 'v5p-64' has 32 devices, found 64"):
+        MeshConfig(preset="v5p-64").sizes(64)
     with pytest.raises(ConfigError, match="preset: 'v5p-46' is not known; did you mean 'v5p-64'"):
         MeshConfig(preset="v5p-46")
     assert (
         make_mesh(MeshConfig(preset="1-device")).size == 1
         and make_mesh(MeshConfig(preset="1-host")).size == 8
     )
-    assert all(
-        topology(name).chips == chips for name, chips in PRESETS.items() if name in TOPOLOGIES
-    )
-    assert set(PRESETS) - set(TOPOLOGIES) == {"1-device", "1-host"}
+    assert all(topology(name).chips == PRESETS[name] for name in SLICES)
+    assert {name: PRESETS[name] for name in ("v5e-4", "v5p-128")} == {"v5e-4": 4, "v5p-128": 64}
 
 
 def test_only_data_spans_slices():

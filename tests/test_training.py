@@ -79,12 +79,13 @@ def fresh(model):
     trainer = make_trainer(
         RUN.replace(model=model), sharding.make_mesh(RUN.mesh, jax.devices()[:1])
     )
-    return jax.device_get(jax.jit(trainer.init)(jax.random.key(0)).params)
+    return jax.device_get(trainer.init(jax.random.key(0)).params)
 
 
 @functools.cache
 def begun(config, devices=1):
-    """(trainer, initial state, compiled step that takes NumPy batches) on the first devices."""
+    """(trainer, initial state, step that takes NumPy batches and leaves its state) on the first
+    devices."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
     trainer = make_trainer(config, mesh)
     zeros = jax.tree.map(lambda z: np.zeros(z.shape, z.dtype), trainer.abstract)
@@ -92,12 +93,12 @@ def begun(config, devices=1):
         zeros._replace(params=fresh(config.model.replace(remat="none", stack="scan"))),
         trainer.shardings,
     )
-    step = jax.jit(trainer.train_step, out_shardings=(trainer.shardings, None))
-    return (
-        trainer,
-        state,
-        lambda state, batch: step(state, to_device(batch, sharding.batch_sharding(mesh), 8)),
-    )
+    rows = trainer.abstract_batch["tokens"].sharding
+
+    def step(state, batch):
+        return trainer.train_step(jax.tree.map(jnp.copy, state), to_device(batch, rows, 8))
+
+    return trainer, state, step
 
 
 @functools.cache
@@ -210,7 +211,7 @@ def test_the_loss_falls_on_one_batch():
 
 def test_evaluation_sums_agree_with_training_loss():
     trainer, state, _ = trained(RUN)
-    sums = jax.jit(trainer.evaluation_step)(state, random_batch(3))
+    sums = trainer.evaluation_step(state, random_batch(3))
     _, metrics = begun(RUN)[2](state, random_batch(3))
     np.testing.assert_allclose(sums.loss / sums.tokens, metrics["loss"], rtol=1e-6)
 

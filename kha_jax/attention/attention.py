@@ -18,7 +18,7 @@ from kha_jax.config import Config, choice
 from kha_jax.ops import attention as ops
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Aux, Module
-from kha_jax.sharding import constrain, per_device, place, platform, ways
+from kha_jax.sharding import constrain, index_along, per_device, platform, ways
 
 SLOTS = ("query", "key", "value")
 SCORES = ("logits", "probabilities")
@@ -220,7 +220,7 @@ class Attention(Module):
             k_BSKH, v_BSKU = (jnp.repeat(z, copies, axis=2) for z in (k_BSKH, v_BSKU))
 
         def local(q_BTNH, k_BSKH, v_BSKU, ids_BS, maps):
-            start = place("query_length") * q_BTNH.shape[1] if maps.meet else 0
+            start = index_along("query_length") * q_BTNH.shape[1] if maps.meet else 0
             return ops.attention(q_BTNH, k_BSKH, v_BSKU, ids_BS, maps=maps, start=start, **fixed)
 
         on_each = jax.tree.map(lambda leaf: (None,) * leaf.ndim, maps)
