@@ -34,20 +34,20 @@ def smoothed(values: np.ndarray, over: int = 11) -> np.ndarray:
 
 
 def spikes(losses: np.ndarray, window: int = 50, size: float = 6.0) -> np.ndarray:
-    """Indices of losses that stand out of the `window` before them: above their median by more than
-    `size` standard deviations, estimated from the median absolute deviation, or not finite."""
-    found = []
-    for index in range(window, len(losses)):
-        before = losses[index - window : index]
-        before = before[np.isfinite(before)]
-        if not math.isfinite(losses[index]):
-            found.append(index)
-        elif before.size:
-            middle = np.median(before)
-            spread = 1.4826 * np.median(np.abs(before - middle))
-            if losses[index] > middle + size * max(spread, 1e-6):
-                found.append(index)
-    return np.array(found, int)
+    """Indices of losses that stand out of the `window` before them: above the line through those by
+    more than `size` standard deviations, estimated from the median absolute deviation around it; or
+    not finite."""
+    finite = np.isfinite(losses)
+    if len(losses) <= window or not finite.any():
+        return np.flatnonzero(~finite)
+    last = np.maximum.accumulate(np.where(finite, np.arange(len(losses)), np.argmax(finite)))
+    before = np.lib.stride_tricks.sliding_window_view(losses[last], window)[:-1]
+    at = np.arange(window) - (window - 1) / 2
+    middle, slope = before.mean(1, keepdims=True), (before @ at)[:, None] / (at @ at)
+    spread = 1.4826 * np.median(np.abs(before - middle - slope * at), axis=1)
+    expected = (middle + slope * (window + 1) / 2)[:, 0]
+    high = losses[window:] > expected + size * np.maximum(spread, 1e-6)
+    return np.flatnonzero(~finite | np.concatenate([np.zeros(window, bool), high]))
 
 
 def training(runs: dict[str, Rows]) -> Any:

@@ -39,7 +39,7 @@ def heat_maps(stacks: Stacks, clip: bool = False, scale: float | None = None) ->
     for (place, stack), row in zip(stacks.items(), rows):
         shown = stack.T if clip else stack.change
         for layer, T, axes in zip(stack.layers, shown, row):
-            image = axes.imshow(T, interpolation="nearest", **look)
+            image = axes.imshow(T, **look)
             axes.set_title(f"layer {layer}" if layer == stack.layers[0] else layer)
         _say_place(row, place, stack)
     extend = "neither" if clip else "both"
@@ -69,7 +69,7 @@ def block_maps(
         for layer, change, found, axes in zip(stack.layers, stack.change, blocks[place], row):
             shown = change[found.order][:, found.order]
             look = {"cmap": style.SIGNED, "vmin": -scale, "vmax": scale}
-            image = axes.imshow(shown, interpolation="nearest", **look)
+            image = axes.imshow(shown, **look)
             edges = np.flatnonzero(np.diff(found.labels[found.order])) + 0.5
             for low, high in zip([-0.5, *edges], [*edges, len(shown) - 0.5]):
                 box = [low, high, high, low, low], [low, low, high, high, low]
@@ -124,7 +124,6 @@ def diagonal_profiles(stacks: Stacks) -> Any:
         image = axes.imshow(
             profile,
             aspect="auto",
-            interpolation="nearest",
             cmap=style.SIGNED,
             vmin=-scale,
             vmax=scale,

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import re
-from typing import Any, Iterable, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple
 
 import jax
 import numpy as np
@@ -103,8 +103,22 @@ class Checkpoint:
         return out
 
     def norms(self) -> dict[str, float]:
-        """Frobenius norms of all leaves, read one at a time."""
-        return {name: _norm(self.read([name])[name]) for name in self.leaves}
+        """Frobenius norms of all leaves, read a part at a time."""
+        parts = (self.read(names) for names in in_parts(self.leaves))
+        return {name: _norm(leaf) for part in parts for name, leaf in part.items()}
+
+
+def in_parts(leaves: dict[str, Leaf], most: int = 2**28) -> Iterator[list[str]]:
+    """The names of leaves in groups of `most` bytes, or of one leaf that is larger."""
+    group, size = [], 0
+    for name, leaf in leaves.items():
+        if group and size + leaf.bytes > most:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += leaf.bytes
+    if group:
+        yield group
 
 
 def _name(path: Any) -> str:
@@ -131,15 +145,22 @@ class Difference(NamedTuple):
 
 def differences(before: Checkpoint, after: Checkpoint) -> dict[str, Difference]:
     """Leaf by leaf, what changed from one checkpoint to another; equal leaves have change 0."""
-    out = {}
-    for name in {**before.leaves, **after.leaves}:
-        a, b = before.leaves.get(name), after.leaves.get(name)
-        change = relative = math.nan
-        if a and b and a.shape == b.shape:
-            first, second = (z.read([name])[name].astype(np.float64) for z in (before, after))
-            change, size = _norm(second - first), _norm(first)
+    out = {
+        name: Difference(before.leaves.get(name), after.leaves.get(name), math.nan, math.nan)
+        for name in {**before.leaves, **after.leaves}
+    }
+    both = {
+        name: found.before
+        for name, found in out.items()
+        if found.before and found.after and found.before.shape == found.after.shape
+    }
+    for names in in_parts(both):
+        first, second = before.read(names), after.read(names)
+        for name in names:
+            old, new = (part[name].astype(np.float64) for part in (first, second))
+            change, size = _norm(new - old), _norm(old)
             relative = change / size if size else math.inf if change else 0.0
-        out[name] = Difference(a, b, change, relative)
+            out[name] = out[name]._replace(change=change, relative=relative)
     return out
 
 
