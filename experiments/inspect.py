@@ -75,7 +75,7 @@ def of_run(run: Run, stacks: dict[str, Stack], scale: float) -> dict[str, Draw]:
         draws["heat_maps"] = functools.partial(figures.heat_maps, stacks, scale=scale)
         if CLIP.value:
             draws["clipped"] = functools.partial(figures.heat_maps, stacks, clip=True)
-        draws["diagonals"] = functools.partial(figures.diagonal_profiles, stacks)
+        draws["diagonals"] = functools.partial(figures.diagonal_profiles, stacks, scale)
         draws["spectra"] = functools.partial(figures.spectra, stacks)
         found = figures.blocks_of(stacks)
         draws["blocks"] = functools.partial(figures.block_maps, stacks, found, scale)
@@ -116,7 +116,7 @@ def summary(runs: list[Run], stacks: dict[str, dict[str, Stack]]) -> Table:
     """How far each matrix has come, over its layers."""
     about = "|T - start| / |I| (mean and most, in a layer), diagonal, off-diagonal share, norm"
     table = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("run", "step", "matrix", "distance", "most", "in", "diagonal", "off", "norm"):
+    for name in ("run", "step", "matrix", "distance", "most", "layer", "diagonal", "off", "norm"):
         table.add_column(name, justify="left" if name in ("run", "matrix") else "right")
     for run in runs:
         for place, stack in stacks[run.name].items():

@@ -112,13 +112,13 @@ def _say_place(row: list[Any], place: str, stack: Stack) -> None:
     row[0].set_ylabel(f"{place}\n{n} x {m} {stack.axis}s", fontsize=8)
 
 
-def diagonal_profiles(stacks: Stacks) -> Any:
+def diagonal_profiles(stacks: Stacks, scale: float | None = None) -> Any:
     """The diagonal of every matrix less its start, features sorted, one row a layer: how many keep
     to themselves (white), how many give way (blue) or grow (red)."""
     longest = max(len(stack.T) for stack in stacks.values())
     figure, grid = style.row_of(len(stacks), height=1.3 + 0.11 * longest, width=3.0)
     profiles = {p: np.sort(measures.diagonal(s.change))[:, ::-1] for p, s in stacks.items()}
-    scale = max(float(np.abs(z).max()) for z in profiles.values()) or 1.0
+    scale = scale or max(float(np.abs(z).max()) for z in profiles.values()) or 1.0
     for (place, profile), axes in zip(profiles.items(), grid):
         layers = stacks[place].layers
         image = axes.imshow(

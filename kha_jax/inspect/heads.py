@@ -13,6 +13,7 @@ import numpy as np
 from kha_jax.inspect import measures, style
 from kha_jax.inspect.figures import Stacks
 from kha_jax.inspect.models import Stream
+from kha_jax.inspect.reading import STREAMS
 
 
 def subspaces(transforms: Stacks, moments: dict[str, np.ndarray], rank: int) -> Any:
@@ -22,14 +23,14 @@ def subspaces(transforms: Stacks, moments: dict[str, np.ndarray], rank: int) -> 
     moments: C [L, N, H, N, H] of each slot before its mixer (`measures`).
     """
     figure, grid = style.row_of(2, height=3.0, width=4.6, sharey=True)
-    for index, (slot, stack) in enumerate(transforms.items()):
+    for slot, stack in transforms.items():
         turned, before, after = [], [], []
         for C, T in zip(moments[slot], stack.T):
             old, new = (measures.subspaces(z, rank) for z in (C, measures.mixed(C, T)))
             turned.append(measures.principal_angles(old, new).mean(-1))
             before.append(measures.between_heads(old))
             after.append(measures.between_heads(new))
-        line, turned = style.line(index), np.array(turned)
+        line, turned = style.line(STREAMS.index(slot)), np.array(turned)
         grid[0].plot(stack.layers, turned.mean(1), label=slot, **line)
         for head in turned.T:
             faint = {"color": line["color"], "alpha": 0.35, "linestyle": "none", "marker": "."}
@@ -86,9 +87,11 @@ def alike_on_streams(streams: dict[str, Stream]) -> dict[str, Alike]:
 def similarity(found: dict[str, Alike]) -> Any:
     """How alike the heads of each slot are, before and after the mixer."""
     figure, grid = style.row_of(3, height=3.0, width=3.4, sharey=True)
-    for index, (slot, numbers) in enumerate(found.items()):
+    for slot, numbers in found.items():
         for axes, (before, after) in zip(grid, numbers.values()):
-            _before_after(axes, range(len(before)), before, after, slot, style.line(index))
+            _before_after(
+                axes, range(len(before)), before, after, slot, style.line(STREAMS.index(slot))
+            )
     for axes, title in zip(grid, ALIKE):
         axes.set(title=title, ylim=(0, 1.02))
     _finish(figure, grid)
