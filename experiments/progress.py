@@ -56,7 +56,7 @@ class Progress:
         if not self.enabled:
             return
         device = jax.devices()[0].device_kind
-        sizes = f"{cost.parameters / 1e6:.2f}M parameters ({cost.knocking:,} knocking), "
+        sizes = f"{cost.parameters / 1e6:.2f}M parameters ({cost.mixing:,} in mixers), "
         flops = f"{cost.training_flops / 1e6:.1f} MFLOP per token, "
         axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         self.console.print(f"{workdir}: {sizes}{flops}{mesh.devices.size} {device} ({axes})")

@@ -6,9 +6,9 @@ are visible, (T + 1) / 2 on average.
 """
 
 import math
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
-from kha_jax.model import ModelConfig
+from kha_jax.model import ModelConfig, Segment
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a fragment of jax's
 # device_kind.
@@ -29,15 +29,15 @@ PEAK_FLOPS = {
 class Accounting(NamedTuple):
     """Costs of a model at one sequence length.
 
-    parameters: all of them. active: those that one token passes through. knocking: those of the
-    stream mixers, part of both. forward_flops, training_flops: per token; a training step costs
+    parameters: all of them. active: those that one token passes through. mixing: those of the
+    mixers of heads, part of both. forward_flops, training_flops: per token; a training step costs
     three forward passes, recomputation not counted. cache_floats: numbers per token that a decoder
     keeps over all layers.
     """
 
     parameters: int
     active: int
-    knocking: int
+    mixing: int
     forward_flops: float
     training_flops: float
     cache_floats: int
@@ -52,28 +52,26 @@ def account(
     tokens: of a step; linear mixers applied to the weights cost the same whatever it is, so their
     share of a token vanishes as it grows (the default).
     """
-    D, layers = model.width, model.layers
-    attention, segments = model.attention, model.feed_forward.segments(layers)
+    D, segments = model.width, model.segments()
     tables = (1 if model.embeddings == "tied" else 2) * model.vocabulary_size * D
     outside = tables + D
-    per_layer = attention.parameters(D) + 2 * D
     context = (seq_len + 1) / 2 if causal else seq_len
 
-    def over_layers(count):
-        return sum(n * count(feed_forward) for _, n, feed_forward in segments)
+    def over_layers(count: Callable[[Segment], float]) -> float:
+        return sum(segment.layers * count(segment) for segment in segments)
 
-    forward = (
-        layers * attention.flops(D, context, tokens)
-        + over_layers(lambda f: f.flops(D))
-        + 2 * model.vocabulary_size * D
+    attention = over_layers(lambda s: s.attention.parameters(D) + 2 * D)
+    forward = 2 * model.vocabulary_size * D
+    forward += over_layers(
+        lambda s: s.attention.flops(D, context, tokens) + s.feed_forward.flops(D)
     )
     return Accounting(
-        parameters=outside + layers * per_layer + over_layers(lambda f: f.parameters(D)),
-        active=outside + layers * per_layer + over_layers(lambda f: f.active_parameters(D)),
-        knocking=layers * attention.mixer_parameters(D),
+        parameters=outside + attention + over_layers(lambda s: s.feed_forward.parameters(D)),
+        active=outside + attention + over_layers(lambda s: s.feed_forward.active_parameters(D)),
+        mixing=over_layers(lambda s: s.attention.mixer_parameters(D)),
         forward_flops=forward,
         training_flops=3 * forward,
-        cache_floats=layers * attention.projection.cache_floats(),
+        cache_floats=over_layers(lambda s: s.attention.cache_floats()),
     )
 
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kha_jax.attention.absorb import absorb, foldable
+from kha_jax.attention.absorb import absorb, absorbed, foldable
 from kha_jax.attention.projections import State
 from kha_jax.config import Config, ConfigError
-from kha_jax.model import Block, ModelConfig
+from kha_jax.model import Block, ModelConfig, block_fields
 from kha_jax.ops.attention import MASKED
 
 log = logging.getLogger("kha_jax")
@@ -75,7 +75,7 @@ class Weights(NamedTuple):
 
 def unstack(model: ModelConfig, variables: Variables) -> Weights:
     """The variables of a trained model, one tree a layer."""
-    segments = {name: count for name, count, _ in model.feed_forward.segments(model.layers)}
+    segments = {segment.name: segment.layers for segment in model.segments()}
     pick = jax.jit(
         lambda tree, count: [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(count)],
         static_argnums=1,
@@ -95,31 +95,41 @@ def unstack(model: ModelConfig, variables: Variables) -> Weights:
 
 def blocks(model: ModelConfig) -> list[Block]:
     """The module of each layer."""
-    segments = model.feed_forward.segments(model.layers)
+    return [
+        Block(**block_fields(model, segment))
+        for segment in model.segments()
+        for _ in range(segment.layers)
+    ]
 
-    def make(feed_forward):
-        return Block(config=model, feed_forward_config=feed_forward, numerics=model.numerics)
 
-    return [make(feed_forward) for _, count, feed_forward in segments for _ in range(count)]
+def foldable_slots(model: ModelConfig) -> list[str]:
+    """The slots that hold a mixer to fold in some layer.
+
+    Raises:
+        ConfigError: names a slot whose mixer no weights can stand for, with the reason.
+    """
+    return sorted({slot for segment in model.segments() for slot in foldable(segment.attention)})
 
 
 def absorb_model(model: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
-    """The baseline model and variables that compute the same logits; see attention.absorb.
+    """The model without stream mixers and the variables that compute the same logits; see
+    attention.absorb.
 
     Raises:
-        ConfigError: a mixer is not linear.
+        ConfigError: a mixer does not fold.
     """
-    attention, params = model.attention, dict(variables["params"])
-    for name, _, _ in model.feed_forward.segments(model.layers):
-        attention, layers = absorb(model.attention, params[name]["attention"])
-        params[name] = {**params[name], "attention": layers}
-    return model.replace(attention=attention), {**variables, "params": params}
+    params = dict(variables["params"])
+    for segment in model.segments():
+        layers = params[segment.name]
+        folded = absorb(segment.attention, layers["attention"])
+        params[segment.name] = {**layers, "attention": folded}
+    return model.with_attention(absorbed), {**variables, "params": params}
 
 
 def absorb_if_linear(model: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
     """`absorb_model`, or what was given where there is nothing to fold or a mixer that does not."""
     try:
-        slots = foldable(model.attention)
+        slots = foldable_slots(model)
     except ConfigError as error:
         log.info("not folded: %s", error)
         return model, variables
@@ -196,7 +206,7 @@ class Decoder:
     """
 
     def __init__(self, model: ModelConfig, variables: Variables):
-        self.model = model.replace(attention=model.attention.replace(kernel="auto"))
+        self.model = model.with_attention(lambda attention: attention.replace(kernel="auto"))
         self.weights = unstack(model, variables)
         self._start = jax.jit(self._start_, static_argnames=("sampling", "slots", "end"))
         self._advance = jax.jit(

@@ -8,7 +8,7 @@ import jax
 from kha_jax.config import Config
 from kha_jax.ops.gating import swiglu
 from kha_jax.ops.linear import linear
-from kha_jax.parameters import Module
+from kha_jax.parameters import Aux, Module, no_aux
 from kha_jax.sharding import constrain
 
 
@@ -43,7 +43,7 @@ class FeedForward(Config):
         return [("layers", layers, self)]
 
     def build(self, **arguments: Any) -> Module:
-        """The layer as a module: x [B, T, D] -> (y [B, T, D], named metrics)."""
+        """The layer as a module: x [B, T, D] -> (y [B, T, D], Aux)."""
         raise NotImplementedError
 
 
@@ -72,10 +72,10 @@ class SwiGLULayer(Module):
     model_width: int
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The layer's output [B, T, D] and named metrics."""
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Aux]:
+        """The layer's output [B, T, D], and nothing beside it."""
         D, F = self.model_width, self.config.width
         gate_BTF = linear(x_BTD, self.weight("gate", embed=D, feed_forward=F))
         up_BTF = linear(x_BTD, self.weight("up", embed=D, feed_forward=F))
         h_BTF = constrain(swiglu(gate_BTF, up_BTF), "batch", "length", "feed_forward")
-        return linear(h_BTF, self.weight("down", feed_forward=F, embed=D)), {}
+        return linear(h_BTF, self.weight("down", feed_forward=F, embed=D)), no_aux()

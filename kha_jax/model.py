@@ -5,8 +5,9 @@ Legend: B batch, T position, D model width, V vocabulary.
 """
 
 import functools
+import itertools
 import math
-from typing import Any, Literal
+from typing import Any, Callable, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ from kha_jax.config import Config, ConfigError, choice
 from kha_jax.feed_forward import FeedForward, SwiGLU
 from kha_jax.moe import MoE
 from kha_jax.ops import losses
-from kha_jax.parameters import Module, Numerics, RMSNorm
+from kha_jax.parameters import Aux, Module, Numerics, RMSNorm, no_aux
 from kha_jax.sharding import MESH_AXES, axis_size, constrain, current_mesh, per_device
 
 REMAT_POLICIES = {
@@ -41,6 +42,32 @@ class LossConfig(Config):
         self.at_least(1, "chunk_tokens")
 
 
+class SameAttention(Config):
+    """All layers have the model's `attention`."""
+
+
+class AttentionFrom(Config):
+    """Layers from number `layer` on, counted from 0, have `attention` instead of the model's."""
+
+    layer: int = 1
+    attention: AttentionConfig = AttentionConfig()
+
+    def validate(self):
+        self.at_least(1, "layer")
+
+
+LATER = {"same": SameAttention, "from": AttentionFrom}
+
+
+class Segment(NamedTuple):
+    """A run of equal layers: one scan, whose parameters stand under `name`."""
+
+    name: str
+    layers: int
+    attention: AttentionConfig
+    feed_forward: FeedForward
+
+
 class ModelConfig(Config):
     """A decoder-only transformer.
 
@@ -57,6 +84,7 @@ class ModelConfig(Config):
     stack: Literal["scan", "unroll"] = "scan"
     remat: Literal["none", "dots", "full"] = "none"
     attention: AttentionConfig = AttentionConfig()
+    later: SameAttention | AttentionFrom = choice(LATER, SameAttention())
     feed_forward: FeedForward = choice(FEED_FORWARDS, SwiGLU())
     loss: LossConfig = LossConfig()
     numerics: Numerics = Numerics()
@@ -68,6 +96,32 @@ class ModelConfig(Config):
             self.feed_forward.segments(self.layers)
         except ConfigError as error:
             raise error.under("feed_forward") from None
+        if isinstance(self.later, AttentionFrom):
+            problem = f"must be below layers={self.layers}, found {self.later.layer}"
+            self.require(self.later.layer < self.layers, "later.layer", problem)
+
+    def with_attention(self, change: Callable[[AttentionConfig], AttentionConfig]) -> "ModelConfig":
+        """The model with every layer's attention changed."""
+        changed = self.replace(attention=change(self.attention))
+        if isinstance(self.later, AttentionFrom):
+            later = self.later.replace(attention=change(self.later.attention))
+            changed = changed.replace(later=later)
+        return changed
+
+    def segments(self) -> list[Segment]:
+        """The runs of equal layers, first to last."""
+        changes = {self.later.layer} if isinstance(self.later, AttentionFrom) else set()
+        out, begin = [], 0
+        for name, layers, feed_forward in self.feed_forward.segments(self.layers):
+            end = begin + layers
+            inside = sorted(at for at in changes if begin < at < end)
+            for first, last in itertools.pairwise([begin, *inside, end]):
+                late = bool(changes) and first >= min(changes)
+                attention = self.later.attention if late else self.attention
+                unique = name if first == begin else f"{name}_{first}"
+                out.append(Segment(unique, last - first, attention, feed_forward))
+            begin = end
+        return out
 
     def build(self) -> "Transformer":
         return Transformer(config=self, numerics=self.numerics)
@@ -76,28 +130,36 @@ class ModelConfig(Config):
 class Block(Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    config: ModelConfig
+    width: int
+    attention_config: AttentionConfig
     feed_forward_config: FeedForward
 
     def setup(self):
-        c, D = self.config, self.config.width
         norm = functools.partial(RMSNorm, numerics=self.numerics, axis="embed")
         self.attention_norm, self.feed_forward_norm = norm(), norm()
-        self.attention = c.attention.build(width=D, numerics=self.numerics)
-        self.feed_forward = self.feed_forward_config.build(model_width=D, numerics=self.numerics)
-
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None):
-        """The block's output and named metrics."""
-        x_BTD, attention_aux, aux = self._residuals(
-            x_BTD, lambda y: self.attention(y, positions_BT, segment_ids_BT)
+        self.attention = self.attention_config.build(width=self.width, numerics=self.numerics)
+        self.feed_forward = self.feed_forward_config.build(
+            model_width=self.width, numerics=self.numerics
         )
-        return x_BTD, {**attention_aux, **aux}
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None
+    ) -> tuple[jax.Array, Aux]:
+        """The block's output and what comes beside it."""
+
+        def attend(y_BTD):
+            return self.attention(y_BTD, positions_BT, segment_ids_BT)
+
+        x_BTD, attention_aux, aux = self._residuals(x_BTD, attend)
+        return x_BTD, no_aux().joined(attention=attention_aux, feed_forward=aux)
 
     def prefill(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array):
         """The block's output and the state of its attention; see Attention.prefill."""
-        return self._residuals(
-            x_BTD, lambda y: self.attention.prefill(y, positions_BT, segment_ids_BT)
-        )[:2]
+
+        def attend(y_BTD):
+            return self.attention.prefill(y_BTD, positions_BT, segment_ids_BT)
+
+        return self._residuals(x_BTD, attend)[:2]
 
     def extend(
         self,
@@ -109,9 +171,11 @@ class Block(Module):
     ):
         """The block's output for one more token and the cache that holds it; see
         Attention.extend."""
-        return self._residuals(
-            x_B1D, lambda y: self.attention.extend(y, positions_B1, cache, slot, visible_BS)
-        )[:2]
+
+        def attend(y_B1D):
+            return self.attention.extend(y_B1D, positions_B1, cache, slot, visible_BS)
+
+        return self._residuals(x_B1D, attend)[:2]
 
     def _residuals(self, x_BTD, attend):
         x_BTD = constrain(x_BTD, "batch", "length", "features")
@@ -119,6 +183,30 @@ class Block(Module):
         x_BTD = x_BTD + y_BTD
         y_BTD, aux = self.feed_forward(self.feed_forward_norm(x_BTD))
         return constrain(x_BTD + y_BTD, "batch", "length", "features"), from_attention, aux
+
+
+def block_fields(model: ModelConfig, segment: Segment) -> dict[str, Any]:
+    """What a Block of this segment is made with."""
+    return {
+        "width": model.width,
+        "attention_config": segment.attention,
+        "feed_forward_config": segment.feed_forward,
+        "numerics": model.numerics,
+    }
+
+
+def in_order(parts: dict[str, Aux]) -> Aux:
+    """One Aux from those of the scanned segments: the sum of all losses, the counts of each segment
+    under its name, and every metric over the layers that have it, [layers], first to last."""
+    metrics: dict[str, list[jax.Array]] = {}
+    for part in parts.values():
+        for name, values_L in part.metrics.items():
+            metrics.setdefault(name, []).append(values_L)
+    return Aux(
+        sum(jnp.sum(part.loss) for part in parts.values()),
+        {name: part.counts for name, part in parts.items() if part.counts},
+        {name: jnp.concatenate(values) for name, values in metrics.items()},
+    )
 
 
 class Transformer(Module):
@@ -138,21 +226,17 @@ class Transformer(Module):
         block = Block
         if c.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=c.stack == "unroll")
-        for name, length, feed_forward in c.feed_forward.segments(c.layers):
+        for segment in c.segments():
             layers = nn.scan(
                 block,
                 variable_axes={"params": 0, "balance": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
-                length=length,
-                unroll=length if c.stack == "unroll" else 1,
+                length=segment.layers,
+                unroll=segment.layers if c.stack == "unroll" else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            setattr(
-                self,
-                name,
-                layers(config=c, feed_forward_config=feed_forward, numerics=self.numerics),
-            )
+            setattr(self, segment.name, layers(**block_fields(c, segment)))
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Embedded tokens [B, T, D]."""
@@ -162,12 +246,13 @@ class Transformer(Module):
     def hidden(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
     ):
-        """Final normalised hidden states [B, T, D] and metrics stacked over layers."""
-        x_BTD, aux = self.embed(tokens_BT), {}
-        for name, _, _ in self.config.feed_forward.segments(self.config.layers):
-            x_BTD, more = getattr(self, name)(x_BTD, positions_BT, segment_ids_BT)
-            aux |= more
-        return self.final_norm(x_BTD), aux
+        """Final normalised hidden states [B, T, D] and the Aux of all layers, see `in_order`."""
+        x_BTD, parts = self.embed(tokens_BT), {}
+        for segment in self.config.segments():
+            x_BTD, parts[segment.name] = getattr(self, segment.name)(
+                x_BTD, positions_BT, segment_ids_BT
+            )
+        return self.final_norm(x_BTD), in_order(parts)
 
     def output_table(self) -> jax.Array:
         """The output embedding [V, D]."""
@@ -196,14 +281,12 @@ class Transformer(Module):
         """Logits [B, V] in float32 of the last block's outputs."""
         return self.logits(self.final_norm(x_BD)[:, None])[:, 0]
 
-    def loss(self, batch: Batch) -> tuple[jax.Array, tuple[losses.TokenSums, dict[str, Any]]]:
-        """The objective summed over the batch's weighted tokens, the token sums, and the layers'
-        metrics."""
+    def loss(self, batch: Batch) -> tuple[jax.Array, tuple[losses.TokenSums, Aux]]:
+        """The objective summed over the batch's weighted tokens, the token sums, and the Aux of all
+        layers."""
         x_BTD, aux = self.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
         objective, sums = self._cross_entropy(x_BTD, batch["targets"], batch["weights"])
-        if "router_loss" in aux:
-            objective += jnp.sum(aux["router_loss"]) * sums.tokens
-        return objective, (sums, aux)
+        return objective + aux.loss * sums.tokens, (sums, aux)
 
     def _cross_entropy(self, x_BTD, targets_BT, weights_BT):
         """Each device takes its own tokens, split over all mesh axes, through the whole table,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kha_jax.feed_forward import FeedForward, SwiGLU
 from kha_jax.ops import experts
-from kha_jax.parameters import Module
+from kha_jax.parameters import Aux, Module
 from kha_jax.sharding import axis_size, constrain, per_device, platform
 
 BIAS_RULES = ("rms", "sign", "sign_centred")
@@ -120,9 +120,9 @@ class MoELayer(Module):
     model_width: int
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The layer's output [B, T, D]; expert_counts [E] and, where the config has one,
-        router_loss, to be added per token."""
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Aux]:
+        """The layer's output [B, T, D]; beside it the router's loss, and the assignments of each
+        expert [E] as the counts of `bias`."""
         c, D, F = self.config, self.model_width, self.config.width
         with jax.named_scope("router"):
             router_DE = self.weight("router", dtype="float32", embed=D, router=c.experts)
@@ -157,9 +157,8 @@ class MoELayer(Module):
                 model_width=D, numerics=self.numerics, name="shared"
             )
             y_BTD += shared(x_BTD)[0]
-        aux = {"expert_counts": jax.lax.stop_gradient(counts_E)}
-        if c.balancing == "auxiliary" or c.router_z_loss:
-            aux["router_loss"] = router_loss(c, logits_BTE, scores_BTE, counts_E)
+        loss = router_loss(c, logits_BTE, scores_BTE, counts_E)
+        aux = Aux(loss, {"bias": jax.lax.stop_gradient(counts_E)}, {})
         return constrain(y_BTD, "batch", "length", "features"), aux
 
 
@@ -168,7 +167,9 @@ def router_loss(
 ) -> jax.Array:
     """What the router adds to the loss of each token: the auxiliary balancing loss and the z-loss,
     as the config has them."""
-    total = config.router_z_loss * jnp.mean(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)))
+    total = jnp.zeros((), jnp.float32)
+    if config.router_z_loss:
+        total += config.router_z_loss * jnp.mean(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)))
     if config.balancing == "auxiliary":
         share_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
         fraction_E = counts_E / jnp.sum(counts_E)

@@ -1,9 +1,9 @@
 """AdamW with warm-up and cosine decay, per-role weight decay, and the knobs of the knocking
 matrices.
 
-A parameter's role follows from its logical axes: knocking matrices carry `knock_in`, other
-parameters with two or more axes (layers not counted) are weights, and the rest (norm scales) are
-vectors, which are never decayed.
+A parameter's role follows from its logical axes: the small matrices of mixers carry `mixer_in` and
+have the role `knocking`, other parameters with two or more axes (layers not counted) are weights,
+and the rest (norm scales) are vectors, which are never decayed.
 """
 
 from typing import Any, Literal
@@ -81,7 +81,7 @@ def roles(axes: Any) -> Any:
     names."""
 
     def one(names: tuple[str, ...]) -> str:
-        if "knock_in" in names:
+        if "mixer_in" in names:
             return "knocking"
         return "weight" if len([name for name in names if name != "layers"]) >= 2 else "vector"
 

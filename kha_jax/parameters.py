@@ -1,13 +1,14 @@
-"""How a module declares its parameters: name, initial value, logical axes and sizes in one line."""
+"""What modules share: how they declare parameters in one line, and what they return beside their
+output."""
 
-from typing import Callable, Literal
+from typing import Any, Callable, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kha_jax.config import Config
-from kha_jax.ops.norm import rms_norm
+from kha_jax.ops.norm import inverse_rms, rms_norm
 
 
 class Numerics(Config):
@@ -46,15 +47,53 @@ class Module(nn.Module):
         return parameter.astype(dtype or self.numerics.dtype)
 
 
+class Aux(NamedTuple):
+    """What a layer returns beside its output; layers of a scan stack each entry.
+
+    loss: to be added to the loss of each token. counts: a tree of what is summed over micro-batches
+    and devices, named as the variables of the collection `balance` that follow from it. metrics:
+    what is averaged over micro-batches, by name.
+    """
+
+    loss: jax.Array
+    counts: dict[str, Any]
+    metrics: dict[str, jax.Array]
+
+    def joined(self, **parts: "Aux") -> "Aux":
+        """This and the parts' entries, whose counts go under the parts' names.
+
+        Raises:
+            ValueError: two of them have a metric of one name.
+        """
+        counts = {**self.counts, **{name: p.counts for name, p in parts.items() if p.counts}}
+        metrics = dict(self.metrics)
+        for name, part in parts.items():
+            twice = metrics.keys() & part.metrics.keys()
+            if twice:
+                raise ValueError(f"{name}: the metric {min(twice)!r} is there already")
+            metrics |= part.metrics
+        return Aux(self.loss + sum(part.loss for part in parts.values()), counts, metrics)
+
+
+def no_aux() -> Aux:
+    """Nothing beside the output."""
+    return Aux(jnp.zeros((), jnp.float32), {}, {})
+
+
 class RMSNorm(Module):
     """`ops.norm.rms_norm` with a learned scale, one weight per entry of the last axis, that starts
-    at one."""
+    at one. eps: the model's by default."""
 
     axis: str
+    eps: float | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """The normalised array in the dtype of x."""
+    def __call__(self, x: jax.Array, of: jax.Array | None = None) -> Any:
+        """The normalised array in the dtype of x; with `of` the two factors, x * scale and
+        1 / rms(of), for an x that is composed into `of` after it is cached."""
         init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.numerics.param_dtype))
-        return rms_norm(x, scale, self.numerics.norm_eps)
+        eps = self.numerics.norm_eps if self.eps is None else self.eps
+        if of is None:
+            return rms_norm(x, scale, eps)
+        return x * scale.astype(x.dtype), inverse_rms(of, eps)

@@ -19,6 +19,8 @@ import numpy as np
 from kha_jax import accounting, sharding
 from kha_jax.accounting import PEAK_FLOPS
 from kha_jax.config import ConfigError, near
+from kha_jax.model import ModelConfig, Segment
+from kha_jax.ops.attention import ROWS
 from kha_jax.training import RunConfig, TrainState, make_trainer
 
 # the mesh axes over which weights are gathered when they are used
@@ -390,14 +392,21 @@ def _moved(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[str, f
 
 def _pass_bytes(config: RunConfig, local_tokens: float, weights: float, model_ways: int) -> float:
     """HBM traffic of one pass over the layers, roughly: weights once, and each stream of a token
-    written and read once."""
+    and each score that exists outside of a kernel written and read once."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
-    heads, value_width = model.attention.projection.output_shape()
-    per_token = (
-        8 * model.width
-        + (6 * heads * value_width + model.feed_forward.stream_floats(model.width)) / model_ways
-    )
-    return item * (weights + 2 * model.layers * per_token * local_tokens)
+    per_token = item * 8 * model.width * model.layers
+    for segment in model.segments():
+        streams = item * _stream_floats(model, segment, model_ways)
+        scores = 4 * segment.attention.score_floats(config.seq_len) / model_ways
+        per_token += segment.layers * (streams + scores)
+    return item * weights + 2 * per_token * local_tokens
+
+
+def _stream_floats(model: ModelConfig, segment: Segment, model_ways: int) -> float:
+    """Numbers per token of the inner streams of a layer on one device."""
+    heads, value_width = segment.attention.projection.output_shape()
+    feed_forward = segment.feed_forward.stream_floats(model.width)
+    return (6 * heads * value_width + feed_forward) / model_ways
 
 
 def _estimated_temporaries(
@@ -406,20 +415,22 @@ def _estimated_temporaries(
     """Gradients, saved activations, one layer's gathered weights with their gradients, its streams,
     and the loss's table and logits."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
-    heads, value_width = model.attention.projection.output_shape()
     saved = {"none": 12.0, "dots": 5.0, "full": 1.0}[model.remat] * activations
     table = model.vocabulary_size * model.width / model_ways
     layer = 2 * item * (weights - table) / model.layers
+    streams = max(_layer_bytes(config, s, local_tokens, model_ways) for s in model.segments())
+    output = (item + 4) * model.vocabulary_size * model.width
+    return params_bytes + saved + max(layer + streams, output)
+
+
+def _layer_bytes(config, segment, local_tokens, model_ways) -> float:
+    """What a layer of this segment holds between its input and its output, with its gradients:
+    streams, and four times the float32 scores of the queries whose heads meet at a time."""
+    model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
+    heads, value_width = segment.attention.projection.output_shape()
     streams = item * local_tokens * (8 * model.width + 8 * heads * value_width / model_ways)
-    between = (
-        2
-        * item
-        * model.feed_forward.tokens_at_once(local_tokens)
-        * model.feed_forward.stream_floats(model.width)
-        / model_ways
-    )
-    return (
-        params_bytes
-        + saved
-        + max(layer + streams + between, (item + 4) * model.vocabulary_size * model.width)
-    )
+    tokens = segment.feed_forward.tokens_at_once(local_tokens)
+    between = 2 * item * tokens * segment.feed_forward.stream_floats(model.width) / model_ways
+    at_once = local_tokens * min(1, ROWS / config.seq_len)
+    scores = 4 * 4 * at_once * segment.attention.score_floats(config.seq_len)
+    return streams + between + scores

@@ -24,6 +24,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "expert"),
     "length": None,
     "loss_length": "model",
+    "query_length": "model",
     "features": None,
     # parameters
     "layers": None,
@@ -32,8 +33,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "latent": None,
     "groups": None,
-    "knock_in": None,
-    "knock_out": None,
+    "mixer_in": None,
+    "mixer_out": None,
     "expert": "expert",
     "router": None,
     # either
@@ -228,6 +229,19 @@ def per_device(function: Callable, in_axes: tuple, out_axes: Any) -> Callable:
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+
+
+def ways(axis: str) -> int:
+    """Devices that a logical axis is split over on the enclosing mesh."""
+    mesh, part = current_mesh(), RULES[axis]
+    if mesh is None or part is None:
+        return 1
+    return math.prod(mesh.shape[name] for name in ((part,) if isinstance(part, str) else part))
+
+
+def place(axis: str) -> int | jax.Array:
+    """Within `per_device`, which of the `ways` of a logical axis this device holds."""
+    return jax.lax.axis_index(RULES[axis]) if ways(axis) > 1 else 0
 
 
 def axis_size(name: str) -> int:

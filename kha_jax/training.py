@@ -3,6 +3,7 @@
 Legend: A micro-batches of a step, B batch, T position.
 """
 
+import functools
 from typing import Any, Callable, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import optax
 from kha_jax import data, moe, optimizer
 from kha_jax.config import Config, choice
 from kha_jax.model import Batch, ModelConfig, Transformer
-from kha_jax.ops.attention import unavailable
+from kha_jax.ops.attention import refusal
 from kha_jax.ops.losses import TokenSums
 from kha_jax.optimizer import OptimizerConfig
 from kha_jax.sharding import MeshConfig, tree_shardings, using
@@ -107,8 +108,10 @@ class RunConfig(Config):
         self.require(rows % ways == 0, "config.batch_size", problem)
         problem = f"must divide by mesh.model={sizes['model']}, found {self.seq_len}"
         self.require(self.seq_len % sizes["model"] == 0, "config.seq_len", problem)
-        missing = unavailable(self.model.attention.kernel, platform, self.seq_len)
-        self.require(missing is None, "config.model.attention.kernel", str(missing))
+        for segment in self.model.segments():
+            attention, dtype = segment.attention, self.model.numerics.dtype
+            problem = refusal(attention.kernel, attention.case(platform, dtype, self.seq_len))
+            self.require(problem is None, "config.model.attention.kernel", str(problem))
 
 
 class TrainState(NamedTuple):
@@ -150,9 +153,9 @@ def _is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def _initial_knocking(model: Transformer, axes: Any) -> Any:
-    """The parameters' tree with the initial value of knocking matrices and zeros elsewhere; they
-    use no randomness."""
+def _initial_knocking(model: Transformer, seed: int, axes: Any) -> Any:
+    """The parameters' tree with the values that the matrices of mixers start from in a run of this
+    seed, and zeros elsewhere."""
     keep = jax.tree.map(lambda role: role == "knocking", optimizer.roles(axes))
 
     def take(keep, leaf):
@@ -160,7 +163,7 @@ def _initial_knocking(model: Transformer, axes: Any) -> Any:
 
     return jax.jit(
         lambda: jax.tree.map(
-            take, keep, nn.unbox(_boxed_variables(model, jax.random.key(0))["params"])
+            take, keep, nn.unbox(_boxed_variables(model, jax.random.key(seed))["params"])
         )
     )()
 
@@ -174,15 +177,13 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     model = config.model.build()
     # Parameters do not depend on the kernel, and not every kernel runs on the one token that they
     # are made with.
-    any_length = config.model.replace(
-        attention=config.model.attention.replace(kernel="reference")
-    ).build()
+    any_length = config.model.with_attention(lambda a: a.replace(kernel="reference")).build()
     boxed = jax.eval_shape(lambda key: _boxed_variables(any_length, key), jax.random.key(0))[
         "params"
     ]
     axes = jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=_is_boxed)
     needs_initial = config.optimizer.knocking.decay == "to_identity"
-    initial = _initial_knocking(any_length, axes) if needs_initial else None
+    initial = _initial_knocking(any_length, config.seed, axes) if needs_initial else None
     tx = optimizer.make(config.optimizer, config.steps, axes, initial)
 
     def boxed_init(key: jax.Array) -> TrainState:
@@ -253,19 +254,16 @@ def _train_step(config, model, tx, state, batch):
         (value, (sums, _)), grads = shapes
         zero = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), (value, sums, grads))
         (value, sums, grads), aux = jax.lax.scan(accumulate, zero, micro_batches)
-        aux = {
-            name: jnp.sum(z, axis=0) if name == "expert_counts" else jnp.mean(z, axis=0)
-            for name, z in aux.items()
-        }
+        counts = jax.tree.map(lambda z: jnp.sum(z, axis=0), aux.counts)
+        means = jax.tree.map(lambda z: jnp.mean(z, axis=0), aux.metrics)
+        aux = aux._replace(counts=counts, metrics=means)
 
     tokens = jnp.maximum(sums.tokens, 1)
     grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
     updates, optimizer_state = tx.update(grads, state.optimizer, state.params)
-    balance, load = _rebalance(
-        config.model.feed_forward, state.balance, aux.pop("expert_counts", None)
-    )
+    balance, load = _rebalance(config.model.feed_forward, state.balance, aux.counts)
     updated = TrainState(
         state.step, optax.apply_updates(state.params, updates), balance, optimizer_state
     )
@@ -276,17 +274,19 @@ def _train_step(config, model, tx, state, batch):
         "learning_rate": optimizer.learning_rate(config.optimizer, config.steps, state.optimizer),
         "nonfinite": 1 - finite.astype(jnp.int32),
         **({"z_loss": sums.z_loss / tokens} if config.model.loss.z_loss else {}),
-        **aux,
+        **aux.metrics,
         **load,
     }
     return updated._replace(step=state.step + 1), metrics
 
 
-def _rebalance(feed_forward, balance, counts_LE):
+def _rebalance(feed_forward, balance, counts):
     """The routers' biases after a step with these assignments, and the metrics of their load."""
-    if counts_LE is None:
+    if not counts:
         return balance, {}
+    counts_LE = jnp.concatenate(jax.tree.leaves(counts))
     if not balance:
         return balance, moe.load_metrics(counts_LE, None)
-    moved = jax.tree.map(lambda bias_LE: moe.update_bias(feed_forward, bias_LE, counts_LE), balance)
-    return moved, moe.load_metrics(counts_LE, jax.tree.leaves(moved)[0])
+    update = functools.partial(moe.update_bias, feed_forward)
+    moved = jax.tree.map(update, balance, counts)
+    return moved, moe.load_metrics(counts_LE, jnp.concatenate(jax.tree.leaves(moved)))

@@ -1,31 +1,38 @@
-"""An independent reference in float64 NumPy: every knocking mixer, four attention projections and a
-tiny transformer.
+"""An independent reference in float64 NumPy: every mixer of streams, scores and outputs, five
+attention projections and a tiny transformer.
 
 Written from the formulas of the papers alone; it imports neither the package nor jax, and prefers
 loops over heads to speed. Vectors are rows, as in the papers: z T is `z @ T`. Parameters are plain
 dicts of arrays; whatever float type they have is promoted to float64. One order holds in every
-layer: W -> T (knocking) -> q/k RMS-norm -> rotary -> scaled dot product -> W_O.
+layer: W -> stream mixers -> q/k RMS-norm -> rotary -> scaled dot product (score mixers) -> output
+mixers -> W_O.
 
 Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads,
 G = N/K query heads a key/value head, H query/key head width, R rotary width, P = H - R non-rotary
 width, U value width of a head, C latent width, L query latent width, J latent groups, M = N/J heads
 a latent group, F feed-forward width, V vocabulary.
 
-`parameters` of a layer may hold `mixers`: {slot: (kind, matrices)}, slot among query, key, value; a
-slot left out is `none`. `segment_ids_BT` may be None (one document a row). Settings that a layer
-does not read are refused.
+`parameters` of every layer may also hold
+    mixers: {slot: (kind, matrices)}, slot among query, key, value and kind in MIXERS;
+    scores: {slot: matrix [N, N]}, slot among logits, probabilities (talking heads);
+    outputs: (kind, {arrays and settings}), or a list of such pairs in their order, kind in OUTPUTS.
+What is left out is the identity. `segment_ids_BT` may be None (one document a row). Settings that a
+layer does not read are refused.
 """
 
 import numpy as np
 
 
 def float64(tree):
-    """The same nest of dicts, lists and tuples with float64 arrays; strings and None stay."""
+    """The same nest of dicts, lists and tuples with float64 arrays; strings, None and Python's
+    integers and booleans, which are settings, stay."""
     if isinstance(tree, dict):
         return {name: float64(value) for name, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(float64(value) for value in tree)
-    return tree if tree is None or isinstance(tree, str) else np.asarray(tree, dtype=np.float64)
+    if tree is None or isinstance(tree, (str, int)):
+        return tree
+    return np.asarray(tree, dtype=np.float64)
 
 
 def complete(settings, **defaults):
@@ -91,23 +98,44 @@ def causal_mask(batch, length, segment_ids_BT=None):
     )
 
 
-def attend(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT):
-    """o_n = softmax(q_n k_j^T / sqrt(H), masked) v_j with j = n // G: query head n reads key/value
-    head n // G."""
-    q_BTNH, k_BSKH, v_BSKU = float64((q_BTNH, k_BSKH, v_BSKU))
-    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
-    if N % K or v_BSKU.shape[2] != K:
-        raise ValueError(
-            f"{N} query heads, {K} key heads and {v_BSKU.shape[2]} value heads do not match"
-        )
-    mask_BTS = causal_mask(B, T, segment_ids_BT)
-    o_BTNU = np.zeros((B, T, N, v_BSKU.shape[-1]))
-    for b in range(B):
-        for n in range(N):
-            j = n // (N // K)
-            logits_TS = q_BTNH[b, :, n] @ k_BSKH[b, :, j].T / np.sqrt(H)
-            o_BTNU[b, :, n] = softmax(np.where(mask_BTS[b], logits_TS, -np.inf)) @ v_BSKU[b, :, j]
-    return o_BTNU
+def read_by(z_BSKH, n, N):
+    """z_j with j = n // (N / K): the key/value head that query head n of N reads."""
+    K = z_BSKH.shape[2]
+    if N % K:
+        raise ValueError(f"{N} query heads cannot share {K} key/value heads evenly")
+    return z_BSKH[:, :, n // (N // K)]
+
+
+def talk(s_BNTS, scores, slot):
+    """s~_n = sum_m s_m M[m, n] (talking heads, arXiv 2003.02436), or s where `slot` has no M."""
+    if slot not in scores:
+        return s_BNTS
+    M_NN = scores[slot]
+    if M_NN.shape != (s_BNTS.shape[1],) * 2:
+        raise ValueError(f"{slot} of {s_BNTS.shape[1]} heads cannot be mixed by {M_NN.shape}")
+    N = len(M_NN)
+    return np.stack([sum(s_BNTS[:, m] * M_NN[m, n] for m in range(N)) for n in range(N)], axis=1)
+
+
+def attend(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scores=None, width=None):
+    """o_n = P_w(softmax(mask(P_l(q_n k_j^T / sqrt(width))))) v_j, j = n // G, over all heads at
+    once.
+
+    P_l and P_w are the score mixers `logits` and `probabilities`, after the scale and on either
+    side of mask and softmax, so a masked key gets exactly no weight. Keys and values are grouped
+    each by their own number of heads. width: H unless given.
+    """
+    q_BTNH, k_BSKH, v_BSKU, scores = float64((q_BTNH, k_BSKH, v_BSKU, scores or {}))
+    if not set(scores) <= {"logits", "probabilities"}:
+        raise ValueError(f"score mixers are logits and probabilities, got {sorted(scores)}")
+    B, T, N, H = q_BTNH.shape
+    logits_BNTS = np.stack(
+        [q_BTNH[:, :, n] @ read_by(k_BSKH, n, N).swapaxes(1, 2) for n in range(N)], axis=1
+    ) / np.sqrt(width or H)
+    logits_BNTS = talk(logits_BNTS, scores, "logits")
+    mask_B1TS = causal_mask(B, T, segment_ids_BT)[:, None]
+    p_BNTS = talk(softmax(np.where(mask_B1TS, logits_BNTS, -np.inf)), scores, "probabilities")
+    return np.stack([p_BNTS[:, n] @ read_by(v_BSKU, n, N) for n in range(N)], axis=2)
 
 
 def heads(x_BTD, W_DNH):
@@ -117,10 +145,12 @@ def heads(x_BTD, W_DNH):
 
 def combine(o_BTNU, W_NUD):
     """sum_n o_n W_O_n, which is Concat(o_1, ..., o_N) W_O."""
+    if o_BTNU.shape[2] != W_NUD.shape[0]:
+        raise ValueError(f"W_O has {W_NUD.shape[0]} heads, attention {o_BTNU.shape[2]}")
     return sum(o_BTNU[:, :, n] @ W_NUD[n] for n in range(W_NUD.shape[0]))
 
 
-# Knocking mixers on z [..., H]: one H x H matrix shared by all heads, and no sum over heads.
+# Stream mixers on z [..., K, H]. Knocking: one H x H matrix shared by all heads, no sum over heads.
 def linear(z, T):
     """z T (equations 5 to 7)."""
     return z @ T
@@ -136,18 +166,31 @@ def mlp(z, W_up, W_gate, W_down):
     return 2.0 * ((z @ W_up) * sigmoid(z @ W_gate)) @ W_down
 
 
+def compose(z, W_KM):
+    """z'_m = sum_n z_n W[n, m]: whole heads mixed by scalars, M of them from K (MEA, arXiv
+    2601.19611).
+
+    On query, key and value alike it is interleaved-head attention (arXiv 2602.21371) with one
+    pseudo-head per head. There its P pseudo-heads of a token are P neighbours in a sequence of P T
+    and are collapsed afterwards; with P = 1 both steps are the identity, or fold into W_O.
+    """
+    return np.stack(
+        [sum(z[..., n, :] * W_KM[n, m] for n in range(len(W_KM))) for m in range(W_KM.shape[1])], -2
+    )
+
+
 MIXERS = {
     "none": (lambda z: z, ()),
     "linear": (linear, ("kernel",)),
     "gate": (gate, ("gate",)),
     "mlp": (mlp, ("up", "gate", "down")),
+    "heads": (compose, ("kernel",)),
 }
-SLOTS, LINEAR = ("query", "key", "value"), ("none", "linear")
+SLOTS, LINEAR = ("query", "key", "value"), ("none", "linear", "heads")
 
 
 def mix(z, kind, parameters):
-    """Apply one mixer to z [..., H], head by head with the same matrices; `parameters` holds
-    exactly those of the kind."""
+    """Apply one mixer to z [..., K, H]; `parameters` holds exactly the matrices of its kind."""
     function, names = MIXERS[kind]
     if set(parameters) != set(names):
         raise ValueError(f"mixer {kind} takes {names}, got {sorted(parameters)}")
@@ -164,6 +207,107 @@ def mix_slot(z, slot, parameters, slots, kinds=tuple(MIXERS)):
                 f"mixer {kind} of {name} is refused: this layer takes {kinds} of {slots}"
             )
     return mix(z, *mixers.get(slot, ("none", {})))
+
+
+# Output mixers: (o, x, v, parameters and settings by name) -> o. x [B,T,D] is the layer's input,
+# already normed by the block, and v the values that attention read.
+def group_norm(o_BTNU, x_BTD, v_BSKU, scale, eps=1e-5):
+    """RMSNorm(o_n) over U with one weight [U] for all heads (MEA)."""
+    return rms_norm(o_BTNU, scale, eps)
+
+
+def gate_output(o_BTNU, x_BTD, v_BSKU, kernel, doubled=False):
+    """o * sigmoid(x W) (arXiv 2505.06708), W [D, N] a gate a head or [D, N, U] one an element;
+    `doubled`: 2 sigmoid, which is the identity at W = 0 (not from the paper)."""
+    gate_BTNx = sigmoid(np.tensordot(x_BTD, kernel, 1)) * (2.0 if doubled else 1.0)
+    return o_BTNU * (gate_BTNx if kernel.ndim == 3 else gate_BTNx[..., None])
+
+
+def exclusive(o_BTNU, x_BTD, v_BSKU, eps=1e-12):
+    """o_n - (o_n . v^) v^ with v^ = v / sqrt(sum v^2 + eps), v the token's own mixed value in the
+    key/value head that n reads (arXiv 2603.09078); eps is ours, so that v = 0 changes nothing."""
+    o_BTNU, N = o_BTNU.copy(), o_BTNU.shape[2]
+    for n in range(N):
+        v_BTU = read_by(v_BSKU, n, N)
+        unit_BTU = v_BTU / np.sqrt(np.sum(v_BTU**2, axis=-1, keepdims=True) + eps)
+        o_BTNU[:, :, n] -= np.sum(o_BTNU[:, :, n] * unit_BTU, axis=-1, keepdims=True) * unit_BTU
+    return o_BTNU
+
+
+def route_heads(x_BTD, W_DR, top_k):
+    """softmax(x W_r) over the routed heads, and 1 for the top_k of each token, 0 elsewhere; the
+    lower index wins a tie."""
+    p_BTR = softmax(x_BTD @ W_DR)
+    order_BTR = np.argsort(-p_BTR, axis=-1, kind="stable")
+    chosen_BTR = np.zeros_like(p_BTR)
+    np.put_along_axis(chosen_BTR, order_BTR[..., :top_k], 1.0, axis=-1)
+    return p_BTR, chosen_BTR
+
+
+def mixture_of_heads(
+    o_BTNU, x_BTD, v_BSKU, routed, top_k, shared=None, alphas=None, paper_scale=False
+):
+    """g_n o_n (arXiv 2410.11842): heads 0..S-1 are shared, R = N - S are routed, top_k to a token.
+
+    g = alpha_1 softmax(x W_s) of the shared, alpha_2 softmax(x W_r) of the chosen and 0 of the
+    other routed heads, [alpha_1, alpha_2] = softmax(x W_h): the paper's two-stage formula, which
+    `paper_scale` gives. The default follows the authors' code (SkyworkAI/MoH, MoH-ViT and MoH-DiT):
+    chosen routed gates are divided by their sum and multiplied by top_k, shared gates by S, alphas
+    by 2, so that equal scores give each active head 1; without shared heads there are no alphas.
+    shared [D, S] and alphas [D, 2] come together or not at all; routed [D, R].
+    """
+    p_BTR, chosen_BTR = route_heads(x_BTD, routed, top_k)
+    gates_BTN = p_BTR * chosen_BTR
+    if not paper_scale:
+        gates_BTN = gates_BTN * top_k / gates_BTN.sum(axis=-1, keepdims=True)
+    if shared is not None:
+        alphas_BT2, shared_BTS = softmax(x_BTD @ alphas), softmax(x_BTD @ shared)
+        if not paper_scale:
+            alphas_BT2, shared_BTS = 2 * alphas_BT2, shared.shape[1] * shared_BTS
+        gates_BTN = np.concatenate(
+            [alphas_BT2[..., :1] * shared_BTS, alphas_BT2[..., 1:] * gates_BTN], axis=-1
+        )
+    return o_BTNU * gates_BTN[..., None]
+
+
+def head_balance_loss(x_BTD, routed, top_k):
+    """R^2 mean_i(P_i f_i), P_i the mean over tokens of softmax(x W_r)_i and f_i the fraction of
+    tokens that chose routed head i, so that sum f = top_k and balance gives top_k (authors' code;
+    to be weighted by 0.01)."""
+    p_BTR, chosen_BTR = route_heads(*float64((x_BTD, routed)), top_k)
+    return routed.shape[1] ** 2 * np.mean(p_BTR.mean(axis=(0, 1)) * chosen_BTR.mean(axis=(0, 1)))
+
+
+def differential(o_BTNU, x_BTD, v_BSKU, kernel):
+    """o_n = a_2n - sigmoid(x W)_n a_2n+1, no norm: half as many heads come out (differential
+    attention V2, microsoft/unilm Diff-Transformer-V2).
+
+    kernel [D, N], N the heads that come out. Each pair must share a key/value head.
+    """
+    if (o_BTNU.shape[2] // v_BSKU.shape[2]) % 2:
+        raise ValueError(
+            f"{o_BTNU.shape[2]} query heads over {v_BSKU.shape[2]} value heads are not pairs"
+        )
+    lambda_BTN = sigmoid(x_BTD @ kernel)
+    return o_BTNU[:, :, 0::2] - lambda_BTN[..., None] * o_BTNU[:, :, 1::2]
+
+
+OUTPUTS = {
+    "group_norm": group_norm,
+    "gate": gate_output,
+    "exclusive": exclusive,
+    "mixture": mixture_of_heads,
+    "differential": differential,
+}
+
+
+def finish(q_BTNH, k_BSKH, v_BSKU, x_BTD, p, segment_ids_BT, width=None):
+    """Scores, output mixers and W_O: what every layer does with its q, k and v."""
+    o_BTNU = attend(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, p.get("scores"), width)
+    outputs = p.get("outputs", [])
+    for kind, parameters in outputs if isinstance(outputs, list) else [outputs]:
+        o_BTNU = OUTPUTS[kind](o_BTNU, x_BTD, v_BSKU, **parameters)
+    return combine(o_BTNU, p["output"])
 
 
 def normalise(q_BTNH, k_BSKH, p, settings):
@@ -183,14 +327,21 @@ def grouped_query(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
 
     q = RoPE(norm(T_q(x W_Q))), k = RoPE(norm(T_k(x W_K))), v = T_v(x W_V), scale 1/sqrt(H); mixers
     act on the K heads. parameters: query [D,N,H], key [D,K,H], value [D,K,U], output [N,U,D]; with
-    the norm query_norm [H], key_norm [H]. settings: theta 10 000, eps 1e-6, qk_norm True.
+    the norm query_norm [H], key_norm [H]. settings: theta 10 000, eps 1e-6, qk_norm True. Where
+    `heads` changes the number of heads, attention reads the new number, and so does W_O.
+    after_norm: {slot: {kernel}} composes heads between the norm and the rotation.
     """
     settings = complete(settings, theta=10_000.0, eps=1e-6, qk_norm=True)
     x_BTD, p = float64(x_BTD), float64(parameters)
     q_BTNH, k_BSKH, v_BSKU = (mix_slot(heads(x_BTD, p[slot]), slot, p, SLOTS) for slot in SLOTS)
     q_BTNH, k_BSKH = normalise(q_BTNH, k_BSKH, p, settings)
+    after = p.get("after_norm", {})
+    q_BTNH, k_BSKH, v_BSKU = (
+        compose(z, after[slot]["kernel"]) if slot in after else z
+        for slot, z in zip(SLOTS, (q_BTNH, k_BSKH, v_BSKU))
+    )
     q_BTNH, k_BSKH = (rotate(z, positions_BT, settings["theta"]) for z in (q_BTNH, k_BSKH))
-    return combine(attend(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT), p["output"])
+    return finish(q_BTNH, k_BSKH, v_BSKU, x_BTD, p, segment_ids_BT)
 
 
 def grouped_tied(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
@@ -222,7 +373,7 @@ def grouped_tied(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     q_BTNH, k_BSKH = (
         rotate_tail(z, half, positions_BT, settings["theta"]) for z in (q_BTNH, k_BSKH)
     )
-    return combine(attend(q_BTNH, k_BSKH, state_BSKH, segment_ids_BT), p["output"])
+    return finish(q_BTNH, k_BSKH, state_BSKH, x_BTD, p, segment_ids_BT)
 
 
 def latent_query(x_BTD, p, width, positions_BT, settings):
@@ -237,6 +388,20 @@ def latent_query(x_BTD, p, width, positions_BT, settings):
     nope = mix_slot(q_BTNH[..., :width], "query", p, SLOTS, LINEAR)
     return rotate_tail(
         np.concatenate([nope, q_BTNH[..., width:]], axis=-1), width, positions_BT, settings["theta"]
+    )
+
+
+def with_rotary_key(nope_BSNP, x_BTD, p, positions_BT, settings):
+    """[k_nope_n | RoPE(x W_KR)]: the one rotary key behind each head."""
+    rope_BSR = rotate((x_BTD @ p["rotary_key"])[:, :, None], positions_BT, settings["theta"])[
+        :, :, 0
+    ]
+    return np.stack(
+        [
+            np.concatenate([nope_BSNP[:, :, n], rope_BSR], axis=-1)
+            for n in range(nope_BSNP.shape[2])
+        ],
+        axis=2,
     )
 
 
@@ -261,12 +426,9 @@ def latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     v_BSNU = mix_slot(
         np.einsum("bsc,cnu->bsnu", c_BSC, p["value_up"][0]), "value", p, SLOTS, LINEAR
     )
-    rope_BS1R = rotate((x_BTD @ p["rotary_key"])[:, :, None], positions_BT, settings["theta"])
-    k_BSNH = np.concatenate(
-        [nope_BSNP, np.broadcast_to(rope_BS1R, nope_BSNP.shape[:3] + rope_BS1R.shape[3:])], axis=-1
-    )
+    k_BSNH = with_rotary_key(nope_BSNP, x_BTD, p, positions_BT, settings)
     q_BTNH = latent_query(x_BTD, p, nope_BSNP.shape[-1], positions_BT, settings)
-    return combine(attend(q_BTNH, k_BSNH, v_BSNU, segment_ids_BT), p["output"])
+    return finish(q_BTNH, k_BSNH, v_BSNU, x_BTD, p, segment_ids_BT)
 
 
 def grouped_latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
@@ -283,19 +445,48 @@ def grouped_latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     q_BTNH = latent_query(x_BTD, p, P, positions_BT, settings)
     if q_BTNH.shape[2] != J * M:
         raise ValueError(f"{q_BTNH.shape[2]} query heads are not {J} groups of {M}")
-    rope_BS1R = rotate((x_BTD @ p["rotary_key"])[:, :, None], positions_BT, settings["theta"])
-    outputs = []
+    nope, values = [], []
     for n in range(J * M):
         g, m = n // M, n % M
         c_BSC = rms_norm(x_BTD @ p["latent_down"][:, g], p["latent_norm"][g], settings["eps"])
-        nope_BSP = mix_slot(c_BSC @ p["key_up"][g, :, m], "key", p, SLOTS, LINEAR)
-        v_BSU = mix_slot(c_BSC @ p["value_up"][g, :, m], "value", p, SLOTS, LINEAR)
-        k_BS1H = np.concatenate([nope_BSP[:, :, None], rope_BS1R], axis=-1)
-        outputs.append(attend(q_BTNH[:, :, n : n + 1], k_BS1H, v_BSU[:, :, None], segment_ids_BT))
-    return combine(np.concatenate(outputs, axis=2), p["output"])
+        nope.append(c_BSC @ p["key_up"][g, :, m])
+        values.append(c_BSC @ p["value_up"][g, :, m])
+    nope_BSNP = mix_slot(np.stack(nope, axis=2), "key", p, SLOTS, LINEAR)
+    v_BSNU = mix_slot(np.stack(values, axis=2), "value", p, SLOTS, LINEAR)
+    k_BSNH = with_rotary_key(nope_BSNP, x_BTD, p, positions_BT, settings)
+    return finish(q_BTNH, k_BSNH, v_BSNU, x_BTD, p, segment_ids_BT)
 
 
-ATTENTION = {f.__name__: f for f in (grouped_query, grouped_tied, latent, grouped_latent)}
+def collaborative(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
+    """Collaborative heads (arXiv 2006.16362): one shared query and key of width C, which head n
+    weighs by m_n.
+
+    logits_n = sum_c RoPE(x W_Q)_c m_nc RoPE(x W_K)_c / sqrt(H), v_n = x W_V_n. The paper has no
+    rotary embedding: here the C coordinates are C/H blocks of width H, each rotated like a head of
+    width H, and m is one number for both coordinates of a rotary pair, so that a pair's share of a
+    logit depends on the distance alone. C may be any multiple of H, above or below N H; with C = N
+    H and m_n 1 on block n and 0 elsewhere (`concatenate`) it is multi-head attention without q/k
+    norm. The mixers of query and key act on the blocks as on heads, that of value on the N heads.
+    parameters: query [D,C], key [D,C], mixing [N,C/2], entry b H/2 + i for coordinates b H + i and
+    b H + i + H/2; value [D,N,U], output [N,U,D]. settings: head_dim (H, no default), theta 10 000.
+    """
+    settings = complete(settings, theta=10_000.0, head_dim=None)
+    x_BTD, p, H = float64(x_BTD), float64(parameters), settings["head_dim"]
+    (D, C), N = p["query"].shape, p["mixing"].shape[0]
+    if C % H:
+        raise ValueError(f"shared width {C} is not blocks of head_dim={H}")
+    weights = {s: p[s].reshape(D, C // H, H) for s in ("query", "key")} | {"value": p["value"]}
+    q_BTbH, k_BSbH, v_BSNU = (mix_slot(heads(x_BTD, weights[s]), s, p, SLOTS) for s in SLOTS)
+    q_BTbH, k_BSbH = (rotate(z, positions_BT, settings["theta"]) for z in (q_BTbH, k_BSbH))
+    m_Nbi = p["mixing"].reshape(N, C // H, H // 2)
+    m_NbH = np.concatenate([m_Nbi, m_Nbi], axis=-1)
+    q_BTNC = np.stack([(q_BTbH * m_NbH[n]).reshape(*x_BTD.shape[:2], C) for n in range(N)], axis=2)
+    k_BS1C = k_BSbH.reshape(*x_BTD.shape[:2], 1, C)
+    return finish(q_BTNC, k_BS1C, v_BSNU, x_BTD, p, segment_ids_BT, width=H)
+
+
+LAYERS = (grouped_query, grouped_tied, latent, grouped_latent, collaborative)
+ATTENTION = {layer.__name__: layer for layer in LAYERS}
 
 
 def swiglu(x_BTD, parameters):

@@ -1,92 +1,98 @@
-"""Every projection with every mixer it takes, in every place, against the float64 oracle and its
-own properties."""
+"""Every attention of tests/cases.py, against the float64 oracle and its own properties."""
 
 import functools
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kha_jax import sharding
 from kha_jax.attention import AttentionConfig
-from kha_jax.attention.absorb import absorb, foldable
-from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
+from kha_jax.attention.absorb import absorb, absorbed, foldable
+from kha_jax.attention.mixers import HeadComposition, KnockingGate, KnockingLinear, KnockingMLP
+from kha_jax.attention.outputs import (
+    DifferentialOutput,
+    GatedOutput,
+    HeadGroupNorm,
+    MixtureOfHeads,
+    routing,
+)
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
+from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
 from kha_jax.parameters import Numerics
+from kha_jax.sharding import MeshConfig
 from tests import reference
+from tests.cases import (
+    CASES,
+    CLAIMING,
+    EXACT,
+    FIRST,
+    IDS,
+    PERMUTABLE,
+    PROJECTIONS,
+    ROWS,
+    SLOTS,
+    D,
+    config_of,
+    everywhere,
+    for_reference,
+    fresh,
+    permuted,
+    random,
+)
 
-PROJECTIONS = {
-    "mha": GroupedQuery(query_heads=4, kv_heads=4, head_dim=8),
-    "gqa": GroupedQuery(query_heads=4, kv_heads=2, head_dim=8),
-    "mqa": GroupedQuery(query_heads=4, kv_heads=1, head_dim=8, qk_norm="none"),
-    "gta": GroupedTied(query_heads=4, kv_heads=2, head_dim=8),
-    "mla": Latent(query_heads=4, head_dim=8, value_dim=6, rope_dim=4, kv_lora=12),
-    "mla_q_lora": Latent(query_heads=4, head_dim=8, value_dim=8, rope_dim=4, kv_lora=12, q_lora=10),
-    "gla": Latent(query_heads=4, head_dim=8, value_dim=8, rope_dim=4, kv_lora=12, groups=2),
-}
-MIXERS = {
-    "linear": KnockingLinear(apply="activations"),
-    "weights": KnockingLinear(apply="weights"),
-    "gate": KnockingGate(),
-    "mlp": KnockingMLP(),
-}
-SLOTS = ("query", "key", "value")
-B, T, D = 2, 11, 16
-SEGMENTS = np.array([[0] * 11, [0] * 4 + [1] * 7])
-POSITIONS = np.array([np.arange(11), [*range(4), *range(7)]])
+B, T = 2, 12
+SEGMENTS = np.array([[0] * 12, [0] * 4 + [1] * 8])
+POSITIONS = np.array([np.arange(12), [*range(4), *range(8)]])
 PAD = np.array([0, 3])
+each_case = pytest.mark.parametrize(("name", "projection"), CASES, ids=IDS(CASES))
+each_row = pytest.mark.parametrize(("name", "projection"), FIRST, ids=IDS(FIRST))
 
 
-def combinations():
-    """(projection, mixer, slots) that mean something: each slot alone, and all of them."""
-    for name, projection in PROJECTIONS.items():
-        yield name, None, ()
-        for kind, mixer in MIXERS.items():
-            slots = tuple(slot for slot in SLOTS if projection.refusal(slot, mixer) is None)
-            for places in dict.fromkeys([*[(slot,) for slot in slots], slots] if slots else []):
-                yield name, kind, places
+def inputs(seed=0):
+    return jax.random.normal(jax.random.key(seed), (B, T, D))
 
 
-CASES = [
-    pytest.param(*case, id="-".join([case[0], case[1] or "none", *(slot[0] for slot in case[2])]))
-    for case in combinations()
-]
-
-
-def attention(name, kind, slots):
-    return AttentionConfig(projection=PROJECTIONS[name], **{slot: MIXERS[kind] for slot in slots})
+def layer(config, params, x):
+    module = config.build(width=D, numerics=EXACT)
+    return module.apply({"params": params}, x, jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))[0]
 
 
 @functools.cache
-def built(config):
-    module = config.build(width=D, numerics=Numerics(dtype="float32"))
-    return module, jax.jit(
-        lambda params, x: module.apply(
-            {"params": params}, x, jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS)
-        )[0]
-    )
+def whole(config):
+    """(params, x, cotangent of the output) -> (output, cotangent of x), compiled once for all
+    tests."""
+
+    def run(params, x, d_y):
+        y, pull = jax.vjp(functools.partial(layer, config, params), x)
+        return y, pull(d_y)[0]
+
+    return jax.jit(run)
+
+
+def output(config, params, x=None):
+    x = inputs() if x is None else x
+    return np.asarray(whole(config)(params, x, jnp.zeros((B, T, D)))[0], np.float64)
 
 
 @functools.cache
 def cached(config):
-    """The same rows as `built` at the positions of a decoder: four tokens prefilled, the others one
+    """The same rows as `whole` at the positions of a decoder: four tokens prefilled, the others one
     by one, row 1 padded by three."""
-    module, _ = built(config)
+    module = config.build(width=D, numerics=EXACT)
 
     def run(params, x):
         def bound(method, *arguments):
             return module.apply({"params": params}, *arguments, method=method)
 
         positions = jnp.maximum(jnp.arange(T) - PAD[:, None], 0)
-        first, state = bound(
-            "prefill", x[:, :4], positions[:, :4], (jnp.arange(4) >= PAD[:, None]).astype(jnp.int32)
-        )
-        cache = jax.tree.map(
-            lambda z: jnp.pad(z, [(0, 0), (0, T - 4), (0, 0)], constant_values=7.0), state
-        )
+        real = (jnp.arange(4) >= PAD[:, None]).astype(jnp.int32)
+        first, state = bound("prefill", x[:, :4], positions[:, :4], real)
+        room = [(0, 0), (0, T - 4), (0, 0)]
+        cache = jax.tree.map(lambda z: jnp.pad(z, room, constant_values=7.0), state)
 
         def one(cache, slot):
             visible = (jnp.arange(T) >= PAD[:, None]) & (jnp.arange(T) <= slot)
@@ -102,195 +108,203 @@ def cached(config):
     return jax.jit(run)
 
 
-def inputs(seed=0):
-    return jax.random.normal(jax.random.key(seed), (B, T, D))
-
-
-def fresh(config):
-    """Random parameters with mixers as they are born."""
-    params = dict(random(config))
-    for slot, (_, head_dim, _) in config.projection.streams(D).items():
-        if f"{slot}_mixer" in params:
-            mixer = getattr(config, slot).build(head_dim, Numerics(dtype="float32"), name=None)
-            params[f"{slot}_mixer"] = nn.unbox(
-                mixer.init(jax.random.key(0), jnp.zeros((1, head_dim)))
-            )["params"]
-    return params
-
-
-@functools.cache
-def random(config, seed=1):
-    """Parameters of order one, so that nothing is small enough to hide."""
-    draw = np.random.default_rng(seed)
-    shapes = nn.unbox(
-        jax.eval_shape(
-            lambda: built(config)[0].init(jax.random.key(0), inputs(), jnp.asarray(POSITIONS))[
-                "params"
-            ]
-        )
-    )
-
-    def about(path):
-        return 1.0 if path[-1].key == "scale" else 0.0
-
-    return jax.tree_util.tree_map_with_path(
-        lambda p, z: jnp.float32(about(p) + 0.3 * draw.normal(size=z.shape)), shapes
-    )
-
-
-def for_reference(name, params, slots):
-    """(layer, parameters, settings) of tests/reference.py for our parameter tree."""
-    projection, config = params["projection"], PROJECTIONS[name]
-    kinds = {"kernel": "linear", "up": "mlp", "gate": "gate"}
-    mixers = {}
-    for slot in slots:
-        matrices = params[f"{slot}_mixer"]
-        mixers[slot] = (next(kind for key, kind in kinds.items() if key in matrices), matrices)
-    out = {"output": params["output"], "mixers": mixers}
-    if isinstance(config, GroupedQuery):
-        names, norms = (
-            ("query", "key", "value"),
-            ("query_norm", "key_norm") if config.qk_norm == "rms" else (),
-        )
-        out.update({n: projection[n] for n in names}, **{n: projection[n]["scale"] for n in norms})
-        return "grouped_query", out, {"qk_norm": config.qk_norm == "rms"}
-    if isinstance(config, GroupedTied):
-        return (
-            "grouped_tied",
-            {**out, **{n: projection[n] for n in ("query", "state", "rotary_key")}},
-            {},
-        )
-    out.update({n: projection[n] for n in ("latent_down", "rotary_key", "key_up", "value_up")})
-    out["latent_norm"] = np.stack(
-        [projection[f"latent_norms_{g}"]["scale"] for g in range(config.groups)]
-    )
-    query = np.concatenate([projection["query"], projection["query_rope"]], axis=-1)
-    if config.q_lora:
-        out.update(
-            query_down=projection["query_down"],
-            query_latent_norm=projection["query_norm"]["scale"],
-            query_up=query,
-        )
-    else:
-        out["query"] = query
-    return ("latent" if config.groups == 1 else "grouped_latent"), out, {}
-
-
 def relative_error(ours, expected):
     return np.abs(np.asarray(ours, np.float64) - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("name", "kind", "slots"), CASES)
-def test_agrees_with_the_oracle(name, kind, slots):
-    config = attention(name, kind, slots)
-    params = random(config)
-    layer, parameters, settings = for_reference(name, params, slots)
-    expected = reference.ATTENTION[layer](
-        *reference.float64((inputs(), parameters)), POSITIONS, SEGMENTS, settings
-    )
-    assert relative_error(built(config)[1](params, inputs()), expected) < 1e-5
+@each_case
+def test_agrees_with_the_oracle(name, projection):
+    config = config_of(name, projection)
+    kind, parameters, settings = for_reference(name, projection, random(config))
+    arguments = reference.float64((inputs(), parameters))
+    expected = reference.ATTENTION[kind](*arguments, POSITIONS, SEGMENTS, settings)
+    assert relative_error(output(config, random(config)), expected) < 1e-5
 
 
-def decoding_differs(case):
-    """Latents are decoded without their mixers' activations, so every place counts there; elsewhere
-    all of them at once do."""
-    name, _, slots = case.values
-    return isinstance(PROJECTIONS[name], Latent) or len(slots) != 1
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "slots"), [case for case in CASES if decoding_differs(case)]
-)
-def test_cached_decoding_agrees_with_the_oracle_at_every_position(name, kind, slots):
-    config = attention(name, kind, slots)
-    params = random(config)
-    layer, parameters, settings = for_reference(name, params, slots)
-    decoded = cached(config)(params, inputs())
+@each_case
+def test_cached_decoding_agrees_with_the_oracle_at_every_position(name, projection):
+    config = config_of(name, projection)
+    kind, parameters, settings = for_reference(name, projection, random(config))
+    decoded = cached(config)(random(config), inputs())
     for row, pad in enumerate(PAD):
         x, positions = inputs()[row : row + 1, pad:], np.arange(T - pad)[None]
-        expected = reference.ATTENTION[layer](
-            *reference.float64((x, parameters)), positions, np.zeros_like(positions), settings
-        )
+        arguments = (*reference.float64((x, parameters)), positions, np.zeros_like(positions))
+        expected = reference.ATTENTION[kind](*arguments, settings)
         assert relative_error(decoded[row, pad:], expected[0]) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "kind", "slots"), [case for case in CASES if case.values[2]])
-def test_a_fresh_mixer_changes_no_bit(name, kind, slots):
-    config, base = attention(name, kind, slots), attention(name, None, ())
+@pytest.mark.parametrize(("name", "projection"), CLAIMING, ids=IDS(CLAIMING))
+def test_starts_as_its_projection_alone(name, projection):
+    config, row = config_of(name, projection), ROWS[name]
     params = fresh(config)
+    base = AttentionConfig(projection=PROJECTIONS[projection])
     stripped = {key: leaf for key, leaf in params.items() if not key.endswith("_mixer")}
-    assert len(params) - len(stripped) == len(slots)
-    np.testing.assert_array_equal(
-        built(config)[1](params, inputs()), built(base)[1](stripped, inputs())
-    )
+    ours, expected = output(config, params), output(base, stripped)
+    if row.starts == "exact":
+        np.testing.assert_array_equal(ours, expected)
+    assert relative_error(ours, expected) < 1e-6
 
 
-@pytest.mark.parametrize("name", PROJECTIONS)
-def test_weights_and_activations_have_the_same_gradients(name):
-    slots = tuple(
-        slot for slot in SLOTS if PROJECTIONS[name].refusal(slot, MIXERS["linear"]) is None
-    )
-    params = random(attention(name, "linear", slots))
-    cotangent = jax.random.normal(jax.random.key(5), (B, T, D))
-    grads = []
-    for kind in ("linear", "weights"):
-        run = built(attention(name, kind, slots))[1]
-        grads.append(jax.jit(jax.grad(lambda p: jnp.vdot(run(p, inputs()), cotangent)))(params))
-    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[0]))
-    chex.assert_trees_all_close(*grads, atol=2e-5 * scale)
+@pytest.mark.parametrize(("name", "projection"), PERMUTABLE, ids=IDS(PERMUTABLE))
+def test_only_heads_that_meet_show_a_permutation(name, projection):
+    """Nothing is summed over heads in knocking: moving whole heads moves nothing else. Heads x
+    heads matrices, the common misreading, would fail here."""
+    config, params = config_of(name, projection), random(config_of(name, projection))
+    error = relative_error(output(config, permuted(config, params)), output(config, params))
+    assert error > 1e-2 if ROWS[name].meet else error < 1e-5
 
 
-@pytest.mark.parametrize("parameterization", ["direct", "residual"])
-@pytest.mark.parametrize("name", PROJECTIONS)
-def test_absorbing_linear_mixers_changes_nothing(name, parameterization):
-    mixer = KnockingLinear(parameterization=parameterization, diag_init=0.7)
-    slots = tuple(slot for slot in SLOTS if PROJECTIONS[name].refusal(slot, mixer) is None)
-    config = AttentionConfig(projection=PROJECTIONS[name], **{slot: mixer for slot in slots})
-    params = random(config)
-    baseline, folded = absorb(config, params)
-    assert baseline == attention(name, None, ()) and not any(
-        key.endswith("_mixer") for key in folded
-    )
-    chex.assert_trees_all_equal_shapes(folded, random(baseline))
-    before, after = built(config)[1](params, inputs()), built(baseline)[1](folded, inputs())
-    assert relative_error(after, np.asarray(before, np.float64)) < 1e-5
-    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-    chex.assert_trees_all_close(
-        jax.tree.map(lambda leaf: leaf[0], absorb(config, stack)[1]), folded, rtol=1e-6
-    )
+@each_row
+def test_causal_and_packed(name, projection):
+    config = config_of(name, projection)
+    weights = jax.random.normal(jax.random.key(3), (D,))
 
-
-def test_folding_an_mlp_is_refused_with_the_reason():
-    with pytest.raises(ConfigError, match="value.kind: KnockingMLP is not linear"):
-        foldable(attention("gqa", "mlp", ("value",)))
-
-
-@pytest.mark.parametrize("name", PROJECTIONS)
-def test_causal_and_packed(name):
-    slots = tuple(
-        slot for slot in SLOTS if PROJECTIONS[name].refusal(slot, MIXERS["linear"]) is None
-    )
-    config = attention(name, "linear", slots)
-    params, run = random(config), built(config)[1]
-
-    @jax.jit
     def reads(row, position):
         """[B, T]: how much this output moves with each input, through no approximation."""
-        weights = jax.random.normal(jax.random.key(3), (D,))
-        return jnp.abs(
-            jax.grad(lambda x: jnp.vdot(run(params, x)[row, position], weights))(inputs())
-        ).max(axis=-1)
+        one = jnp.zeros((B, T, D)).at[row, position].set(weights)
+        return jnp.abs(whole(config)(random(config), inputs(), one)[1]).max(axis=-1)
 
-    visible = np.zeros((2, *inputs().shape[:2]), bool)
+    visible = np.zeros((2, B, T), bool)
     visible[0, 0, :7] = True
     visible[1, 1, 4:7] = True  # the second row holds another document before
     np.testing.assert_array_equal(np.stack([reads(0, 6), reads(1, 6)]) > 0, visible)
 
 
-@pytest.mark.parametrize("name", PROJECTIONS)
-def test_parameters_are_those_of_the_accounting(name):
-    config = attention(name, None, ())
+@each_row
+def test_eight_devices_compute_what_one_does(name, projection):
+    """Four devices split the heads, or the queries where heads meet; two the rows."""
+    config = config_of(name, projection)
+    mesh = sharding.make_mesh(MeshConfig(data=2, model=4))
+    with sharding.using(mesh):
+        ours = jax.jit(functools.partial(layer, config))(random(config), inputs())
+    assert relative_error(ours, output(config, random(config))) < 1e-5
+
+
+@each_case
+def test_the_accounting_counts_what_is_there(name, projection):
+    config = config_of(name, projection)
     assert sum(leaf.size for leaf in jax.tree.leaves(random(config))) == config.parameters(D)
+    module = config.build(width=D, numerics=EXACT)
+    x, positions = jnp.zeros((B, T, D)), jnp.zeros((B, T), jnp.int32)
+
+    def prefill(params):
+        return module.apply({"params": params}, x, positions, method="prefill")[1]
+
+    cache = jax.eval_shape(prefill, random(config))
+    assert sum(leaf.size for leaf in jax.tree.leaves(cache)) == B * T * config.cache_floats()
+
+
+REDUCTIONS = {
+    "multi-head attention is collaborative heads that are concatenated": (
+        AttentionConfig(projection=PROJECTIONS["shared"]),
+        AttentionConfig(projection=PROJECTIONS["mha"].replace(qk_norm="none")),
+        lambda params: {
+            **params,
+            "projection": {
+                "query": params["projection"]["query"].reshape(D, -1),
+                "key": params["projection"]["key"].reshape(D, -1),
+                "value": params["projection"]["value"],
+                "mixing": jnp.repeat(jnp.eye(4), 4, axis=1),
+            },
+        },
+    ),
+    "a mixture of heads that are all on and scored alike is none": (
+        AttentionConfig(
+            projection=PROJECTIONS["gqa"], output=MixtureOfHeads(shared_heads=1, top_k=3)
+        ),
+        AttentionConfig(projection=PROJECTIONS["gqa"]),
+        lambda params: {
+            **params,
+            "output_mixer": {
+                "shared": jnp.zeros((D, 1)),
+                "routed": jnp.zeros((D, 3)),
+                "kinds": jnp.zeros((D, 2)),
+            },
+        },
+    ),
+    "one group of latents is MLA": (
+        AttentionConfig(projection=PROJECTIONS["mla"].replace(groups=1)),
+        AttentionConfig(projection=PROJECTIONS["mla"]),
+        lambda params: params,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_exact_reductions(name):
+    general, special, as_general = REDUCTIONS[name]
+    params = random(special)
+    ours, expected = output(general, as_general(params)), output(special, params)
+    assert relative_error(ours, expected) < 1e-6
+
+
+def test_a_routers_loss_and_metrics_on_a_worked_example():
+    """Two tokens, three routed heads of which one is chosen: P = (.5, .3, .2), f = (1, 0, 0)."""
+    p_BTR = jnp.array([[[0.6, 0.3, 0.1], [0.4, 0.3, 0.3]]])
+    chosen_BTR = jnp.array([[[1.0, 0, 0], [1, 0, 0]]])
+    aux = routing(p_BTR, chosen_BTR, 0.01)
+    np.testing.assert_allclose(aux.loss, 0.01 * 9 * 0.5 / 3, rtol=1e-6)
+    np.testing.assert_allclose(aux.metrics["head_max_violation"], 2, rtol=1e-6)
+    even = routing(jnp.full((1, 1, 3), 1 / 3), chosen_BTR[:, :1], 0.01)
+    np.testing.assert_allclose(even.metrics["head_gate_entropy"], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("projection", ["gqa", "gta", "mla_q_lora", "gla"])
+def test_weights_and_activations_have_the_same_gradients(projection):
+    mixers = [KnockingLinear(apply=apply) for apply in ("activations", "weights")]
+    configs = [at_all_slots(projection, mixer) for mixer in mixers]
+    cotangent = jax.random.normal(jax.random.key(5), (B, T, D))
+
+    def loss(params, config):
+        return jnp.vdot(layer(config, params, inputs()), cotangent)
+
+    grads = [jax.jit(jax.grad(loss), static_argnums=1)(random(c), c) for c in configs]
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[0]))
+    chex.assert_trees_all_close(*grads, atol=2e-5 * scale)
+
+
+def at_all_slots(projection, mixer):
+    """The mixer wherever this projection takes it."""
+    takes = [slot for slot in SLOTS if PROJECTIONS[projection].refusal(slot, mixer) is None]
+    return AttentionConfig(projection=PROJECTIONS[projection], **everywhere(mixer, *takes))
+
+
+FOLDING = {
+    "direct": (KnockingLinear(diag_init=0.7), ("gqa", "gta", "mla", "mla_q_lora", "gla", "shared")),
+    "residual": (KnockingLinear(parameterization="residual"), ("gqa",)),
+    "composed": (HeadComposition(), ("gqa", "gta", "mla")),
+}
+FOLDED = [(name, projection) for name, (_, on) in FOLDING.items() for projection in on]
+
+
+@pytest.mark.parametrize(("name", "projection"), FOLDED, ids=IDS(FOLDED))
+def test_absorbing_linear_mixers_changes_nothing(name, projection):
+    config = at_all_slots(projection, FOLDING[name][0])
+    params, baseline = random(config), absorbed(config)
+    folded = absorb(config, params)
+    assert baseline == AttentionConfig(projection=PROJECTIONS[projection])
+    chex.assert_trees_all_equal_shapes(folded, random(baseline))
+    assert relative_error(output(baseline, folded), output(config, params)) < 1e-5
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    first = jax.tree.map(lambda leaf: leaf[0], absorb(config, stack))
+    chex.assert_trees_all_close(first, folded, rtol=1e-6)
+
+
+def test_folding_a_composition_into_fewer_heads_leaves_a_projection_of_those():
+    config = config_of("fewer", "mha")
+    assert absorbed(config) == AttentionConfig(projection=PROJECTIONS["gqa"])
+    folded = absorb(config, random(config))
+    error = relative_error(output(absorbed(config), folded), output(config, random(config)))
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("mlp", "KnockingMLP is not linear"), ("virtual", "composes its 2 cached heads when")],
+)
+def test_what_does_not_fold_says_why(name, message):
+    with pytest.raises(ConfigError, match=message):
+        foldable(config_of(name, ROWS[name].on[0]))
 
 
 @pytest.mark.parametrize(
@@ -301,114 +315,104 @@ def test_parameters_are_those_of_the_accounting(name):
         (GroupedQuery(query_heads=16, kv_heads=16, head_dim=128), 4096),
         (GroupedQuery(query_heads=32, kv_heads=1, head_dim=128), 256),
         (GroupedTied(query_heads=32, kv_heads=4, head_dim=128), 512 + 64),
-        (
-            Latent(
-                query_heads=32, head_dim=128, value_dim=128, rope_dim=64, kv_lora=512, q_lora=1024
-            ),
-            512 + 64,
-        ),
-        (
-            Latent(query_heads=32, head_dim=128, value_dim=128, rope_dim=64, kv_lora=256, groups=2),
-            512 + 64,
-        ),
+        (Latent(query_heads=32, head_dim=128, q_lora=1024), 512 + 64),
+        (Latent(query_heads=32, head_dim=128, groups=2), 512 + 64),
     ],
 )
-def test_the_state_holds_what_table_3_prints(projection, floats):
-    assert projection.cache_floats() == floats
-    module = projection.build(width=256, numerics=Numerics(dtype="float32"))
-    identity = type(
-        "Identity", (), {"project": staticmethod(lambda x, w: jnp.tensordot(x, w, 1))}
-    )()
-    x, positions = (
-        jax.ShapeDtypeStruct((1, 3, 256), jnp.float32),
-        jax.ShapeDtypeStruct((1, 3), jnp.int32),
-    )
-    (_, state), _ = jax.eval_shape(
-        lambda *a: module.init_with_output(jax.random.key(0), *a, dict.fromkeys(SLOTS, identity)),
-        x,
-        positions,
-    )
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 3 * floats
+def test_caches_are_what_table_3_prints(projection, floats):
+    assert AttentionConfig(projection=projection).cache_floats() == floats
+
+
+def test_virtual_heads_halve_the_cache():
+    gqa = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_heads=4, head_dim=128))
+    fewer = gqa.projection.replace(kv_heads=2)
+    virtual = everywhere(HeadComposition(heads_read=4), "key", "value")
+    halved = AttentionConfig(projection=fewer, **virtual)
+    assert halved.cache_floats() == gqa.cache_floats() / 2 + 4  # the k norm's factors
+
+
+GQA = PROJECTIONS["gqa"]
 
 
 @pytest.mark.parametrize(
-    ("name", "slot", "mixer", "reason"),
+    ("fields", "reason"),
     [
-        ("gta", "key", KnockingLinear(), "one tied state"),
-        ("gta", "key", KnockingMLP(), "one tied state"),
-        ("mla", "value", KnockingMLP(), "never made when decoding"),
-        ("gla", "key", KnockingGate(), "never made when decoding"),
+        ({"projection": PROJECTIONS["gta"], "key": KnockingMLP()}, "key.kind: .*one tied state"),
+        ({"projection": PROJECTIONS["mla"], "value": KnockingMLP()}, "value.kind: .*never made"),
+        ({"projection": PROJECTIONS["gla"], "key": HeadComposition()}, "key.kind: .*2 latents"),
+        ({"projection": PROJECTIONS["shared"], "key": KnockingLinear()}, "key.kind: .*no head"),
+        (
+            {"projection": GQA, "key": HeadComposition(heads_read=4)},
+            "key.heads_read: must make as many key heads as value heads, found 4 and 2",
+        ),
+        (
+            {"projection": GQA, **everywhere(HeadComposition(heads_read=3), "key", "value")},
+            "key.kind: .*2 heads do not repeat into 3",
+        ),
+        (
+            {"projection": GQA, "query": HeadComposition(heads_read=8)},
+            "query.heads_read: must leave 4 heads, found 8",
+        ),
+        (
+            {"projection": GQA, "logits": TalkingHeads(), "kernel": "splash"},
+            "kernel: 'splash' never holds the scores of all heads at once.*use 'auto'",
+        ),
+        (
+            {"projection": PROJECTIONS["mha"], "output": DifferentialOutput()},
+            "output.kind: .*pairs of query heads share a key head, found 1",
+        ),
+        (
+            {"projection": GQA, "output": MixtureOfHeads(shared_heads=2, top_k=3)},
+            "output.kind: .*2 are shared, which leaves 2 to choose top_k=3 from",
+        ),
     ],
 )
-def test_combinations_without_a_meaning_say_why(name, slot, mixer, reason):
-    with pytest.raises(ConfigError, match=rf"{slot}.kind: .*{reason}"):
-        AttentionConfig(projection=PROJECTIONS[name], **{slot: mixer})
+def test_combinations_without_a_meaning_say_why(fields, reason):
+    with pytest.raises(ConfigError, match=reason):
+        AttentionConfig(**fields)
 
 
-def test_one_group_is_mla_and_a_mixer_costs_its_rows_on_weights():
+def test_a_mixer_costs_its_rows_on_weights():
     auto = KnockingLinear()
     assert auto.on_weights(rows=1536, tokens=32768) and not auto.on_weights(rows=1536, tokens=1024)
     assert auto.flops(4, 128, 1536, 32768) == 2 * 4 * 128**2 * 1536 / 32768
     assert KnockingMLP().flops(4, 128, 1536, 32768) == 2 * 4 * 3 * 128**2
+    assert HeadComposition().flops(4, 128, 1536, 1024) == 2 * 4 * 4 * 128
 
 
-# The axis of each parameter that runs over query heads, or over key/value heads and those they
-# serve.
-HEAD_AXES = {
-    GroupedQuery: ({"query": 1}, {"key": 1, "value": 1}),
-    GroupedTied: ({"query": 1}, {"state": 1}),
-    Latent: ({"query": 1, "query_rope": 1}, {"key_up": 2, "value_up": 2}),
-}
-
-
-@pytest.mark.parametrize("kind", [None, "linear", "gate", "mlp"])
-@pytest.mark.parametrize("name", PROJECTIONS)
-def test_knocking_commutes_with_any_permutation_of_the_heads(name, kind):
-    """Nothing is summed over heads: moving whole heads moves nothing else. Heads x heads matrices
-    would fail here."""
-    projection = PROJECTIONS[name]
-    slots = tuple(slot for slot in SLOTS if kind and projection.refusal(slot, MIXERS[kind]) is None)
-    if kind and not slots:
-        pytest.skip("refused: " + projection.refusal("value", MIXERS[kind]))
-    config = attention(name, kind, slots)
-    params = random(config)
-    groups = projection.groups if isinstance(projection, Latent) else 1
-    shared = (
-        projection.query_heads // groups if isinstance(projection, Latent) else projection.kv_heads
-    )
-    # of the key/value heads, or of the heads within each latent group
-    order = np.arange(shared)[::-1]
-    each = projection.query_heads // groups // shared
-    query = np.concatenate(
-        [
-            g * projection.query_heads // groups + each * k + np.arange(each)
-            for g in range(groups)
-            for k in order
-        ]
-    )
-    over_query, over_shared = HEAD_AXES[type(projection)]
-    moved = {n: jnp.take(params["projection"][n], query, axis) for n, axis in over_query.items()}
-    moved |= {n: jnp.take(params["projection"][n], order, axis) for n, axis in over_shared.items()}
-    permuted = {
-        **params,
-        "projection": {**params["projection"], **moved},
-        "output": params["output"][query],
-    }
-    run = built(config)[1]
-    assert (
-        relative_error(run(permuted, inputs()), np.asarray(run(params, inputs()), np.float64))
-        < 1e-5
-    )
-
-
-@pytest.mark.parametrize("name", PROJECTIONS)
-def test_a_scaled_query_shows_unless_a_norm_follows(name):
+@pytest.mark.parametrize("projection", ["gqa", "no_norm", "gta", "gla"])
+def test_a_scaled_query_shows_unless_a_norm_follows(projection):
     """T = 4 I is undone by a q/k norm, which therefore comes after the mixer; projections without
     one have to show it."""
-    config = attention(name, "linear", ("query",))
-    run, params = built(config)[1], random(config)
-    one, four = (
-        run({**params, "query_mixer": {"kernel": c * jnp.eye(8)}}, inputs()) for c in (1.0, 4.0)
-    )
-    normalised = isinstance(PROJECTIONS[name], GroupedQuery) and PROJECTIONS[name].qk_norm == "rms"
-    assert np.allclose(one, four, rtol=1e-3, atol=1e-4) == normalised
+    config = AttentionConfig(projection=PROJECTIONS[projection], query=KnockingLinear())
+    params = random(config)
+    scaled = ({**params, "query_mixer": {"kernel": c * jnp.eye(8)}} for c in (1.0, 4.0))
+    one, four = (output(config, p) for p in scaled)
+    assert np.allclose(one, four, rtol=1e-3, atol=1e-4) == (projection == "gqa")
+
+
+def test_latents_are_those_of_the_papers_by_default():
+    """MLA caches 4 H and R = H/2, GLA as much in two latents, whatever H; values have H."""
+    for H in (32, 64, 128):
+        for groups, latent in ((1, 4 * H), (2, 2 * H)):
+            projection = Latent(query_heads=8, head_dim=H, groups=groups)
+            assert projection.latent_width == latent and projection.rotary_width == H // 2
+            assert projection.output_shape() == (8, H)
+            assert AttentionConfig(projection=projection).cache_floats() == 4 * H + H // 2
+
+
+def test_a_gate_depends_on_its_input_and_not_only_on_what_was_read():
+    config = AttentionConfig(projection=GQA, output=GatedOutput())
+    params = random(config)
+    other = {**params, "output_mixer": {"gate": -params["output_mixer"]["gate"]}}
+    assert relative_error(output(config, params), output(config, other)) > 1e-2
+
+
+@pytest.mark.parametrize("mixer", [HeadGroupNorm(), KnockingGate()])
+def test_bfloat16_stays_bfloat16(mixer):
+    fields = {"output": mixer} if isinstance(mixer, HeadGroupNorm) else {"value": mixer}
+    config = AttentionConfig(projection=GQA, probabilities=TalkingHeads(), **fields)
+    module = config.build(width=D, numerics=Numerics(dtype="bfloat16"))
+    x, positions = jnp.zeros((1, 4, D), jnp.bfloat16), jnp.zeros((1, 4), jnp.int32)
+    (y, _), params = jax.eval_shape(module.init_with_output, jax.random.key(0), x, positions)
+    assert y.dtype == jnp.bfloat16

@@ -10,7 +10,7 @@ import pytest
 
 from kha_jax.ops import attention as kernels
 from kha_jax.ops import rope
-from kha_jax.ops.attention import attention, best_kernel, unavailable
+from kha_jax.ops.attention import Case, ScoreMaps, attention, best_kernel, refusal, splash
 from kha_jax.ops.gating import sigmoid_gate, swiglu
 from kha_jax.ops.linear import linear
 from kha_jax.ops.norm import rms_norm
@@ -153,7 +153,7 @@ def test_gradients_of_kernels_agree(kernel, packed):
 @pytest.mark.parametrize(("key_width", "value_width"), [(128, 128), (192, 128)])
 def test_the_tpu_kernel_in_interpret_mode(key_width, value_width):
     qkv, segments = case(128, 2, 1, key_width, value_width, True)
-    ours = attention(*qkv, segments, kernel="splash")
+    ours = splash(*qkv, segments, key_width**-0.5, interpret=True)
     np.testing.assert_allclose(
         ours, expected_attention(*qkv, segments, key_width**-0.5), rtol=1e-3, atol=1e-4
     )
@@ -164,11 +164,12 @@ def test_the_tpu_kernel_in_several_blocks_has_the_gradients_of_the_formula(monke
     (q, k, v), segments = case(512, 2, 1, 128, 128, True)
     cotangent = normal(7, 2, 512, 2, 128)
 
-    def pull(name):
-        return jax.vjp(lambda *x: attention(*x, segments, kernel=name), q, k, v)[1](cotangent)
+    def pull(run):
+        return jax.vjp(lambda *qkv: run(*qkv, segments), q, k, v)[1](cotangent)
 
-    for ours, expected in zip(pull("splash"), pull("reference")):
-        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
+    ours = pull(functools.partial(splash, scale=128**-0.5, interpret=True))
+    for found, expected in zip(ours, pull(functools.partial(attention, kernel="reference"))):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_splash_blocks_divide_the_rows():
@@ -200,34 +201,70 @@ def test_bfloat16_stays_close():
     )
 
 
-@pytest.mark.parametrize("kernel", ["xla", "cudnn"])
-def test_kernels_that_need_equal_widths_say_so(kernel):
-    qkv, _ = case(128, 2, 2, 8, 16, False)
-    with pytest.raises(ValueError, match="values as wide as keys"):
-        attention(*qkv, kernel=kernel)
+TPU = Case("tpu", jnp.bfloat16, 256, 128, 128)
+GPU = Case("gpu", jnp.bfloat16, 256, 64, 64)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kernel"),
+    ("case", "kernel"),
     [
-        (("tpu", jnp.bfloat16, 256, 128, 128), "splash"),
-        (("tpu", jnp.bfloat16, 256, 64, 64), "splash"),
-        (("tpu", jnp.float32, 256, 192, 128), "splash"),
-        (("tpu", jnp.bfloat16, 256, 32, 32), "chunked"),
-        (("tpu", jnp.bfloat16, 200, 128, 128), "chunked"),
-        (("gpu", jnp.bfloat16, 256, 64, 64), "cudnn"),
-        (("gpu", jnp.float32, 256, 64, 64), "chunked"),
-        (("cpu", jnp.float32, 256, 64, 64), "chunked"),
+        (TPU, "splash"),
+        (TPU._replace(key_width=64, value_width=64), "splash"),
+        (TPU._replace(dtype="float32", key_width=192), "splash"),
+        (TPU._replace(key_width=32, value_width=32), "chunked"),
+        (TPU._replace(length=200), "chunked"),
+        (TPU._replace(heads_meet=True), "chunked"),
+        (GPU, "cudnn"),
+        (GPU._replace(dtype="float32"), "chunked"),
+        (GPU._replace(platform="cpu"), "chunked"),
     ],
 )
-def test_auto_takes_the_fused_kernel_where_it_fits(arguments, kernel):
-    assert best_kernel(*arguments) == kernel
+def test_auto_takes_the_fused_kernel_where_it_fits(case, kernel):
+    assert best_kernel(case) == kernel and refusal(kernel, case) is None
 
 
-def test_a_kernel_of_another_platform_is_named_before_training():
-    assert unavailable("auto", "cpu", 100) is None and unavailable("splash", "tpu", 256) is None
-    assert "runs on a gpu, found cpu" in unavailable("cudnn", "cpu", 128)
-    assert "divisible by 128" in unavailable("splash", "tpu", 100)
+@pytest.mark.parametrize(
+    ("kernel", "case", "problem"),
+    [
+        ("cudnn", TPU, "'cudnn' runs on a gpu, found tpu; use 'auto'"),
+        ("splash", TPU._replace(length=100), "needs rows divisible by 128, found seq_len=100"),
+        ("splash", TPU._replace(heads_meet=True), "never holds the scores of all heads"),
+        ("xla", GPU._replace(value_width=32), "needs values as wide as keys, found 32 and 64"),
+        ("cudnn", GPU._replace(dtype="float32"), "needs bfloat16, found float32"),
+    ],
+)
+def test_a_kernel_that_cannot_says_why_before_and_when_it_runs(kernel, case, problem):
+    assert problem in refusal(kernel, case) and refusal("auto", case) is None
+    qkv = (jnp.zeros((1, case.length, 2, width)) for width in case[3:4] * 2 + case[4:5])
+    maps = ScoreMaps(logits=jax.tree_util.Partial(jnp.negative)) if case.heads_meet else ScoreMaps()
+    with pytest.raises(ValueError, match="attention kernel '" + kernel):
+        attention(*qkv, kernel=kernel, platform=case.platform, maps=maps)
+
+
+@pytest.mark.parametrize("length", [100, 700])
+def test_scores_of_all_heads_exist_for_a_few_queries_at_a_time(length):
+    """Chunks agree with the formula in values and gradients, also for the queries of a part of the
+    rows, and hold far less."""
+    (q, k, v), segments = case(length, 4, 2, 8, 8, True)
+    mixing = normal(5, 4, 4)
+
+    def run(q, k, v, mixing, kernel, start=0):
+        over = jax.tree_util.Partial(lambda P, s: jnp.einsum("bn...,nm->bm...", s, P), mixing)
+        return attention(q, k, v, segments, maps=ScoreMaps(over, over), kernel=kernel, start=start)
+
+    def gradient(kernel):
+        return jax.jit(jax.grad(lambda *z: jnp.sum(run(*z, kernel) ** 2), argnums=(0, 1, 2, 3)))
+
+    programs = [gradient(kernel).lower(q, k, v, mixing) for kernel in ("chunked", "reference")]
+    ours, expected = (program.compile() for program in programs)
+    for found, wanted in zip(ours(q, k, v, mixing), expected(q, k, v, mixing)):
+        np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
+    if length > 512:
+        sizes = [p.memory_analysis().temp_size_in_bytes for p in (ours, expected)]
+        assert sizes[0] < 0.35 * sizes[1]
+    last = run(q[:, 50:], k, v, mixing, "chunked", start=jnp.int32(50))
+    whole = run(q, k, v, mixing, "reference")[:, 50:]
+    np.testing.assert_allclose(last, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_the_chunked_kernel_keeps_no_square():

@@ -1,9 +1,10 @@
-"""Folds linear mixers into the weights around them, after which the model is a plain baseline.
+"""Folds linear stream mixers into the weights around them.
 
 x (W T) = (x W) T: T_q, T_k and T_v go into the weights that make the stream, whatever the
 projection (paper, equation 8): W_Q, W_K, W_V for grouped queries, the tied state's weights for GTA,
-the query and up-projections for MLA and GLA. An MLP or a gate is not linear in its stream and
-cannot be folded.
+the query and up-projections for MLA and GLA. The mixer's own module is applied to the weights, so
+that every linear mixer folds as it is defined. An MLP or a gate is not linear in its stream and
+cannot be folded; score and output mixers stay.
 """
 
 from typing import Any
@@ -12,40 +13,36 @@ import jax
 import jax.numpy as jnp
 
 from kha_jax.attention.attention import SLOTS, AttentionConfig
-from kha_jax.attention.mixers import KnockingLinear, NoMixer
+from kha_jax.attention.mixers import NoMixer
 from kha_jax.config import ConfigError
+from kha_jax.parameters import Numerics
+
+EXACT = Numerics(dtype="float32")
 
 
 def foldable(config: AttentionConfig) -> list[str]:
     """The slots that hold a mixer to fold.
 
     Raises:
-        ConfigError: names a slot whose mixer is not linear, with the reason.
+        ConfigError: names a slot whose mixer no weights can stand for, with the reason.
     """
     slots = [slot for slot in SLOTS if type(getattr(config, slot)) is not NoMixer]
     for slot in slots:
-        mixer = getattr(config, slot)
-        if not mixer.linear:
-            raise ConfigError(
-                f"{slot}.kind",
-                f"{type(mixer).__name__} is not linear in its stream, so no weights can stand "
-                "for it",
-            )
+        mixer, heads = getattr(config, slot), config.projection.streams(1)[slot][0]
+        reason = mixer.unfoldable(heads)
+        if reason:
+            raise ConfigError(f"{slot}.kind", f"{type(mixer).__name__} {reason}")
     return slots
 
 
-def matrix(config: KnockingLinear, parameters: dict[str, jax.Array]) -> jax.Array:
-    """T [..., H, H] in float32 from a linear mixer's parameters."""
-    if config.parameterization == "direct":
-        return parameters["kernel"].astype(jnp.float32)
-    residual = parameters["residual"].astype(jnp.float32)
-    return config.diag_init * jnp.eye(residual.shape[-1]) + residual
+def absorbed(config: AttentionConfig) -> AttentionConfig:
+    """The config without its stream mixers, whose projection makes the heads that they made."""
+    plain = config.projection.with_heads(config.heads_read()["value"])
+    return config.replace(projection=plain, **{slot: NoMixer() for slot in SLOTS})
 
 
-def absorb(
-    config: AttentionConfig, parameters: dict[str, Any]
-) -> tuple[AttentionConfig, dict[str, Any]]:
-    """The baseline config and parameters that compute the same attention.
+def absorb(config: AttentionConfig, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of `absorbed(config)` that compute the same attention.
 
     Args:
         config: any projection with linear mixers or none.
@@ -53,24 +50,22 @@ def absorb(
             are float32, then cast back.
 
     Raises:
-        ConfigError: a mixer is not linear.
+        ConfigError: a mixer does not fold.
     """
     projection = dict(parameters["projection"])
     slots = foldable(config)
     for slot in slots:
-        name = config.projection.stream_weights[slot]
-        weights, T = projection[name], matrix(getattr(config, slot), parameters[f"{slot}_mixer"])
-        stacked = T.ndim == 3
-        fold = jax.vmap(_fold) if stacked else _fold
-        projection[name] = fold(weights, T)
-    rest = {
-        name: leaf
-        for name, leaf in parameters.items()
-        if name not in [f"{slot}_mixer" for slot in slots]
-    }
-    return config.replace(**{slot: NoMixer() for slot in slots}), {**rest, "projection": projection}
+        heads, head_dim, _ = config.projection.streams(1)[slot]
+        mixer = getattr(config, slot).build(heads, head_dim, EXACT, name=None)
+        name, own = config.projection.stream_weights[slot], parameters[f"{slot}_mixer"]
 
+        def fold(own, weights, mixer=mixer):
+            with jax.default_matmul_precision("highest"):
+                folded = mixer.apply({"params": own}, weights.astype(jnp.float32))
+            return folded.astype(weights.dtype)
 
-def _fold(weights: jax.Array, T: jax.Array) -> jax.Array:
-    product = jnp.matmul(weights.astype(jnp.float32), T, precision=jax.lax.Precision.HIGHEST)
-    return product.astype(weights.dtype)
+        stacked = next(iter(own.values())).ndim == 3
+        projection[name] = (jax.vmap(fold) if stacked else fold)(own, projection[name])
+    mixers = {f"{slot}_mixer" for slot in slots}
+    rest = {name: leaf for name, leaf in parameters.items() if name not in mixers}
+    return {**rest, "projection": projection}

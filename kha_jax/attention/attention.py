@@ -1,4 +1,4 @@
-"""Attention: project -> mix streams -> q/k norm, rotate -> scores -> output projection.
+"""Attention: project -> mix streams -> norm and rotate -> scores -> mix outputs -> project back.
 
 Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads,
 H query and key width, U value width.
@@ -11,20 +11,24 @@ import jax
 import jax.numpy as jnp
 
 from kha_jax.attention.mixers import STREAM_MIXERS, NoMixer, StreamMixer
+from kha_jax.attention.outputs import OUTPUT_MIXERS, NoOutputMixer, OutputMixer
 from kha_jax.attention.projections import PROJECTIONS, GroupedQuery, Projection, State
+from kha_jax.attention.scores import SCORE_MIXERS, NoScoreMixer, ScoreMixer
 from kha_jax.config import Config, choice
-from kha_jax.ops.attention import attention
+from kha_jax.ops import attention as ops
 from kha_jax.ops.linear import linear
-from kha_jax.parameters import Module
-from kha_jax.sharding import axis_size, per_device, platform
+from kha_jax.parameters import Aux, Module
+from kha_jax.sharding import constrain, per_device, place, platform, ways
 
 SLOTS = ("query", "key", "value")
+SCORES = ("logits", "probabilities")
 
 
 class AttentionConfig(Config):
     """One choice per seam.
 
     projection: who makes queries, keys and values. query, key, value: the stream mixer of each.
+    logits, probabilities: the score mixer of each. output: the mixer of what the heads read.
     kernel: which implementation computes the scores (`kha_jax.ops.attention.KERNELS`); `auto` takes
     the platform's best.
     """
@@ -33,43 +37,91 @@ class AttentionConfig(Config):
     query: StreamMixer = choice(STREAM_MIXERS, NoMixer())
     key: StreamMixer = choice(STREAM_MIXERS, NoMixer())
     value: StreamMixer = choice(STREAM_MIXERS, NoMixer())
-    kernel: Literal["auto", "reference", "chunked", "xla", "cudnn", "splash"] = "auto"
+    logits: ScoreMixer = choice(SCORE_MIXERS, NoScoreMixer())
+    probabilities: ScoreMixer = choice(SCORE_MIXERS, NoScoreMixer())
+    output: OutputMixer = choice(OUTPUT_MIXERS, NoOutputMixer())
+    kernel: Literal["auto", *ops.KERNELS] = "auto"
 
     def validate(self):
+        streams = self.projection.streams(1)
         for slot in SLOTS:
-            mixer = getattr(self, slot)
+            mixer, name = getattr(self, slot), type(getattr(self, slot)).__name__
             reason = None if type(mixer) is NoMixer else self.projection.refusal(slot, mixer)
-            self.require(
-                reason is None,
-                f"{slot}.kind",
-                f"{type(mixer).__name__} cannot stand here: {reason}",
-            )
+            if reason is None and slot in streams:
+                reason = mixer.misfit(streams[slot][0])
+            self.require(reason is None, f"{slot}.kind", f"{name} cannot stand here: {reason}")
+        misfit = self.projection.misfit(self.heads_read())
+        if misfit:
+            self.require(False, f"{misfit[0]}.heads_read", misfit[1])
+        heads = self.projection.output_shape()[0]
+        reason = self.output.misfit(heads, heads // self.heads_read()["value"])
+        name = type(self.output).__name__
+        self.require(reason is None, "output.kind", f"{name} cannot stand here: {reason}")
+        if self.heads_meet:
+            problem = ops.refusal(self.kernel, self.case("any", "float32", 1))
+            self.require(problem is None, "kernel", str(problem))
+
+    def mixers(self) -> dict[str, StreamMixer]:
+        """The stream mixer of each slot."""
+        return {slot: getattr(self, slot) for slot in SLOTS}
+
+    def heads_read(self) -> dict[str, int]:
+        """Heads of each stream that the scores read."""
+        streams = self.projection.streams(1)
+        return {slot: getattr(self, slot).heads(heads) for slot, (heads, _, _) in streams.items()}
+
+    @property
+    def heads_meet(self) -> bool:
+        """Whether the scores of all heads have to exist at once."""
+        return any(type(getattr(self, slot)) is not NoScoreMixer for slot in SCORES)
+
+    def case(self, platform: str, dtype: Any, length: int) -> ops.Case:
+        """What the kernels are asked to compute."""
+        widths = self.projection.key_width(), self.projection.output_shape()[1]
+        return ops.Case(platform, dtype, length, *widths, self.heads_meet)
+
+    def output_shape(self) -> tuple[int, int]:
+        """(heads, width) of what the output projection reads."""
+        heads, value_width = self.projection.output_shape()
+        return self.output.heads(heads), value_width
 
     def mixer_parameters(self, width: int) -> int:
-        """Parameters of the stream mixers of one layer."""
-        return sum(
-            getattr(self, slot).parameters(H)
-            for slot, (_, H, _) in self.projection.streams(width).items()
+        """Parameters of the mixers of one layer."""
+        heads, value_width = self.projection.output_shape()
+        streams = self.projection.streams(width).items()
+        return (
+            sum(getattr(self, slot).parameters(N, H) for slot, (N, H, _) in streams)
+            + sum(getattr(self, slot).parameters(heads) for slot in SCORES)
+            + self.output.parameters(width, heads, value_width)
         )
 
     def parameters(self, width: int) -> int:
         """Parameters of one layer."""
-        heads, value_width = self.projection.output_shape()
-        return (
-            self.projection.parameters(width)
-            + heads * value_width * width
-            + self.mixer_parameters(width)
-        )
+        heads, value_width = self.output_shape()
+        output = heads * value_width * width
+        return self.projection.parameters(width) + output + self.mixer_parameters(width)
 
     def flops(self, width: int, context: float, tokens: float) -> float:
         """Forward FLOPs per token and layer with `context` visible keys, in steps of `tokens`."""
         heads, value_width = self.projection.output_shape()
-        mixing = sum(
-            getattr(self, slot).flops(*shape, tokens)
-            for slot, shape in self.projection.streams(width).items()
+        left, _ = self.output_shape()
+        streams = self.projection.streams(width).items()
+        return (
+            self.projection.flops(width)
+            + sum(getattr(self, slot).flops(*shape, tokens) for slot, shape in streams)
+            + self.projection.score_flops(context)
+            + sum(getattr(self, slot).flops(heads, context) for slot in SCORES)
+            + self.output.flops(width, heads, value_width)
+            + 2 * left * value_width * width
         )
-        projecting = self.projection.flops(width) + 2 * heads * value_width * width
-        return projecting + mixing + self.projection.score_flops(context)
+
+    def score_floats(self, length: int) -> int:
+        """Logits per query that exist outside of a kernel: those of all heads, where they meet."""
+        return self.projection.output_shape()[0] * length if self.heads_meet else 0
+
+    def cache_floats(self) -> int:
+        """Numbers per token and layer that a decoder keeps."""
+        return self.projection.cache_floats(self.mixers())
 
     def build(self, **arguments: Any) -> "Attention":
         return Attention(config=self, **arguments)
@@ -82,48 +134,36 @@ class Attention(Module):
     width: int
 
     def setup(self):
-        c = self.config
-        self.projection = c.projection.build(width=self.width, numerics=self.numerics)
+        c, D = self.config, self.width
+        self.projection = c.projection.build(width=D, numerics=self.numerics)
         self.mixers = {
-            slot: getattr(c, slot).build(head_dim, self.numerics, name=f"{slot}_mixer")
-            for slot, (_, head_dim, _) in c.projection.streams(self.width).items()
+            slot: getattr(c, slot).build(heads, head_dim, self.numerics, name=f"{slot}_mixer")
+            for slot, (heads, head_dim, _) in c.projection.streams(D).items()
         }
         heads, value_width = c.projection.output_shape()
-        self.output = self.weight("output", heads=heads, head_dim=value_width, embed=self.width)
+        self.score_mixers = {
+            slot: getattr(c, slot).build(heads, self.numerics, name=f"{slot}_mixer")
+            for slot in SCORES
+        }
+        self.output_mixer = c.output.build(
+            D, heads, value_width, self.numerics, name="output_mixer"
+        )
+        left, _ = c.output_shape()
+        self.output = self.weight("output", heads=left, head_dim=value_width, embed=D)
 
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The attention output [B, T, D] and named metrics."""
-        return self.prefill(x_BTD, positions_BT, segment_ids_BT)[0], {}
+    ) -> tuple[jax.Array, Aux]:
+        """The attention output [B, T, D] and what comes beside it."""
+        return self._whole(x_BTD, positions_BT, segment_ids_BT)[:2]
 
     def prefill(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
     ) -> tuple[jax.Array, State]:
         """The attention output [B, T, D] and what a decoder caches: the projection's state as [B
         heads, S, width]."""
-        with jax.named_scope("project"):
-            q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
-            k_BSKH, v_BSKU = self.projection.keys_and_values(state, self.mixers)
-        o_BTNU = self._scores(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT)
-        with jax.named_scope("output"):
-            return linear(o_BTNU, self.output, contract=2), _as_cache(state)
-
-    def _scores(self, q_BTNH, k_BSKH, v_BSKU, segment_ids_BT):
-        """Heads never meet here, so every device computes its rows and heads: fused kernels need
-        not know of the mesh."""
-        heads, rows = ("batch", "length", "heads", None), ("batch", "length")
-        # a copy for each device that holds some of a key head's queries
-        if k_BSKH.shape[2] < axis_size("model"):
-            k_BSKH, v_BSKU = (
-                jnp.repeat(z, axis_size("model") // z.shape[2], axis=2) for z in (k_BSKH, v_BSKU)
-            )
-        kernel = functools.partial(attention, kernel=self.config.kernel, platform=platform())
-        if segment_ids_BT is None:
-            return per_device(kernel, (heads,) * 3, heads)(q_BTNH, k_BSKH, v_BSKU)
-        return per_device(kernel, (*(heads,) * 3, rows), heads)(
-            q_BTNH, k_BSKH, v_BSKU, segment_ids_BT
-        )
+        y_BTD, _, state = self._whole(x_BTD, positions_BT, segment_ids_BT)
+        return y_BTD, _as_cache(state)
 
     def extend(
         self,
@@ -143,9 +183,50 @@ class Attention(Module):
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
             cache = jax.tree.map(write, cache, _as_cache(state))
         with jax.named_scope("attention_cached"):
-            o_B1NU = self.projection.attend(q_B1NH, cache, self.mixers, visible_BS)
+            parts, values = self.projection.read(q_B1NH, cache, self.mixers)
+            scale, maps = self.config.projection.scale(), self._maps()
+            o = ops.cached_attention(parts, values, visible_BS, scale, maps)
+            o_B1NU = self.projection.finish(o, self.mixers)
+        _, own_B1KU = self.projection.keys_and_values(state, self.mixers)
+        return self._finish(o_B1NU, x_B1D, own_B1KU)[0], cache
+
+    def _whole(self, x_BTD, positions_BT, segment_ids_BT):
+        with jax.named_scope("project"):
+            q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
+            k_BSKH, v_BSKU = self.projection.keys_and_values(state, self.mixers)
+        o_BTNU = self._scores(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT)
+        return *self._finish(o_BTNU, x_BTD, v_BSKU), state
+
+    def _finish(self, o_BTNU, x_BTD, v_BTKU):
         with jax.named_scope("output"):
-            return linear(o_B1NU, self.output, contract=2), cache
+            o_BTNU, aux = self.output_mixer(o_BTNU, x_BTD, v_BTKU)
+            return linear(o_BTNU, self.output, contract=2), aux
+
+    def _maps(self) -> ops.ScoreMaps:
+        return ops.ScoreMaps(*(self.score_mixers[slot]() for slot in SCORES))
+
+    def _scores(self, q_BTNH, k_BSKH, v_BSKU, segment_ids_BS):
+        """Every device computes its rows of the batch, so that fused kernels need not know of the
+        mesh: for its heads, or, where heads meet, for its queries."""
+        maps, fixed = self._maps(), {"scale": self.config.projection.scale()}
+        fixed |= {"kernel": self.config.kernel, "platform": platform()}
+        rows, whole = ("batch", "length"), ("batch", "length", None, None)
+        queries = keys = ("batch", "length", "heads", None)
+        if maps.meet:
+            queries, keys = ("batch", "query_length", None, None), whole
+        elif k_BSKH.shape[2] < ways("heads"):
+            # A copy for each device that holds some of a key head's queries.
+            copies = ways("heads") // k_BSKH.shape[2]
+            k_BSKH, v_BSKU = (jnp.repeat(z, copies, axis=2) for z in (k_BSKH, v_BSKU))
+
+        def local(q_BTNH, k_BSKH, v_BSKU, ids_BS, maps):
+            start = place("query_length") * q_BTNH.shape[1] if maps.meet else 0
+            return ops.attention(q_BTNH, k_BSKH, v_BSKU, ids_BS, maps=maps, start=start, **fixed)
+
+        on_each = jax.tree.map(lambda leaf: (None,) * leaf.ndim, maps)
+        run = per_device(local, (queries, keys, keys, rows, on_each), queries)
+        o_BTNU = run(q_BTNH, k_BSKH, v_BSKU, segment_ids_BS, maps)
+        return constrain(o_BTNU, "batch", "length", "heads", None)
 
 
 def _as_cache(state: State) -> State:

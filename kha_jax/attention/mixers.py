@@ -10,7 +10,7 @@ Legend: any leading axes, N heads, H head width.
 """
 
 import math
-from typing import Callable, ClassVar, Literal
+from typing import Any, Callable, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -20,19 +20,52 @@ from kha_jax.config import Config
 from kha_jax.ops.gating import sigmoid_gate
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Module, Numerics
-from kha_jax.sharding import axis_size
+from kha_jax.sharding import ways
 
 
 class StreamMixer(Config):
-    """A member of the family. `matrices` counts the [H, H] matrices; `linear` mixers fold into the
-    projection weights."""
+    """A member of the family; sizes are those of one stream of one layer.
 
-    matrices: ClassVar[int] = 0
+    linear: whether z~ is linear in z. over_heads: whether heads meet in it.
+    """
+
     linear: ClassVar[bool] = True
+    over_heads: ClassVar[bool] = False
 
-    def parameters(self, head_dim: int) -> int:
+    @property
+    def module(self) -> type["Mixer"]:
+        """The class of its module."""
+        return Mixer
+
+    def heads(self, heads: int) -> int:
+        """Heads that attention reads where so many are projected."""
+        return heads
+
+    def late(self, heads: int) -> bool:
+        """Whether it acts between the cache and the scores and not before the cache."""
+        return False
+
+    def normed_late(self, heads: int) -> bool:
+        """Whether the k norm is that of the heads that are read, not of those that are cached."""
+        return False
+
+    def misfit(self, heads: int) -> str | None:
+        """Why it cannot act on so many heads, or None."""
+        return None
+
+    def unfoldable(self, heads: int) -> str | None:
+        """Why no weights can stand for it, or None."""
+        return (
+            None if self.linear else "is not linear in its stream, so no weights can stand for it"
+        )
+
+    def parameters(self, heads: int, head_dim: int) -> int:
         """Parameters per layer."""
-        return self.matrices * head_dim**2
+        return 0
+
+    def vector_flops(self, heads: int, head_dim: int) -> int:
+        """FLOPs of one application to [heads, H]."""
+        return 2 * heads * self.parameters(heads, head_dim)
 
     def on_weights(self, rows: int, tokens: float) -> bool:
         """Whether the mixer is applied to a projection's weights [rows, heads, H] rather than to
@@ -40,64 +73,131 @@ class StreamMixer(Config):
         return False
 
     def flops(self, heads: int, head_dim: int, rows: int, tokens: float) -> float:
-        """Forward FLOPs per token in a step of `tokens`: 2 H^2 per matrix and head, for each token
-        or each row of weights."""
-        per_vector = 2 * heads * self.matrices * head_dim**2
-        return per_vector * rows / tokens if self.on_weights(rows, tokens) else per_vector
+        """Forward FLOPs per token in a step of `tokens`: for each token, or each row of weights."""
+        per_vector = self.vector_flops(heads, head_dim)
+        if self.on_weights(rows, tokens) and not self.late(heads):
+            return per_vector * rows / tokens
+        return per_vector
 
-    def build(self, head_dim: int, numerics: Numerics, name: str) -> "Mixer":
-        """The map z[..., H] -> z~[..., H] as a module."""
-        raise NotImplementedError
+    def build(self, heads: int, head_dim: int, numerics: Numerics, name: str | None) -> "Mixer":
+        """The map z[..., heads, H] -> z~[..., heads read, H] as a module."""
+        return self.module(
+            config=self, heads=heads, head_dim=head_dim, numerics=numerics, name=name
+        )
 
 
 class NoMixer(StreamMixer):
     """z: the baseline."""
 
-    def build(self, head_dim, numerics, name):
-        return Mixer(config=self, numerics=numerics, name=name)
 
+class LinearMixer(StreamMixer):
+    """A linear map of the stream, (x W) T = x (W T).
 
-class KnockingLinear(StreamMixer):
-    """z T, T = diag_init * I at the start (paper, equations 5-7).
-
-    diag_init: initial diagonal. parameterization: `direct` stores T; `residual` stores D in T =
-    diag_init * I + D, D = 0 at the start, which changes what weight decay pulls towards. apply: to
-    `activations`, (x W) T, or to `weights`, x (W T), the same function and gradients at the price
-    of the weights' rows instead of the tokens; `auto` takes the fewer.
+    apply: to `activations`, (x W) T, or to `weights`, x (W T), the same function and gradients at
+    the price of the weights' rows instead of the tokens; `auto` takes the fewer.
     """
 
-    matrices = 1
-    diag_init: float = 1.0
-    parameterization: Literal["direct", "residual"] = "direct"
     apply: Literal["auto", "weights", "activations"] = "auto"
 
     def on_weights(self, rows, tokens):
         return self.apply == "weights" or self.apply == "auto" and rows < tokens
 
-    def build(self, head_dim, numerics, name):
-        return Linear(config=self, head_dim=head_dim, numerics=numerics, name=name)
+
+class KnockingLinear(LinearMixer):
+    """z T, T = diag_init * I at the start (paper, equations 5-7).
+
+    diag_init: initial diagonal. parameterization: `direct` stores T; `residual` stores D in T =
+    diag_init * I + D, D = 0 at the start, which changes what weight decay pulls towards. apply: see
+    LinearMixer.
+    """
+
+    diag_init: float = 1.0
+    parameterization: Literal["direct", "residual"] = "direct"
+
+    @property
+    def module(self):
+        return Linear
+
+    def parameters(self, heads, head_dim):
+        return head_dim**2
 
 
 class KnockingGate(StreamMixer):
     """z * 2 sigmoid(z W_gate), W_gate = 0 at the start (paper, table 2: harmful on its own; the
     equation is inferred)."""
 
-    matrices = 1
     linear = False
 
-    def build(self, head_dim, numerics, name):
-        return Gate(config=self, head_dim=head_dim, numerics=numerics, name=name)
+    @property
+    def module(self):
+        return Gate
+
+    def parameters(self, heads, head_dim):
+        return head_dim**2
 
 
 class KnockingMLP(StreamMixer):
     """2 ((z W_up) * sigmoid(z W_gate)) W_down, W_up = W_down = I and W_gate = 0 at the start
     (paper, equation 9)."""
 
-    matrices = 3
     linear = False
 
-    def build(self, head_dim, numerics, name):
-        return MLP(config=self, head_dim=head_dim, numerics=numerics, name=name)
+    @property
+    def module(self):
+        return MLP
+
+    def parameters(self, heads, head_dim):
+        return 3 * head_dim**2
+
+
+class HeadComposition(LinearMixer):
+    """z~_m = sum over heads n of z_n W[n, m]: MEA's head-level composition (arXiv 2601.19611).
+
+    heads_read: how many heads that makes, as many as there are by default. More than are projected
+    are virtual heads: the fewer ones are cached and composed when they are read. before_norm:
+    whether it acts before the k norm, as it must to fold into the weights, or after it. init:
+    `identity` (heads repeated, or the mean of neighbours, where the numbers differ), or `normal`
+    with variance 1 / heads. On q, k and v it is interleaved-head attention with one pseudo-head
+    (arXiv 2602.21371). apply: see LinearMixer.
+    """
+
+    over_heads = True
+    heads_read: int | None = None
+    before_norm: bool = True
+    init: Literal["identity", "normal"] = "identity"
+
+    @property
+    def module(self):
+        return Composition
+
+    def validate(self):
+        self.at_least(1, "heads_read")
+
+    def heads(self, heads):
+        return self.heads_read or heads
+
+    def late(self, heads):
+        return not self.before_norm or self.heads(heads) > heads
+
+    def normed_late(self, heads):
+        return self.before_norm and self.late(heads)
+
+    def misfit(self, heads):
+        read = self.heads(heads)
+        if self.init == "identity" and read % heads and heads % read:
+            return f"{heads} heads do not repeat into {read}; use a multiple or init='normal'"
+        return None
+
+    def unfoldable(self, heads):
+        if not self.late(heads):
+            return None
+        return f"composes its {heads} cached heads when they are read, so no weights stand for it"
+
+    def parameters(self, heads, head_dim):
+        return heads * self.heads(heads)
+
+    def vector_flops(self, heads, head_dim):
+        return 2 * head_dim * self.parameters(heads, head_dim)
 
 
 STREAM_MIXERS = {
@@ -105,13 +205,14 @@ STREAM_MIXERS = {
     "linear": KnockingLinear,
     "gate": KnockingGate,
     "mlp": KnockingMLP,
+    "compose": HeadComposition,
 }
 
 
 def transform(z: jax.Array, T: jax.Array) -> jax.Array:
     """z T over the last axis. Heads that are split over devices are not flattened with the rows,
     which would gather them."""
-    return linear(z, T) if axis_size("model") == 1 else jnp.matmul(z, T)
+    return linear(z, T) if ways("heads") == 1 else jnp.matmul(z, T)
 
 
 def diagonal(value: float) -> Callable:
@@ -119,60 +220,70 @@ def diagonal(value: float) -> Callable:
     return lambda key, shape, dtype: value * jnp.eye(*shape, dtype=dtype)
 
 
+def repetition(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """An initial W [heads, heads read]: each head repeated, or the mean of neighbouring ones."""
+    heads, read = shape
+    fewer = min(heads, read)
+    block = jnp.arange(heads)[:, None] * fewer // heads == jnp.arange(read) * fewer // read
+    return (block * (fewer / heads)).astype(dtype)
+
+
 class Mixer(Module):
     """Base of the mixer modules, and the identity."""
 
     config: StreamMixer
+    heads: int = 0
+    head_dim: int = 0
+
+    def matrix(self, name: str, init: Callable, size: int, out: int | None = None) -> jax.Array:
+        """A small parameter [size, out or size] that every device holds whole."""
+        return self.weight(name, init, mixer_in=size, mixer_out=out or size)
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """z~ in the shape and dtype of z."""
+        """z~ in the dtype of z."""
         return z
 
     def project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """mixer(x W) for x[..., rows] and W[rows, heads, H], through the weights where the config
-        says so."""
+        """What is cached, for x[..., rows] and W[rows, heads, H]: mixer(x W), through the weights
+        where the config says so."""
         if self.config.on_weights(kernel.shape[0], math.prod(x.shape[:-1])):
             return linear(x, self(kernel))
         return self(linear(x, kernel))
 
-
-class KnockingModule(Mixer):
-    """A mixer whose parameters are [H, H] matrices that start at a known value rather than at
-    random."""
-
-    head_dim: int = 0
-
-    def matrix(self, name: str, init: Callable) -> jax.Array:
-        return self.weight(name, init, knock_in=self.head_dim, knock_out=self.head_dim)
+    def read(self, z: jax.Array, axis: int) -> jax.Array:
+        """What the scores read of cached z, whose heads are along `axis`."""
+        return z
 
 
-class Linear(KnockingModule):
+class Linear(Mixer):
     """See KnockingLinear."""
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         identity = diagonal(self.config.diag_init)
         if self.config.parameterization == "direct":
-            return transform(z, self.matrix("kernel", identity))
+            return transform(z, self.matrix("kernel", identity, self.head_dim))
         initial = identity(None, (self.head_dim, self.head_dim), z.dtype)
-        return transform(z, initial + self.matrix("residual", nn.initializers.zeros))
+        return transform(z, initial + self.matrix("residual", nn.initializers.zeros, self.head_dim))
 
 
-class Gate(KnockingModule):
+class Gate(Mixer):
     """See KnockingGate."""
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        return sigmoid_gate(transform(z, self.matrix("gate", nn.initializers.zeros)), z)
+        return sigmoid_gate(
+            transform(z, self.matrix("gate", nn.initializers.zeros, self.head_dim)), z
+        )
 
 
-class MLP(KnockingModule):
+class MLP(Mixer):
     """See KnockingMLP."""
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        up, down = (self.matrix(name, diagonal(1.0)) for name in ("up", "down"))
-        gate = self.matrix("gate", nn.initializers.zeros)
+        up, down = (self.matrix(name, diagonal(1.0), self.head_dim) for name in ("up", "down"))
+        gate = self.matrix("gate", nn.initializers.zeros, self.head_dim)
         # Only z is kept for the gradient: the rest costs three activations of memory and next to
         # nothing to compute again.
         return jax.checkpoint(_mlp)(z, up, gate, down)
@@ -180,3 +291,27 @@ class MLP(KnockingModule):
 
 def _mlp(z, up, gate, down):
     return transform(sigmoid_gate(transform(z, gate), transform(z, up)), down)
+
+
+class Composition(Mixer):
+    """See HeadComposition."""
+
+    def setup(self):
+        normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        init = repetition if self.config.init == "identity" else normal
+        self.kernel = self.matrix("kernel", init, self.heads, self.config.heads(self.heads))
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        return compose(z, self.kernel, -2)
+
+    def project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        late = self.config.late(self.heads)
+        return linear(x, kernel) if late else super().project(x, kernel)
+
+    def read(self, z: jax.Array, axis: int) -> jax.Array:
+        return compose(z, self.kernel, axis) if self.config.late(self.heads) else z
+
+
+def compose(z: jax.Array, W: jax.Array, axis: int) -> jax.Array:
+    """sum over heads n of z_n W[n, m], the heads of z along `axis`."""
+    return jnp.moveaxis(jnp.tensordot(z, W, axes=(axis, 0)), -1, axis)

@@ -24,9 +24,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float = 1e-6) -> jax.Array:
     return _forward(x, scale, eps)[0]
 
 
+def inverse_rms(x: jax.Array, eps: float) -> jax.Array:
+    """1 / sqrt(mean(x^2) + eps) over the last axis, which stays as one entry, in float32."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + eps)
+
+
 def _forward(x, scale, eps):
     x_f32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    inverse = inverse_rms(x, eps)
     return (x_f32 * inverse * scale.astype(jnp.float32)).astype(x.dtype), (x, scale, inverse)
 
 

@@ -1,0 +1,136 @@
+"""What a projection is: x -> queries and the state that keys and values are read from.
+
+A projection owns its weights and their logical axes, where its streams are mixed, its q/k norms,
+its rotary parts, and its state: the arrays that a decoder would cache for every token.
+
+Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads,
+H query and key width, U value width.
+"""
+
+import math
+from typing import ClassVar, Mapping
+
+import jax
+
+from kha_jax import parameters
+from kha_jax.attention.mixers import Mixer, StreamMixer
+from kha_jax.config import Config
+
+Mixers = dict[str, Mixer]
+State = dict[str, jax.Array]
+Parts = list[tuple[jax.Array, jax.Array]]
+
+
+class Projection(Config):
+    """What attention and accounting ask of a projection; sizes are per layer.
+
+    stream_weights: for each stream, the parameter [..., heads, H] that makes it, into which a
+    linear mixer folds.
+    """
+
+    stream_weights: ClassVar[dict[str, str]] = {}
+
+    def streams(self, width: int) -> dict[str, tuple[int, int, int]]:
+        """(heads, head width, rows of the weights that make it) of each mixable stream, for a model
+        of this width."""
+        raise NotImplementedError
+
+    def refusal(self, slot: str, mixer: StreamMixer) -> str | None:
+        """Why this mixer cannot stand in this slot, or None."""
+        return None
+
+    def misfit(self, read: dict[str, int]) -> tuple[str, str] | None:
+        """(slot, problem) where mixers make numbers of heads that cannot attend together."""
+        for slot, (heads, _, _) in self.streams(1).items():
+            if read[slot] != heads:
+                return slot, f"must leave {heads} heads, found {read[slot]}"
+        return None
+
+    def with_heads(self, read: int) -> "Projection":
+        """The projection that makes as many key/value heads as mixers had made of its own."""
+        return self
+
+    def output_shape(self) -> tuple[int, int]:
+        """(heads, width) of what the score kernel returns."""
+        raise NotImplementedError
+
+    def key_width(self) -> int:
+        """Width of queries and keys in the score kernel."""
+        return self.output_shape()[1]
+
+    def scale(self) -> float:
+        """Factor on the logits."""
+        return 1 / math.sqrt(self.key_width())
+
+    def parameters(self, width: int) -> int:
+        """Parameters, without the output projection."""
+        raise NotImplementedError
+
+    def flops(self, width: int) -> int:
+        """Forward FLOPs per token of the projection's matrix products."""
+        raise NotImplementedError
+
+    def score_flops(self, context: float) -> float:
+        """Forward FLOPs per token of q k^T and p v over `context` visible keys."""
+        heads, value_width = self.output_shape()
+        return 2 * heads * (self.key_width() + value_width) * context
+
+    def cache_floats(self, mixers: Mapping[str, StreamMixer]) -> int:
+        """Numbers per token that a decoder keeps."""
+        raise NotImplementedError
+
+
+def cached_heads(mixer: StreamMixer, heads: int) -> int:
+    """Heads in the cache where so many are projected."""
+    return heads if mixer.late(heads) else mixer.heads(heads)
+
+
+def shared_heads_misfit(query_heads: int, read: dict[str, int], *slots: str):
+    """See Projection.misfit, where the slots' heads serve groups of query heads."""
+    if read["query"] != query_heads:
+        return "query", f"must leave {query_heads} heads, found {read['query']}"
+    for slot in slots:
+        if query_heads % read[slot]:
+            return slot, f"must make a divisor of query_heads={query_heads}, found {read[slot]}"
+        if read[slot] != read[slots[-1]]:
+            found = f"found {read[slot]} and {read[slots[-1]]}"
+            return slot, f"must make as many key heads as value heads, {found}"
+    return None
+
+
+class ProjectionModule(parameters.Module):
+    """Base of the projections' modules; a mixer of their streams is a `mixers.Mixer`.
+
+    Attention calls the instance, then either `keys_and_values` and the score kernel, or `read` and
+    the cached scores, then `finish`.
+    """
+
+    width: int
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mixers: Mixers):
+        """(queries [B, T, N, H] as the scores read them, state): the state is what is cached, each
+        entry [B, S, heads, width]."""
+        raise NotImplementedError
+
+    def keys_and_values(self, state: State, mixers: Mixers) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, S, K, H] and values [B, S, K, U] for the score kernel."""
+        raise NotImplementedError
+
+    def read(self, q_B1NH: jax.Array, cache: State, mixers: Mixers) -> tuple[Parts, jax.Array]:
+        """(parts, values) for `ops.attention.cached_attention`, from a cache of [B heads, S,
+        width]."""
+        raise NotImplementedError
+
+    def finish(self, o_BTNU: jax.Array, mixers: Mixers) -> jax.Array:
+        """What the heads read, from what the cached scores return."""
+        return o_BTNU
+
+
+def by_row(cache: jax.Array, batch: int) -> jax.Array:
+    """[B heads, S, width] -> [B, heads, S, width]."""
+    return cache.reshape(batch, -1, *cache.shape[1:])
+
+
+def by_head(cache: jax.Array) -> jax.Array:
+    """The inverse of by_row."""
+    return cache.reshape(-1, *cache.shape[2:])

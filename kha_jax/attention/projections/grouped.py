@@ -1,0 +1,227 @@
+"""Queries, keys and values straight from x: grouped queries, and grouped tied states.
+
+Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads,
+H head width.
+"""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from kha_jax.attention.mixers import StreamMixer
+from kha_jax.attention.projections.base import (
+    Projection,
+    ProjectionModule,
+    by_head,
+    by_row,
+    cached_heads,
+    shared_heads_misfit,
+)
+from kha_jax.ops import rope
+from kha_jax.ops.linear import linear
+from kha_jax.parameters import RMSNorm
+from kha_jax.sharding import constrain
+
+
+class GroupedQuery(Projection):
+    """q = x W_Q, k = x W_K, v = x W_V with N query and K key/value heads (arXiv 2305.13245).
+
+    K = N is multi-head attention, K = 1 multi-query attention. qk_norm: an RMS norm over H on each
+    query and key head, one weight for all heads (Qwen3), after the mixers and before rotary.
+    """
+
+    stream_weights = {"query": "query", "key": "key", "value": "value"}
+    query_heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 64
+    qk_norm: Literal["rms", "none"] = "rms"
+    rope_theta: float = 10_000.0
+
+    def validate(self):
+        self.at_least(1, "query_heads", "kv_heads", "head_dim", "rope_theta")
+        fitting = [k for k in range(1, self.query_heads + 1) if self.query_heads % k == 0]
+        problem = (
+            f"must divide query_heads={self.query_heads}, found {self.kv_heads}; use one of "
+            f"{fitting}"
+        )
+        self.require(self.query_heads % self.kv_heads == 0, "kv_heads", problem)
+        self.require(
+            self.head_dim % 2 == 0,
+            "head_dim",
+            f"must be even for rotary embedding, found {self.head_dim}",
+        )
+
+    def streams(self, width):
+        kv = (self.kv_heads, self.head_dim, width)
+        return {"query": (self.query_heads, self.head_dim, width), "key": kv, "value": kv}
+
+    def misfit(self, read):
+        return shared_heads_misfit(self.query_heads, read, "key", "value")
+
+    def with_heads(self, read):
+        return self.replace(kv_heads=read)
+
+    def output_shape(self):
+        return self.query_heads, self.head_dim
+
+    def parameters(self, width):
+        norms = 2 * self.head_dim if self.qk_norm == "rms" else 0
+        return self.flops(width) // 2 + norms
+
+    def flops(self, width):
+        return 2 * width * (self.query_heads + 2 * self.kv_heads) * self.head_dim
+
+    def normed_late(self, key: StreamMixer) -> bool:
+        """Whether keys are composed when they are read, the k norm's factor cached beside them."""
+        return self.qk_norm == "rms" and key.normed_late(self.kv_heads)
+
+    def cache_floats(self, mixers):
+        K = self.kv_heads
+        heads = sum(cached_heads(mixers[slot], K) for slot in ("key", "value"))
+        factors = mixers["key"].heads(K) if self.normed_late(mixers["key"]) else 0
+        return heads * self.head_dim + factors
+
+    def build(self, **arguments: Any) -> "GroupedQueryProjection":
+        return GroupedQueryProjection(config=self, **arguments)
+
+
+class GroupedQueryProjection(ProjectionModule):
+    """See GroupedQuery. State: key and value [B, S, K, H], final but for mixers that act late.
+
+    Where those compose keys under a k norm, the keys carry the norm's weight and `key_factor` [B,
+    S, K read, 1] its 1/rms: rotation commutes with mixing heads, so key_factor * compose(key) is
+    exact.
+    """
+
+    config: GroupedQuery
+
+    def setup(self):
+        c, D = self.config, self.width
+        self.query = self.weight("query", embed=D, heads=c.query_heads, head_dim=c.head_dim)
+        self.key = self.weight("key", embed=D, kv_heads=c.kv_heads, head_dim=c.head_dim)
+        self.value = self.weight("value", embed=D, kv_heads=c.kv_heads, head_dim=c.head_dim)
+        if c.qk_norm == "rms":
+            self.query_norm = RMSNorm(numerics=self.numerics, axis="head_dim")
+            self.key_norm = RMSNorm(numerics=self.numerics, axis="head_dim")
+
+    def __call__(self, x_BTD, positions_BT, mixers):
+        c, factor = self.config, {}
+        q_BTNH = mixers["query"].project(x_BTD, self.query)
+        k_BTKH = mixers["key"].project(x_BTD, self.key)
+        v_BTKH = mixers["value"].project(x_BTD, self.value)
+        if c.normed_late(mixers["key"].config):
+            k_BTKH, factor_BTM1 = self.key_norm(k_BTKH, of=mixers["key"].read(k_BTKH, 2))
+            factor = {"key_factor": factor_BTM1}
+        elif c.qk_norm == "rms":
+            k_BTKH = self.key_norm(k_BTKH)
+        if c.qk_norm == "rms":
+            q_BTNH = self.query_norm(q_BTNH)
+        q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
+        k_BTKH = constrain(k_BTKH, "batch", "length", "kv_heads", None)
+        v_BTKH = constrain(v_BTKH, "batch", "length", "kv_heads", None)
+        q_BTNH, k_BTKH = (rope.rotate(z, positions_BT, c.rope_theta) for z in (q_BTNH, k_BTKH))
+        return mixers["query"].read(q_BTNH, 2), {"key": k_BTKH, "value": v_BTKH, **factor}
+
+    def keys_and_values(self, state, mixers, axis=2):
+        key = mixers["key"].read(state["key"], axis)
+        if "key_factor" in state:
+            key = (key * state["key_factor"]).astype(key.dtype)
+        return key, mixers["value"].read(state["value"], axis)
+
+    def read(self, q_B1NH, cache, mixers):
+        rows = {name: by_row(z, len(q_B1NH)) for name, z in cache.items()}
+        key, value = self.keys_and_values(rows, mixers, axis=1)
+        return [(q_B1NH, by_head(key))], by_head(value)
+
+
+class GroupedTied(Projection):
+    """One tied state serves as value and as the unrotated half of the key (GTA, arXiv 2505.21487).
+
+    state = x W_S with K heads; v = state; k = [state[..., :H/2] | RoPE(x W_R)], one rotary key of
+    H/2 for all heads; q = [q_nope | RoPE(q_rope)], halves of H. The value mixer acts on the tied
+    state before the split, so the cache stays K H + H/2.
+    """
+
+    stream_weights = {"query": "query", "value": "state"}
+    query_heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 64
+    rope_theta: float = 10_000.0
+
+    def validate(self):
+        self.at_least(1, "query_heads", "kv_heads", "head_dim", "rope_theta")
+        problem = f"must divide query_heads={self.query_heads}, found {self.kv_heads}"
+        self.require(self.query_heads % self.kv_heads == 0, "kv_heads", problem)
+        self.require(
+            self.head_dim % 4 == 0,
+            "head_dim",
+            f"must divide by 4 for a rotary half, found {self.head_dim}",
+        )
+
+    def streams(self, width):
+        return {
+            "query": (self.query_heads, self.head_dim, width),
+            "value": (self.kv_heads, self.head_dim, width),
+        }
+
+    def refusal(self, slot, mixer):
+        if slot == "key":
+            return "keys and values are one tied state here; set the mixer on value"
+        return None
+
+    def misfit(self, read):
+        return shared_heads_misfit(self.query_heads, read, "value")
+
+    def with_heads(self, read):
+        return self.replace(kv_heads=read)
+
+    def output_shape(self):
+        return self.query_heads, self.head_dim
+
+    def parameters(self, width):
+        return self.flops(width) // 2
+
+    def flops(self, width):
+        return 2 * width * ((self.query_heads + self.kv_heads) * self.head_dim + self.head_dim // 2)
+
+    def cache_floats(self, mixers):
+        return cached_heads(mixers["value"], self.kv_heads) * self.head_dim + self.head_dim // 2
+
+    def build(self, **arguments: Any) -> "GroupedTiedProjection":
+        return GroupedTiedProjection(config=self, **arguments)
+
+
+class GroupedTiedProjection(ProjectionModule):
+    """See GroupedTied. State: the tied state [B, S, K, H], final but for a mixer that acts late,
+    and the rotary key [B, S, 1, H/2], rotated."""
+
+    config: GroupedTied
+
+    def setup(self):
+        c, D = self.config, self.width
+        self.query = self.weight("query", embed=D, heads=c.query_heads, head_dim=c.head_dim)
+        self.tied = self.weight("state", embed=D, kv_heads=c.kv_heads, head_dim=c.head_dim)
+        self.rotary_key = self.weight("rotary_key", embed=D, head_dim=c.head_dim // 2)
+
+    def __call__(self, x_BTD, positions_BT, mixers):
+        half, theta = self.config.head_dim // 2, self.config.rope_theta
+        q_BTNH = mixers["query"].project(x_BTD, self.query)
+        rotated = rope.rotate(q_BTNH[..., half:], positions_BT, theta)
+        q_BTNH = jnp.concatenate([q_BTNH[..., :half], rotated], axis=-1)
+        q_BTNH = constrain(mixers["query"].read(q_BTNH, 2), "batch", "length", "heads", None)
+        rotary_key = rope.rotate(linear(x_BTD, self.rotary_key)[:, :, None], positions_BT, theta)
+        tied = mixers["value"].project(x_BTD, self.tied)
+        tied = constrain(tied, "batch", "length", "kv_heads", None)
+        return q_BTNH, {"tied": tied, "rotary_key": rotary_key}
+
+    def keys_and_values(self, state, mixers):
+        tied, half = mixers["value"].read(state["tied"], 2), self.config.head_dim // 2
+        rotary = jnp.broadcast_to(state["rotary_key"], (*tied.shape[:3], half))
+        return jnp.concatenate([tied[..., :half], rotary], axis=-1), tied
+
+    def read(self, q_B1NH, cache, mixers):
+        half = self.config.head_dim // 2
+        tied = by_head(mixers["value"].read(by_row(cache["tied"], len(q_B1NH)), 1))
+        # The tied state is read whole, which is cheaper than cutting the cache in half.
+        unrotated = q_B1NH.at[..., half:].set(0)
+        return [(unrotated, tied), (q_B1NH[..., half:], cache["rotary_key"])], tied

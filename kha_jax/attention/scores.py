@@ -1,0 +1,87 @@
+"""Score mixers: maps s[B, N, ...] -> s over the heads, of the logits before the mask or of the
+probabilities after the softmax.
+
+Heads meet in them, so the scores of all heads have to exist at once: fused kernels are refused, and
+where heads are split over devices the queries are split instead.
+
+Legend: B batch, N query heads.
+"""
+
+from typing import Callable, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kha_jax.attention.mixers import diagonal
+from kha_jax.config import Config
+from kha_jax.parameters import Module, Numerics
+
+
+class ScoreMixer(Config):
+    """A member of the family; sizes are those of one layer."""
+
+    def parameters(self, heads: int) -> int:
+        """Parameters per layer."""
+        return 0
+
+    def flops(self, heads: int, context: float) -> float:
+        """Forward FLOPs per token over `context` visible keys."""
+        return 0
+
+    def build(self, heads: int, numerics: Numerics, name: str) -> "ScoreMap":
+        return ScoreMap(config=self, heads=heads, numerics=numerics, name=name)
+
+
+class NoScoreMixer(ScoreMixer):
+    """s: heads stay apart."""
+
+
+class TalkingHeads(ScoreMixer):
+    """s~_m = sum over heads n of s_n P[n, m] (talking-heads attention, arXiv 2003.02436).
+
+    On the logits it is the paper's P_l, on the probabilities its P_w. init: `identity` starts as
+    the baseline, `variance_scaling` (normal with variance 1/N) is the original's.
+    """
+
+    init: Literal["identity", "variance_scaling"] = "identity"
+
+    def parameters(self, heads):
+        return heads**2
+
+    def flops(self, heads, context):
+        return 2 * heads**2 * context
+
+    def build(self, heads, numerics, name):
+        return TalkingHeadsMap(config=self, heads=heads, numerics=numerics, name=name)
+
+
+SCORE_MIXERS = {"none": NoScoreMixer, "talking": TalkingHeads}
+
+
+class ScoreMap(Module):
+    """Base of the score mixers' modules, and the identity."""
+
+    config: ScoreMixer
+    heads: int
+
+    def __call__(self) -> Callable | None:
+        """The map s[B, N, ...] -> s as a `Partial` of its arrays; None is the identity."""
+        return None
+
+
+class TalkingHeadsMap(ScoreMap):
+    """See TalkingHeads."""
+
+    @nn.compact
+    def __call__(self) -> Callable:
+        scaled = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        init = diagonal(1.0) if self.config.init == "identity" else scaled
+        N = self.heads
+        kernel = self.weight("kernel", init, dtype="float32", mixer_in=N, mixer_out=N)
+        return jax.tree_util.Partial(over_heads, kernel)
+
+
+def over_heads(P_NM: jax.Array, s: jax.Array) -> jax.Array:
+    """sum over n of s[B, n, ...] P[n, m], the heads staying where they are."""
+    return jnp.einsum("bn...,nm->bm...", s, P_NM)

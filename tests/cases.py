@@ -1,0 +1,250 @@
+"""The one table of attention variants that every table-driven test uses.
+
+A row is a change to AttentionConfig, the projections that it is tried on, what it claims, and what
+tests/reference.py is given for it. Sizes: width 16, 4 query heads of 8.
+"""
+
+import functools
+from typing import Any, Callable, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kha_jax.attention import AttentionConfig
+from kha_jax.attention.mixers import HeadComposition, KnockingGate, KnockingLinear, KnockingMLP
+from kha_jax.attention.outputs import (
+    DifferentialOutput,
+    GatedOutput,
+    HeadGroupNorm,
+    MixtureOfHeads,
+)
+from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
+from kha_jax.attention.scores import TalkingHeads
+from kha_jax.parameters import Numerics
+
+D = 16
+EXACT = Numerics(dtype="float32")
+SLOTS = ("query", "key", "value")
+SCORES = ("logits", "probabilities")
+PROJECTIONS = {
+    "mha": GroupedQuery(query_heads=4, kv_heads=4, head_dim=8),
+    "gqa": GroupedQuery(query_heads=4, kv_heads=2, head_dim=8),
+    "mqa": GroupedQuery(query_heads=4, kv_heads=1, head_dim=8),
+    "no_norm": GroupedQuery(query_heads=4, kv_heads=2, head_dim=8, qk_norm="none"),
+    "gta": GroupedTied(query_heads=4, kv_heads=2, head_dim=8),
+    "mla": Latent(query_heads=4, head_dim=8, value_dim=6, rope_dim=4, kv_lora=12),
+    "mla_q_lora": Latent(query_heads=4, head_dim=8, kv_lora=12, q_lora=10),
+    "gla": Latent(query_heads=4, head_dim=8, kv_lora=12, groups=2),
+    "shared": Collaborative(query_heads=4, head_dim=8),
+    "narrow": Collaborative(query_heads=4, head_dim=8, shared_dim=16, mixing="uniform"),
+}
+
+
+def nothing(params: dict[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+class Row(NamedTuple):
+    """fields: of AttentionConfig. on: projections, the first of which stands for all where one is
+    enough. starts: as its projection alone, `exact`ly, `close` to it, or None. meet: whether a
+    permutation of the heads shows. stream: the reference's kind of every stream mixer. oracle: what
+    else the reference is given, from the layer's parameters."""
+
+    fields: dict[str, Any]
+    on: tuple[str, ...]
+    starts: str | None = "exact"
+    meet: bool = False
+    stream: str = ""
+    oracle: Callable[[dict[str, Any]], dict[str, Any]] = nothing
+
+
+def everywhere(mixer: Any, *slots: str) -> dict[str, Any]:
+    return dict.fromkeys(slots or SLOTS, mixer)
+
+
+def scores(params: dict[str, Any]) -> dict[str, Any]:
+    return {"scores": {s: params[f"{s}_mixer"]["kernel"] for s in SCORES if f"{s}_mixer" in params}}
+
+
+def output(kind: str, **names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What the reference is given for an output mixer: its arrays under their names there."""
+
+    def given(params):
+        leaves = jax.tree.leaves_with_path(params.get("output_mixer", {}))
+        ours = {path[-1].key: leaf for path, leaf in leaves}
+        return {"outputs": (kind, {n: ours[v] if v in ours else v for n, v in names.items()})}
+
+    return given
+
+
+COMPOSE = HeadComposition()
+ROWS = {
+    "plain": Row({}, tuple(PROJECTIONS)),
+    "linear": Row(everywhere(KnockingLinear(apply="activations")), ("gqa", "gla"), stream="linear"),
+    "weights": Row(everywhere(KnockingLinear(apply="weights")), ("gqa", "mla"), stream="linear"),
+    "knocking": Row(
+        {"query": KnockingGate(), "value": KnockingMLP()}, ("gqa", "gta"), stream="each"
+    ),
+    "mlp": Row(everywhere(KnockingMLP()), ("mqa",), stream="mlp"),
+    "mlp_v": Row({"value": KnockingMLP()}, ("shared",), stream="mlp"),
+    "talking_logits": Row({"logits": TalkingHeads()}, ("gqa",), "close", True, oracle=scores),
+    "talking": Row(
+        everywhere(TalkingHeads(), *SCORES), ("gta", "mla", "narrow"), "close", True, oracle=scores
+    ),
+    "compose": Row(
+        everywhere(COMPOSE, "key", "value"), ("gqa", "mla"), meet=True, stream="heads"
+    ),
+    "interleaved": Row(everywhere(COMPOSE), ("gqa",), meet=True, stream="heads"),
+    "after_norm": Row(
+        everywhere(HeadComposition(before_norm=False)), ("gqa",), "close", True, "after_norm"
+    ),
+    "virtual": Row(
+        everywhere(HeadComposition(heads_read=4), "key", "value"),
+        ("gqa", "no_norm"), "close", True, "heads",
+    ),
+    "virtual_tied": Row(
+        {"value": HeadComposition(heads_read=4)}, ("gta",), "close", True, "heads"
+    ),
+    "fewer": Row(
+        everywhere(HeadComposition(heads_read=2), "key", "value"), ("mha",), None, True, "heads"
+    ),
+    "group_norm": Row(
+        {"output": HeadGroupNorm()}, ("gqa",), None, oracle=output("group_norm", scale="scale")
+    ),
+    "mea": Row(
+        {**everywhere(COMPOSE, "key", "value"), "output": HeadGroupNorm()},
+        ("gqa",), None, True, "heads", output("group_norm", scale="scale"),
+    ),
+    "gated": Row(
+        {"output": GatedOutput()}, ("gqa", "mla"), None, oracle=output("gate", kernel="gate")
+    ),
+    "gated_elements": Row(
+        {"output": GatedOutput(per="element", start="identity")},
+        ("gqa",), oracle=output("gate", kernel="gate", doubled=True),
+    ),
+    "differential": Row(
+        {"output": DifferentialOutput()}, ("gqa", "gta"), None,
+        oracle=output("differential", kernel="gate"),
+    ),
+    "mixture": Row(
+        {"output": MixtureOfHeads(shared_heads=1, top_k=2)}, ("gqa", "gla"), None, True,
+        oracle=output("mixture", routed="routed", shared="shared", alphas="kinds", top_k=2),
+    ),
+    "mixture_printed": Row(
+        {"output": MixtureOfHeads(shared_heads=0, top_k=2, gates="paper_scale")}, ("gqa",), None,
+        True, oracle=output("mixture", routed="routed", top_k=2, paper_scale=True),
+    ),
+    "all_at_once": Row(
+        {
+            "query": KnockingMLP(), **everywhere(HeadComposition(heads_read=4), "key", "value"),
+            **everywhere(TalkingHeads(), *SCORES), "output": GatedOutput(),
+        },
+        ("gqa",), None, True, "each",
+        lambda params: {**scores(params), **output("gate", kernel="gate")(params)},
+    ),
+}  # fmt: skip
+CASES = [(name, projection) for name, row in ROWS.items() for projection in row.on]
+FIRST = [(name, row.on[0]) for name, row in ROWS.items()]
+CLAIMING = [case for case in CASES if ROWS[case[0]].fields and ROWS[case[0]].starts]
+# Each head's weights of the shared queries are told apart by place.
+PERMUTABLE = [case for case in CASES if not isinstance(PROJECTIONS[case[1]], Collaborative)]
+IDS = functools.partial(map, "-".join)
+
+
+def config_of(name: str, projection: str) -> AttentionConfig:
+    return AttentionConfig(projection=PROJECTIONS[projection], **ROWS[name].fields)
+
+
+@functools.cache
+def boxed(config: AttentionConfig) -> Any:
+    """The layer's parameters as shapes with their logical axes."""
+    x, positions = jnp.zeros((1, 2, D)), jnp.zeros((1, 2), jnp.int32)
+    module = config.build(width=D, numerics=EXACT)
+    return jax.eval_shape(module.init, jax.random.key(0), x, positions)["params"]
+
+
+@functools.cache
+def random(config: AttentionConfig, seed: int = 1) -> dict[str, Any]:
+    """Parameters of order one, so that nothing is small enough to hide."""
+    draw = np.random.default_rng(seed)
+
+    def fill(path, z):
+        about = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.float32(about + 0.3 * draw.normal(size=z.shape))
+
+    return jax.tree_util.tree_map_with_path(fill, nn.unbox(boxed(config)))
+
+
+def fresh(config: AttentionConfig) -> dict[str, Any]:
+    """Random parameters, but mixers as they are born."""
+    params, key = dict(random(config)), jax.random.key(0)
+    heads, value_width = config.projection.output_shape()
+    o_BTNU, x_BTD = jnp.zeros((1, 1, heads, value_width)), jnp.zeros((1, 1, D))
+    mixers = {
+        slot: (getattr(config, slot).build(N, H, EXACT, name=None), (jnp.zeros((1, N, H)),))
+        for slot, (N, H, _) in config.projection.streams(D).items()
+    }
+    for slot in SCORES:
+        mixers[slot] = getattr(config, slot).build(heads, EXACT, name=None), ()
+    output_mixer = config.output.build(D, heads, value_width, EXACT, name=None)
+    mixers["output"] = output_mixer, (o_BTNU, x_BTD, o_BTNU)
+    for slot, (mixer, inputs) in mixers.items():
+        if f"{slot}_mixer" in params:
+            params[f"{slot}_mixer"] = nn.unbox(mixer.init(key, *inputs))["params"]
+    return params
+
+
+def permuted(config: AttentionConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with whole heads in another order: key/value heads reversed, or those of each
+    latent group, each with the query heads that read it."""
+    projection = config.projection
+    N, groups = projection.query_heads, getattr(projection, "groups", 1)
+    shared = getattr(projection, "kv_heads", N // groups)
+    each = N // groups // shared
+    kv_order = np.arange(shared)[::-1]
+    order = np.arange(N).reshape(groups, shared, each)[:, ::-1].reshape(-1)
+
+    def one(box, leaf):
+        for axis, name in enumerate(box.names):
+            if name in ("heads", "kv_heads"):
+                leaf = jnp.take(leaf, order if leaf.shape[axis] == N else kv_order, axis)
+        return leaf
+
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(one, boxed(config), params, is_leaf=is_box)
+
+
+def for_reference(name: str, projection: str, params: dict[str, Any]) -> tuple:
+    """(layer, parameters, settings) of tests/reference.py for a layer's parameters."""
+    row, config, ours = ROWS[name], PROJECTIONS[projection], params["projection"]
+    out = {"output": params["output"], **row.oracle(params)}
+    own = {slot: params[f"{slot}_mixer"] for slot in SLOTS if f"{slot}_mixer" in params}
+    kinds = {KnockingGate: "gate", KnockingMLP: "mlp", HeadComposition: "heads"}
+    if row.stream == "after_norm":
+        out["after_norm"] = own
+    elif row.stream:
+        kind = {
+            s: kinds.get(type(row.fields[s])) if row.stream == "each" else row.stream for s in own
+        }
+        out["mixers"] = {slot: (kind[slot], matrices) for slot, matrices in own.items()}
+    if isinstance(config, GroupedQuery):
+        norms = ("query_norm", "key_norm") if config.qk_norm == "rms" else ()
+        out.update({n: ours[n] for n in SLOTS}, **{n: ours[n]["scale"] for n in norms})
+        return "grouped_query", out, {"qk_norm": config.qk_norm == "rms"}
+    if isinstance(config, GroupedTied):
+        return "grouped_tied", {**out, **{n: ours[n] for n in ("query", "state", "rotary_key")}}, {}
+    if isinstance(config, Collaborative):
+        shared = {n: ours[n] for n in (*SLOTS, "mixing")}
+        return "collaborative", {**out, **shared}, {"head_dim": config.head_dim}
+    out.update({n: ours[n] for n in ("latent_down", "rotary_key", "key_up", "value_up")})
+    norms = [ours[f"latent_norms_{g}"]["scale"] for g in range(config.groups)]
+    out["latent_norm"] = np.stack(norms)
+    query = np.concatenate([ours["query"], ours["query_rope"]], axis=-1)
+    if config.q_lora:
+        norm = ours["query_norm"]["scale"]
+        out.update(query_down=ours["query_down"], query_latent_norm=norm, query_up=query)
+    else:
+        out["query"] = query
+    return ("latent" if config.groups == 1 else "grouped_latent"), out, {}
