@@ -89,7 +89,7 @@ def roles(axes: Any) -> Any:
 
 
 def trace(params: Any, role: Any) -> dict[str, jax.Array]:
-    """How far every knocking matrix has come, one number a layer: `diagonal_mean`,
+    """How far every matrix of a mixer has come, one number a layer: `diagonal_mean`,
     `off_diagonal_share` and `spectral_norm` under `knocking/SEGMENT/PLACE/MATRIX/`, such as
     `knocking/layers/value/kernel/diagonal_mean`.
 
@@ -98,9 +98,10 @@ def trace(params: Any, role: Any) -> dict[str, jax.Array]:
     found = {}
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), name in zip(leaves, jax.tree.leaves(role), strict=True):
-        if name != "knocking":
+        keys = [str(key.key) for key in path]
+        if name != "knocking" or not keys[-2].endswith("_mixer"):
             continue
-        parts = [str(key.key).removesuffix("_mixer") for key in path]
+        parts = [key.removesuffix("_mixer") for key in keys]
         T = leaf.astype(jnp.float32)
         T = T + jnp.eye(*T.shape[-2:]) if parts[-1] == "residual" else T
         where = TRACE + "/".join(part for part in parts if part != "attention")

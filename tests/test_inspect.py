@@ -258,19 +258,30 @@ def test_matrices_are_found_by_their_place(run):
 def test_matrices_between_heads_and_of_unequal_layers(tmp_path):
     """Segments whose shapes differ, a composition of heads, a score mixer: by their paths alone."""
     attention = {"output": np.zeros((2, 4, 8, 16), np.float32)}
-    composed = {**attention, "key_mixer": {"kernel": np.ones((2, 4, 6), np.float32)}}
+    composed = {**attention, "key_mixer": {"kernel": np.ones((2, 2, 4), np.float32)}}
     talking = {
         "output": np.zeros((1, 4, 8, 16), np.float32),
         "key_mixer": {"kernel": np.ones((1, 8, 8), np.float32)},
         "logits_mixer": {"kernel": np.ones((1, 4, 4), np.float32)},
+        "output_mixer": {"gate": np.ones((1, 16, 4), np.float32)},  # reads the block's input
     }
     params = {"layers_2": {"attention": composed}, "layers_10": {"attention": talking}}
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1, {})
     checkpoints.save(1, {"params": jax.tree.map(jnp.asarray, params)})
     checkpoints.close()
-    stacks = inspect.Run(tmp_path / "checkpoints" / "00000001").matrices()
+    bare = inspect.Run(tmp_path / "checkpoints" / "00000001").matrices()
+    repeated = np.kron(np.eye(2), np.ones((1, 2)))
+    model = {"attention": {"key": {"kind": "compose"}}}
+    model["later"] = {"kind": "from", "layer": 2, "attention": {"key": {"kind": "linear"}}}
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    for stacks in (bare, inspect.Run(tmp_path).matrices()):
+        assert_places(stacks)
+        np.testing.assert_array_equal(stacks["layers_2/key/kernel"].start, repeated)
+
+
+def assert_places(stacks):
     assert {name: (s.T.shape, s.layers, s.axis) for name, s in stacks.items()} == {
-        "layers_2/key/kernel": ((2, 4, 6), (0, 1), "head"),
+        "layers_2/key/kernel": ((2, 2, 4), (0, 1), "head"),
         "layers_10/key/kernel": ((1, 8, 8), (2,), "feature"),
         "logits/kernel": ((1, 4, 4), (2,), "head"),
     }
@@ -352,7 +363,7 @@ def test_variants_are_rows_of_what_runs_cost(run):
     run, _ = run
     (row,) = inspect.variants([run])
     assert (row.name, row.tokens, row.loss, row.bits_per_byte) == ("tiny", 40 * 4 * 64, 3.0, 4.3)
-    assert row.knocking == 3 * 4 * 8 * 8 < row.parameters
+    assert row.mixing == 3 * 4 * 8 * 8 < row.parameters
 
 
 def test_differences_are_found_leaf_by_leaf(run):

@@ -66,17 +66,26 @@ def streams(run: Run, rows: int = 4) -> dict[str, Stream]:
     inputs = (batch[name] for name in ("tokens", "positions", "segment_ids"))
     jax.block_until_ready(jax.jit(forward)(variables, *inputs))
     jax.effects_barrier()
-    return {slot: Stream(*map(np.stack, zip(*layers))) for slot, layers in seen.items()}
+    layers = sum(run.segments().values())
+    return {slot: Stream(*(_by_layer(z, layers) for z in zip(*seen[slot]))) for slot in seen}
+
+
+def _by_layer(parts: tuple[np.ndarray, ...], layers: int) -> np.ndarray:
+    """Streams [R, some of the heads, H] in the order in which the model made them, as
+    [L, R, N, H]."""
+    several = len(parts) // layers
+    made = [parts[first : first + several] for first in range(0, len(parts), several)]
+    return np.stack([np.concatenate(heads, axis=1) for heads in made])
 
 
 class Variant(NamedTuple):
-    """One row of the table of variants. parameters, knocking: counts. training_flops: per token.
+    """One row of the table of variants. parameters, mixing: counts, the latter of mixers. training_flops: per token.
     cache_floats: per token. tokens: trained on. loss: nats per token on validation data, the last
     that was measured; bits_per_byte: the same per byte of text, NaN for other data."""
 
     name: str
     parameters: int
-    knocking: int
+    mixing: int
     training_flops: float
     cache_floats: int
     tokens: int
@@ -99,7 +108,7 @@ def _variant(run: Run) -> Variant:
     return Variant(
         name=run.name,
         parameters=cost.parameters,
-        knocking=cost.knocking,
+        mixing=cost.mixing,
         training_flops=cost.training_flops,
         cache_floats=cost.cache_floats,
         tokens=last.get("step", 0) * tokens,

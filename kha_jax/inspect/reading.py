@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from kha_jax.attention.mixers import STREAM_MIXERS, repetition
 from kha_jax.checkpoint import MANIFEST, CheckpointError
 from kha_jax.optimizer import TRACE
 
@@ -37,7 +38,9 @@ class Stack(NamedTuple):
     """One matrix of a model over the layers that have it.
 
     T: [L, n, m], float32. layers: their numbers, from 0. start: [n, m] that training began with:
-    zeros for a gate, the identity otherwise. axis: what it mixes, `feature` or `head`.
+    zeros for a gate, heads repeated where their number changes, the identity otherwise (also where
+    the config asked for a random start, which no checkpoint tells). axis: what it mixes, `feature`
+    or `head`.
     """
 
     T: np.ndarray
@@ -218,7 +221,9 @@ class Run:
         stack, others are told apart as `SEGMENT/value/kernel`. A `residual` D is returned as the T
         that it stands for."""
         offset, found = 0, {}
-        names = [n for n in self.checkpoint.leaves if re.match(rf"params/.*{MIXER}/[^/]+$", n)]
+        # what mixes outputs reads the block's input and is no map of heads or features to themselves
+        mixing = re.compile(rf"params/.+/(?!output)[^/]+{MIXER}/[^/]+$")
+        names = [name for name in self.checkpoint.leaves if mixing.match(name)]
         arrays = self.checkpoint.read(n for n in names if len(self.checkpoint.leaves[n].shape) == 3)
         for segment, length in self.segments().items():
             layers = tuple(range(offset, offset + length))
@@ -231,16 +236,27 @@ class Run:
         return _joined(found)
 
     def _stack(self, segment, slot, matrix, T, layers):
-        T = T.astype(np.float32)
-        identity = np.eye(*T.shape[1:], dtype=np.float32)
+        T, shape = T.astype(np.float32), T.shape[1:]
+        mixer = self._attention(layers[0]).get(slot, {})
         if matrix == "residual":
-            attention = (self.config or {}).get("model", {}).get("attention", {})
-            T = T + attention.get(slot, {}).get("diag_init", 1.0) * identity
-        output = self.checkpoint.leaves.get(f"params/{segment}/attention/output")
-        heads, width = output.shape[1:3] if output else (None, None)
-        on_heads = slot not in STREAMS or T.shape[1] == heads != width
-        start = 0 * identity if matrix == "gate" else identity
-        return Stack(T, layers, start, "head" if on_heads else "feature")
+            T = T + mixer.get("diag_init", 1.0) * np.eye(*shape, dtype=np.float32)
+        if mixer.get("kind") in STREAM_MIXERS:
+            on_heads = STREAM_MIXERS[mixer["kind"]].over_heads
+        else:
+            output = self.checkpoint.leaves.get(f"params/{segment}/attention/output")
+            heads, width = output.shape[1:3] if output else (0, shape[0])
+            on_heads = slot not in STREAMS or width != shape[0] <= heads
+        start = np.asarray(repetition(None, shape, np.float32))
+        return Stack(
+            T, layers, 0 * start if matrix == "gate" else start, "head" if on_heads else "feature"
+        )
+
+    def _attention(self, layer: int) -> dict[str, Any]:
+        """The fields of a layer's attention; none for a bare checkpoint."""
+        model = (self.config or {}).get("model", {})
+        later = model.get("later", {})
+        changed = "attention" in later and layer >= later["layer"]
+        return later["attention"] if changed else model.get("attention", {})
 
     def transforms(self) -> dict[str, Stack]:
         """The linear map of each mixed stream at small z, [L, H, H] by slot: T of a linear mixer,
