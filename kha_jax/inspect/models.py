@@ -79,9 +79,10 @@ def _by_layer(parts: tuple[np.ndarray, ...], layers: int) -> np.ndarray:
 
 
 class Variant(NamedTuple):
-    """One row of the table of variants. parameters, mixing: counts, the latter of mixers. training_flops: per token.
-    cache_floats: per token. tokens: trained on. loss: nats per token on validation data, the last
-    that was measured; bits_per_byte: the same per byte of text, NaN for other data."""
+    """One row of the table of variants. parameters: all of them, mixing: those of mixers.
+    training_flops, cache_floats: per token. tokens: trained on. loss: nats per token on validation
+    data, the last that was measured; bits_per_byte: the same per byte of text, NaN for other data.
+    """
 
     name: str
     parameters: int

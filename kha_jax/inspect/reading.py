@@ -221,7 +221,7 @@ class Run:
         stack, others are told apart as `SEGMENT/value/kernel`. A `residual` D is returned as the T
         that it stands for."""
         offset, found = 0, {}
-        # what mixes outputs reads the block's input and is no map of heads or features to themselves
+        # what mixes outputs reads the block's input: it maps no heads or features to themselves
         mixing = re.compile(rf"params/.+/(?!output)[^/]+{MIXER}/[^/]+$")
         names = [name for name in self.checkpoint.leaves if mixing.match(name)]
         arrays = self.checkpoint.read(n for n in names if len(self.checkpoint.leaves[n].shape) == 3)
