@@ -1,12 +1,20 @@
 """Pieces that run configs share. Sizes are the paper's (arXiv 2510.23052, tables 3 and 5)."""
 
-from typing import Callable
+from typing import Any, Callable
 
 from ml_collections.config_dict import ConfigDict
 
 from kha_jax.attention import AttentionConfig
-from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
-from kha_jax.attention.projections import GroupedQuery
+from kha_jax.attention.mixers import HeadComposition, KnockingGate, KnockingLinear, KnockingMLP
+from kha_jax.attention.outputs import (
+    DifferentialOutput,
+    ExclusiveOutput,
+    GatedOutput,
+    HeadGroupNorm,
+    MixtureOfHeads,
+)
+from kha_jax.attention.projections import Collaborative, GroupedQuery
+from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import to_config_dict
 from kha_jax.feed_forward import FeedForward
 from kha_jax.model import LossConfig, ModelConfig
@@ -14,22 +22,38 @@ from kha_jax.optimizer import OptimizerConfig
 from kha_jax.parameters import Numerics
 from kha_jax.training import CheckpointConfig, EvaluationConfig, RunConfig
 
-# Variant name -> attention fields: the rows of the paper's table 2, and the baseline.
-KNOCKING = {
-    "baseline": {},
-    "mlp": {"value": KnockingMLP()},
-    "linear": {"query": KnockingLinear(), "key": KnockingLinear(), "value": KnockingLinear()},
-    "gate": {"value": KnockingGate()},
-}
+
+def variants(attention: AttentionConfig) -> dict[str, dict[str, Any]]:
+    """Variant name -> the fields that it changes: the rows of the paper's table 2, then other ways
+    for heads to interact."""
+    heads, head_dim = attention.projection.output_shape()
+    linear, compose, talking = KnockingLinear(), HeadComposition(), TalkingHeads()
+    routed = MixtureOfHeads(shared_heads=heads // 4, top_k=max(1, 3 * heads // 8))
+    return {
+        "baseline": {},
+        "mlp": {"value": KnockingMLP()},
+        "linear": {"query": linear, "key": linear, "value": linear},
+        "gate": {"value": KnockingGate()},
+        "talking": {"logits": talking, "probabilities": talking},
+        "compose": {"key": compose, "value": compose},
+        "mea": {"key": compose, "value": compose, "output": HeadGroupNorm()},
+        "group_norm": {"output": HeadGroupNorm()},
+        "interleaved": {"query": compose, "key": compose, "value": compose},
+        "mixture": {"output": routed},
+        "gated": {"output": GatedOutput()},
+        "gated_elements": {"output": GatedOutput(per="element")},
+        "differential": {"output": DifferentialOutput()},
+        "exclusive": {"output": ExclusiveOutput()},
+        "collaborative": {"projection": Collaborative(query_heads=heads, head_dim=head_dim)},
+    }
 
 
-def with_knocking(attention: AttentionConfig, variant: str) -> AttentionConfig:
-    """The attention with the mixers of a named variant; an unknown name lists the known ones."""
-    if variant not in KNOCKING:
-        raise ValueError(
-            f"config variant {variant!r} is not known; use one of {', '.join(KNOCKING)}"
-        )
-    return attention.replace(**KNOCKING[variant])
+def varied(attention: AttentionConfig, variant: str) -> AttentionConfig:
+    """The attention as a named variant; an unknown name lists the known ones."""
+    known = variants(attention)
+    if variant not in known:
+        raise ValueError(f"config variant {variant!r} is not known; use one of {', '.join(known)}")
+    return attention.replace(**known[variant])
 
 
 def pretraining(
@@ -43,7 +67,7 @@ def pretraining(
     learning_rate: float = 7.5e-4,
 ) -> Callable[..., ConfigDict]:
     """get_config(variant) of a run of the paper (section 4.1): GQA 32/4 with heads of 128, tied
-    vocabulary of 157,184, 2.1M tokens a step by default; `variant` is a key of KNOCKING.
+    vocabulary of 157,184, 2.1M tokens a step by default; `variant` is a name of `variants`.
 
     For accelerators: FSDP over all of them, full rematerialisation, bfloat16 over float32 AdamW.
     `data` names the embedded text until a corpus is given.
@@ -59,7 +83,7 @@ def pretraining(
                 layers=layers,
                 width=width,
                 vocabulary_size=157184,
-                attention=with_knocking(attention, variant),
+                attention=varied(attention, variant),
                 feed_forward=feed_forward,
                 numerics=Numerics(init_std=0.006),
                 remat="full",

@@ -20,7 +20,7 @@ from kha_jax.training import CheckpointConfig, EvaluationConfig, RunConfig
 
 
 def get_config(variant: str = "mlp"):
-    """The run; `variant` is a key of configs.base.KNOCKING."""
+    """The run; `variant` is a name of configs.base.variants."""
     attention = AttentionConfig(projection=GroupedQuery(query_heads=8, kv_heads=4, head_dim=32))
     run = RunConfig(
         steps=600,
@@ -29,7 +29,7 @@ def get_config(variant: str = "mlp"):
         model=ModelConfig(
             layers=4,
             width=128,
-            attention=base.with_knocking(attention, variant),
+            attention=base.varied(attention, variant),
             feed_forward=SwiGLU(width=384),
             numerics=Numerics(dtype="float32"),
         ),

@@ -22,7 +22,7 @@ from kha_jax.training import EvaluationConfig, RunConfig
 
 
 def get_config(variant: str = "mlp"):
-    """The run; `variant` is a key of configs.base.KNOCKING."""
+    """The run; `variant` is a name of configs.base.variants."""
     task = MultiQueryAssociativeRecall(pairs=4, vocabulary=64)
     attention = AttentionConfig(projection=GroupedQuery(query_heads=4, kv_heads=2, head_dim=32))
     run = RunConfig(
@@ -34,7 +34,7 @@ def get_config(variant: str = "mlp"):
             layers=2,
             width=128,
             vocabulary_size=64,
-            attention=base.with_knocking(attention, variant),
+            attention=base.varied(attention, variant),
             feed_forward=SwiGLU(width=256),
             numerics=Numerics(dtype="float32"),
         ),

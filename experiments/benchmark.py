@@ -31,6 +31,7 @@ from rich.table import Table
 
 from experiments import command_line, peers
 from experiments.command_line import UsageError
+from kha_jax.config import ConfigError
 
 SUITE = flags.DEFINE_enum(
     "suite", "dense", ["dense", "moe", "decode", "variants", "startup"], "What to measure."
@@ -217,6 +218,7 @@ def cache_lengths(
     lengths: tuple[int, ...] = (256, 1024, 4096, 16384), batch: int = 8
 ) -> dict[str, Any]:
     """Milliseconds of one token in every row of a batch, by projection and length of the cache."""
+    from kha_jax.attention import AttentionConfig
     from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 
     H, N = peers.HEAD_DIM, peers.HEADS
@@ -253,116 +255,85 @@ def cache_lengths(
         for name in steps:
             out[name].append(statistics.median(times[name]) * 1e3)
     for name, projection in projections.items():
-        table.add_row(name, str(projection.cache_floats()), *[f"{ms:.2f}" for ms in out[name]])
+        floats = AttentionConfig(projection=projection).cache_floats()
+        table.add_row(name, str(floats), *[f"{ms:.2f}" for ms in out[name]])
     CONSOLE.print(table)
     return out
 
 
-def variants() -> dict[str, Any]:
-    """See the module's docstring."""
-    import jax.numpy as jnp
+WIDTH, LAYERS, LENGTH, STEP = 1536, 18, 4096, 32768  # the paper's 0.8B-6.6B attention
 
-    from kha_jax.attention import AttentionConfig
-    from kha_jax.attention.mixers import STREAM_MIXERS
-    from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
+
+def layer_costs(config: Any) -> dict[str, Any]:
+    """What one attention layer of that shape costs, and what it lets one do."""
+    from kha_jax.attention.absorb import foldable
     from kha_jax.ops.attention import best_kernel
 
-    width, layers, length, step = 1536, 18, 4096, 32768
-    latent = {"query_heads": 32, "head_dim": 128, "value_dim": 128, "rope_dim": 64, "q_lora": 1024}
+    def fused(platform: str) -> str:
+        kernel = best_kernel(config.case(platform, "bfloat16", LENGTH))
+        return "-" if kernel == "chunked" else kernel
+
+    try:
+        folds = "yes" if foldable(config) else ""
+    except ConfigError:
+        folds = "no"
+    return {
+        "parameters": config.parameters(WIDTH),
+        "flops": config.flops(WIDTH, (LENGTH + 1) / 2, STEP),
+        "decoding_flops": config.flops(WIDTH, 1, 1) if folds == "no" else 0,
+        "cache_bytes": 2 * LAYERS * config.cache_floats(),
+        "folds": folds,
+        "tpu": fused("tpu"),
+        "gpu": fused("gpu"),
+    }
+
+
+def variants() -> dict[str, Any]:
+    """See the module's docstring."""
+    from configs import base
+    from kha_jax.attention import AttentionConfig
+    from kha_jax.attention.mixers import STREAM_MIXERS
+    from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
+
     projections = {
         "MHA 16/16": GroupedQuery(query_heads=16, kv_heads=16, head_dim=128),
         "GQA 32/4": GroupedQuery(query_heads=32, kv_heads=4, head_dim=128),
         "MQA 32/1": GroupedQuery(query_heads=32, kv_heads=1, head_dim=128),
         "GTA 32/4": GroupedTied(query_heads=32, kv_heads=4, head_dim=128),
-        "MLA 512": Latent(kv_lora=512, **latent),
-        "GLA 2 x 256": Latent(kv_lora=256, groups=2, **latent),
+        "MLA 512": Latent(query_heads=32, head_dim=128, q_lora=1024),
+        "GLA 2 x 256": Latent(query_heads=32, head_dim=128, q_lora=1024, groups=2),
+        "collaborative 16": Collaborative(query_heads=16, head_dim=128),
     }
-
-    def fused(config: AttentionConfig, platform: str) -> str:
-        projection = config.projection
-        kernel = best_kernel(
-            platform, jnp.bfloat16, length, projection.key_width(), projection.output_shape()[1]
-        )
-        return "-" if kernel == "chunked" else kernel
-
-    table = Table(
-        title=(
-            f"one attention layer of width {width}, {length} visible tokens at most; {layers} "
-            "layers of cache in bf16"
-        )
-    )
-    columns = (
-        "",
-        "parameters, M",
-        "forward MFLOP per token",
-        "cache, bytes per token",
-        "takes",
-        "of them fold",
-        "fused on TPU",
-        "on GPU",
-    )
-    for column in columns:
+    title = f"one attention layer of width {WIDTH}, {LENGTH} visible tokens at most"
+    table = Table(title=f"{title}; {LAYERS} layers of cache in bf16")
+    columns = ("", "parameters, M", "forward MFLOP per token", "cache, bytes per token")
+    for column in (*columns, "takes on v", "fused on TPU", "on GPU"):
         table.add_column(column, justify="right")
-    out: dict[str, Any] = {}
+    out = {}
     for name, projection in projections.items():
-        config = AttentionConfig(projection=projection)
-        cost = {
-            "parameters": config.parameters(width),
-            "flops": config.flops(width, (length + 1) / 2, step),
-            "cache_bytes": 2 * layers * projection.cache_floats(),
-        }
-        fits = [
-            kind
-            for kind, mixer in STREAM_MIXERS.items()
-            if kind != "none" and projection.refusal("value", mixer()) is None
-        ]
-        folds = [kind for kind in fits if STREAM_MIXERS[kind].linear]
-        row = (
-            f"{cost['parameters'] / 1e6:.2f}",
-            f"{cost['flops'] / 1e6:.1f}",
-            f"{cost['cache_bytes']:,}",
-        )
-        table.add_row(
-            name,
-            *row,
-            ", ".join(fits),
-            ", ".join(folds),
-            fused(config, "tpu"),
-            fused(config, "gpu"),
-        )
+        cost = layer_costs(AttentionConfig(projection=projection))
+        fits = [k for k, m in STREAM_MIXERS.items() if projection.refusal("value", m()) is None]
+        figures = f"{cost['parameters'] / 1e6:.2f}", f"{cost['flops'] / 1e6:.1f}"
+        cache, takes = f"{cost['cache_bytes']:,}", ", ".join(k for k in fits if k != "none")
+        table.add_row(name, *figures, cache, takes, cost["tpu"], cost["gpu"])
         out[name] = cost
     CONSOLE.print(table)
 
     plain = AttentionConfig(projection=projections["GQA 32/4"])
-    table = Table(title=f"mixers on GQA 32/4, a step of {step:,} tokens: added to the layer above")
-    for column in (
-        "",
-        "parameters",
-        "forward FLOPs",
-        "of the attention",
-        "folds",
-        "decoding FLOPs",
-    ):
+    baseline = layer_costs(plain)
+    table = Table(
+        title=f"variants on GQA 32/4, a step of {STEP:,} tokens: added to the layer above"
+    )
+    columns = ("", "parameters", "of the attention's training FLOPs", "cache", "folds")
+    for column in (*columns, "fused on TPU", "on GPU"):
         table.add_column(column, justify="right")
-    for kind, mixer in STREAM_MIXERS.items():
-        for places in (("value",), ("query", "key", "value")) if kind != "none" else ():
-            config = plain.replace(**{slot: mixer() for slot in places})
-            more = config.flops(width, (length + 1) / 2, step) - plain.flops(
-                width, (length + 1) / 2, step
-            )
-            one = 0 if mixer.linear else config.flops(width, 1, 1) - plain.flops(width, 1, 1)
-            share = more / plain.flops(width, (length + 1) / 2, step)
-            label = f"{kind} on {', '.join(slot[0] for slot in places)}"
-            added = config.parameters(width) - plain.parameters(width)
-            table.add_row(
-                label,
-                f"{added:,}",
-                f"{more:,.0f}",
-                f"{share:.3%}",
-                "yes" if mixer.linear else "no",
-                f"{one:,.0f}",
-            )
-            out[label] = {"parameters": added, "flops": more, "decoding_flops": one}
+    for name in base.variants(plain):
+        cost = layer_costs(base.varied(plain, name))
+        added = f"{cost['parameters'] - baseline['parameters']:+,}"
+        share = f"{cost['flops'] / baseline['flops'] - 1:+.3%}"
+        cache = f"x {cost['cache_bytes'] / baseline['cache_bytes']:.3g}"
+        table.add_row(name, added, share, cache, cost["folds"], cost["tpu"], cost["gpu"])
+        out[name] = cost
     CONSOLE.print(table)
     return out
 

@@ -20,10 +20,11 @@ from absl import flags
 from experiments import command_line
 from experiments.command_line import UsageError
 from kha_jax import sharding
-from kha_jax.attention.absorb import foldable
+from kha_jax.attention import AttentionConfig
+from kha_jax.attention.mixers import LinearMixer
 from kha_jax.checkpoint import Checkpoints
 from kha_jax.config import ConfigError, near, to_dict
-from kha_jax.decoding import absorb_model
+from kha_jax.decoding import absorb_model, foldable_slots
 from kha_jax.model import ModelConfig
 from kha_jax.training import RunConfig, TrainState, make_trainer
 
@@ -78,6 +79,13 @@ def write_run(
     checkpoints.close()
 
 
+def on_activations(attention: AttentionConfig) -> AttentionConfig:
+    """The attention with its linear mixers applied to activations: what folding has to equal."""
+    linear = {s: m for s, m in attention.mixers().items() if isinstance(m, LinearMixer)}
+    apart = {slot: mixer.replace(apply="activations") for slot, mixer in linear.items()}
+    return attention.replace(**apart)
+
+
 def absorb() -> None:
     """See the module's docstring."""
     if OUT.value is None:
@@ -87,16 +95,13 @@ def absorb() -> None:
         raise UsageError(f"--out={out}: already holds checkpoints; name another folder")
     config, step, variables = command_line.read_run(WORKDIR.value, STEP.value)
     try:
-        slots = foldable(config.model.attention)
+        slots = foldable_slots(config.model)
     except ConfigError as error:
         raise UsageError(str(error.under("config.model.attention"))) from None
     if not slots:
         raise UsageError(f"--workdir={WORKDIR.value}: nothing to fold; the model has no mixers")
     model, folded = absorb_model(config.model, variables)
-    apart = {
-        slot: getattr(config.model.attention, slot).replace(apply="activations") for slot in slots
-    }
-    unfolded = config.model.replace(attention=config.model.attention.replace(**apart))
+    unfolded = config.model.with_attention(on_activations)
     change, largest = logit_change((unfolded, variables), (model, folded), config.seq_len)
     if not change <= TOLERANCE.value * largest:
         raise UsageError(
@@ -106,7 +111,7 @@ def absorb() -> None:
     write_run(out, config.replace(model=model), step, folded, f"{WORKDIR.value} step {step}")
     print(
         f"folded {', '.join(slots)}: largest logit change {change:.3g} of {largest:.3g}, in "
-        f"float32; {out} is a baseline at step {step}"
+        f"float32; {out} is without them at step {step}"
     )
 
 

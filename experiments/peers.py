@@ -17,7 +17,7 @@ Step = Callable[[], Any]
 
 
 def peer_run(variant: str, mixture: bool = False) -> Any:
-    """The peer shape as a RunConfig; `variant` is a key of configs.base.KNOCKING. mixture: 16
+    """The peer shape as a RunConfig; `variant` is a name of configs.base.variants. mixture: 16
     experts of 192, 4 active."""
     from configs import base
     from kha_jax.attention import AttentionConfig
@@ -35,7 +35,7 @@ def peer_run(variant: str, mixture: bool = False) -> Any:
         layers=LAYERS,
         width=WIDTH,
         vocabulary_size=VOCABULARY,
-        attention=base.with_knocking(attention, variant),
+        attention=base.varied(attention, variant),
         feed_forward=MoE(experts=EXPERTS, top_k=TOP_K, width=EXPERT_WIDTH)
         if mixture
         else SwiGLU(width=FEED_FORWARD),

@@ -24,13 +24,13 @@ import numpy as np
 
 
 def float64(tree):
-    """The same nest of dicts, lists and tuples with float64 arrays; strings, None and Python's
-    integers and booleans, which are settings, stay."""
+    """The same nest of dicts, lists and tuples with float64 arrays; strings, formulas, None and
+    Python's integers and booleans, which are settings, stay."""
     if isinstance(tree, dict):
         return {name: float64(value) for name, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(float64(value) for value in tree)
-    if tree is None or isinstance(tree, (str, int)):
+    if tree is None or callable(tree) or isinstance(tree, (str, int)):
         return tree
     return np.asarray(tree, dtype=np.float64)
 
@@ -190,8 +190,9 @@ SLOTS, LINEAR = ("query", "key", "value"), ("none", "linear", "heads")
 
 
 def mix(z, kind, parameters):
-    """Apply one mixer to z [..., K, H]; `parameters` holds exactly the matrices of its kind."""
-    function, names = MIXERS[kind]
+    """Apply one mixer to z [..., K, H]; `parameters` holds exactly the matrices of its kind. A row
+    of tests/cases.py may give the formula itself instead of a kind."""
+    function, names = (kind, ()) if callable(kind) else MIXERS[kind]
     if set(parameters) != set(names):
         raise ValueError(f"mixer {kind} takes {names}, got {sorted(parameters)}")
     return function(float64(z), *(float64(parameters[name]) for name in names))
@@ -202,7 +203,7 @@ def mix_slot(z, slot, parameters, slots, kinds=tuple(MIXERS)):
     refused."""
     mixers = parameters.get("mixers", {})
     for name, (kind, _) in mixers.items():
-        if name not in slots or kind not in kinds:
+        if name not in slots or (kind not in kinds and not callable(kind)):
             raise ValueError(
                 f"mixer {kind} of {name} is refused: this layer takes {kinds} of {slots}"
             )
@@ -306,7 +307,8 @@ def finish(q_BTNH, k_BSKH, v_BSKU, x_BTD, p, segment_ids_BT, width=None):
     o_BTNU = attend(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, p.get("scores"), width)
     outputs = p.get("outputs", [])
     for kind, parameters in outputs if isinstance(outputs, list) else [outputs]:
-        o_BTNU = OUTPUTS[kind](o_BTNU, x_BTD, v_BSKU, **parameters)
+        function = kind if callable(kind) else OUTPUTS[kind]
+        o_BTNU = function(o_BTNU, x_BTD, v_BSKU, **parameters)
     return combine(o_BTNU, p["output"])
 
 

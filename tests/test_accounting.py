@@ -122,8 +122,8 @@ def test_knocking_parameters_are_the_difference():
     plain, knocking = (
         account(dense(2, 256, 512, **m), 128) for m in ({}, {"value": KnockingMLP()})
     )
-    assert knocking.parameters - plain.parameters == knocking.knocking == 2 * 3 * 128**2
-    assert plain.knocking == 0
+    assert knocking.parameters - plain.parameters == knocking.mixing == 2 * 3 * 128**2
+    assert plain.mixing == 0
 
 
 @pytest.mark.parametrize(

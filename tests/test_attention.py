@@ -1,6 +1,8 @@
 """Every attention of tests/cases.py, against the float64 oracle and its own properties."""
 
 import functools
+import re
+from pathlib import Path
 
 import chex
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from kha_jax import sharding
-from kha_jax.attention import AttentionConfig
+from kha_jax.attention import AttentionConfig, outputs
 from kha_jax.attention.absorb import absorb, absorbed, foldable
 from kha_jax.attention.mixers import HeadComposition, KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.outputs import (
@@ -21,7 +23,7 @@ from kha_jax.attention.outputs import (
 )
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
-from kha_jax.config import ConfigError
+from kha_jax.config import ConfigError, from_dict, to_dict
 from kha_jax.parameters import Numerics
 from kha_jax.sharding import MeshConfig
 from tests import reference
@@ -36,6 +38,7 @@ from tests.cases import (
     ROWS,
     SLOTS,
     D,
+    Row,
     config_of,
     everywhere,
     for_reference,
@@ -416,3 +419,25 @@ def test_bfloat16_stays_bfloat16(mixer):
     x, positions = jnp.zeros((1, 4, D), jnp.bfloat16), jnp.zeros((1, 4), jnp.int32)
     (y, _), params = jax.eval_shape(module.init_with_output, jax.random.key(0), x, positions)
     assert y.dtype == jnp.bfloat16
+
+
+def test_the_readmes_walk_through_adds_a_variant(monkeypatch):
+    """The code under "Add a variant", run where it says that it belongs, then its row."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    section = text.split("### Add a variant")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    for table in (outputs.OUTPUT_MIXERS, ROWS):
+        monkeypatch.setitem(table, "scaled", None)  # so that what is added goes again
+    names = {**vars(outputs), "ROWS": ROWS, "Row": Row}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(blocks) == 3
+    test_agrees_with_the_oracle("scaled", "mla")
+    test_cached_decoding_agrees_with_the_oracle_at_every_position("scaled", "gqa")
+    test_starts_as_its_projection_alone("scaled", "mla")
+    test_only_heads_that_meet_show_a_permutation("scaled", "mla")
+    test_causal_and_packed("scaled", "mla")
+    test_the_accounting_counts_what_is_there("scaled", "mla")
+    test_eight_devices_compute_what_one_does("scaled", "mla")
+    chosen = from_dict(AttentionConfig, {"output": {"kind": "scaled"}})
+    assert to_dict(chosen)["output"] == {"kind": "scaled"}

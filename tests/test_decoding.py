@@ -17,12 +17,14 @@ import pytest
 
 from kha_jax.accounting import account
 from kha_jax.attention import AttentionConfig
-from kha_jax.attention.mixers import KnockingLinear, KnockingMLP
+from kha_jax.attention.mixers import HeadComposition, KnockingLinear, KnockingMLP
+from kha_jax.attention.outputs import HeadGroupNorm, MixtureOfHeads
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
+from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
 from kha_jax.decoding import Decoder, Sampling, absorb_model, extend, prefill, sample, unstack
 from kha_jax.feed_forward import SwiGLU
-from kha_jax.model import ModelConfig
+from kha_jax.model import AttentionFrom, ModelConfig
 from kha_jax.moe import MoE
 from kha_jax.parameters import Numerics
 
@@ -42,7 +44,20 @@ ATTENTION = {
     ),
 }
 MIXTURE = MoE(experts=8, top_k=2, width=8, dense_layers=1, dense_width=24)
+# Heads meet and are routed in the first layer; in the second two cached heads are read as four.
+ATTENTION["everything"] = AttentionConfig(
+    projection=GroupedQuery(query_heads=4, kv_heads=4, head_dim=8),
+    logits=TalkingHeads(),
+    output=MixtureOfHeads(shared_heads=1, top_k=2),
+)
+VIRTUAL = AttentionConfig(
+    projection=GroupedQuery(query_heads=4, kv_heads=2, head_dim=8),
+    key=HeadComposition(heads_read=4),
+    value=HeadComposition(heads_read=4),
+    output=HeadGroupNorm(),
+)
 MODELS = {name: {} for name in ATTENTION} | {"moe": {"layers": 3, "feed_forward": MIXTURE}}
+MODELS["everything"] = {"later": AttentionFrom(layer=1, attention=VIRTUAL)}
 ATTENTION["moe"] = ATTENTION["gqa"]
 PROMPTS = [[5, 17, 3], [1], [9, 9, 2, 40, 41, 7, 7]]
 

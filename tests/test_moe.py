@@ -15,12 +15,15 @@ import pytest
 
 from kha_jax import checkpoint, sharding
 from kha_jax.accounting import account
+from kha_jax.attention.outputs import MixtureOfHeads
+from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
 from kha_jax.feed_forward import SwiGLU
+from kha_jax.model import AttentionFrom
 from kha_jax.moe import MoE, load_metrics, update_bias
 from kha_jax.ops import experts_cpu
 from kha_jax.ops.experts import KERNELS, experts
-from kha_jax.parameters import Numerics
+from kha_jax.parameters import Aux, Numerics, no_aux
 from kha_jax.sharding import MeshConfig
 from tests import reference
 from tests.test_training import RUN, begun, random_batch, trained
@@ -115,7 +118,7 @@ def test_the_layer_agrees_with_the_oracle(name):
         settings,
     )
     assert np.abs(y - expected).max() < 1e-5 * np.abs(expected).max()
-    np.testing.assert_array_equal(aux["expert_counts"], counts)
+    np.testing.assert_array_equal(aux.counts["bias"], counts)
 
 
 def test_the_bias_chooses_but_does_not_weigh():
@@ -138,7 +141,7 @@ def test_the_auxiliary_loss_and_the_z_loss_are_their_formulas():
         jnp.float32(np.random.default_rng(6).normal(size=(2, 7, D))),
     )
     assert "balance" not in variables
-    loss = layer(config).apply(variables, x)[1]["router_loss"]
+    loss = layer(config).apply(variables, x)[1].loss
     logits = np.asarray(x, np.float64) @ np.asarray(variables["params"]["router"], np.float64)
     scores = 1 / (1 + np.exp(-logits))
     counts = np.bincount(np.argsort(-scores, axis=-1)[..., :2].reshape(-1), minlength=6)
@@ -285,23 +288,41 @@ def test_models_without_a_bias_train(balancing):
     )
 
 
+ROUTED_HEADS = MIXTURE.model.attention.replace(output=MixtureOfHeads(shared_heads=2, top_k=4))
+TALKING = MIXTURE.model.attention.replace(logits=TalkingHeads())
 SEGMENTED = MIXTURE.model.replace(
-    layers=3, feed_forward=EXPERTS.replace(shared_experts=1, dense_layers=1, dense_width=48)
+    layers=4,
+    attention=ROUTED_HEADS,
+    later=AttentionFrom(layer=2, attention=TALKING),
+    feed_forward=EXPERTS.replace(shared_experts=1, dense_layers=1, dense_width=48),
 )
 
 
-def test_first_dense_layers_are_a_segment_of_their_own():
+def test_layers_that_differ_are_segments_of_their_own_and_none_loses_what_it_reports():
+    """One dense layer, then experts; heads are routed in the first two layers and talk in the
+    others. Metrics and counts of a kind come from every layer that has them."""
     ids = jnp.zeros((1, 8), jnp.int32)
     shapes = jax.eval_shape(SEGMENTED.build().init, jax.random.key(0), ids)
-    assert (
-        sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-        == account(SEGMENTED, 64).parameters
-    )
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+    assert total == account(SEGMENTED, 64).parameters
     params = nn.unbox(shapes["params"])
     assert params["dense_layers"]["feed_forward"]["up"].shape == (1, 32, 48)
-    assert params["layers"]["feed_forward"]["up"].shape == (2, 8, 32, 16)
+    assert params["layers"]["feed_forward"]["up"].shape == (1, 8, 32, 16)
+    assert params["layers_2"]["feed_forward"]["up"].shape == (2, 8, 32, 16)
+    assert "output_mixer" in params["layers"]["attention"]
+    assert params["layers_2"]["attention"]["logits_mixer"]["kernel"].shape == (2, 8, 8)
     state, metrics = one_step(MIXTURE.replace(model=SEGMENTED))
-    assert metrics["max_violation"].shape == (2,) and bias_of(state).shape == (2, 8)
+    assert metrics["max_violation"].shape == (3,) and metrics["head_max_violation"].shape == (2,)
+    moved = [np.abs(bias).max(axis=-1) for bias in jax.tree.leaves(state.balance)]
+    assert [bias.shape for bias in moved] == [(1,), (2,)] and min(map(np.min, moved)) > 0
+
+
+def test_two_sources_of_one_metric_are_refused():
+    one = Aux(jnp.ones(()), {"bias": jnp.ones(3)}, {"load": jnp.ones(())})
+    joined = no_aux().joined(attention=one, feed_forward=one._replace(metrics={}))
+    assert joined.loss == 2 and set(joined.counts) == {"attention", "feed_forward"}
+    with pytest.raises(ValueError, match="feed_forward: the metric 'load' is there already"):
+        no_aux().joined(attention=one, feed_forward=one)
 
 
 TPU_LAYER = """

@@ -194,7 +194,7 @@ def test_every_parameter_has_a_rule(mixer, stack):
     # What every device holds whole is small: the knocking matrices and the q/k norms.
     whole = [leaf for leaf in leaves if not any(spec(leaf.names))]
     assert all(
-        {"knock_in", "knock_out"} < set(leaf.names) or leaf.names == ("layers", "head_dim")
+        {"mixer_in", "mixer_out"} < set(leaf.names) or leaf.names == ("layers", "head_dim")
         for leaf in whole
     )
 

@@ -13,6 +13,7 @@ from kha_jax import data, sharding
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
+from kha_jax.attention.scores import TalkingHeads
 from kha_jax.checkpoint import CheckpointError, Checkpoints
 from kha_jax.data.loader import to_device
 from kha_jax.feed_forward import SwiGLU
@@ -219,7 +220,7 @@ AXES = {
     "norm": ("layers", "embed"),
     "final_norm": ("embed",),
     "table": ("vocabulary", "embed"),
-    "knock": ("layers", "knock_in", "knock_out"),
+    "knock": ("layers", "mixer_in", "mixer_out"),
 }
 
 
@@ -272,13 +273,15 @@ def test_weight_decay_by_role(decay):
 
 def test_to_identity_in_a_run_pulls_to_the_initial_matrices():
     """With decay to the initial value, a fresh model's mixers move by their gradients only,
-    whatever the decay's strength."""
+    whatever the decay's strength, also where they start at random."""
+    random_start = ATTENTION.replace(logits=TalkingHeads(init="variance_scaling"))
     strong, none = (
         trained(
             RUN.replace(
+                model=MODEL.replace(attention=random_start),
                 optimizer=OptimizerConfig(
                     weight_decay=decay, knocking=KnockingOptimizerConfig(decay="to_identity")
-                )
+                ),
             ),
             steps=1,
         )
@@ -286,7 +289,8 @@ def test_to_identity_in_a_run_pulls_to_the_initial_matrices():
     )
 
     def mixers(result):
-        return result[1].params["layers"]["attention"]["value_mixer"]
+        attention = result[1].params["layers"]["attention"]
+        return attention["value_mixer"], attention["logits_mixer"]
 
     chex.assert_trees_all_equal(mixers(strong), mixers(none))
 
