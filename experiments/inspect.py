@@ -16,6 +16,7 @@ from typing import Any, Callable
 
 import numpy as np
 from absl import flags
+from etils import epath
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +26,7 @@ from experiments.command_line import UsageError
 from kha_jax import inspect
 from kha_jax.checkpoint import CheckpointError, verify
 from kha_jax.inspect import curves, figures, heads, measures, style
-from kha_jax.inspect.reading import STREAMS, Checkpoint, Run, Stack
+from kha_jax.inspect.reading import STREAMS, Checkpoint, Run, Stack, saved_steps
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Run folders or checkpoints, shown in this order.")
 OUT = flags.DEFINE_string("out", "figures", "Folder to write.")
@@ -49,10 +50,13 @@ def open_runs() -> list[Run]:
     """The runs of --workdir.
 
     Raises:
-        UsageError: none is named.
+        UsageError: none is named, or there is no such folder.
     """
     if not WORKDIR.value:
         raise UsageError("--workdir: is required; name run folders, such as runs/kha_tiny")
+    for path in WORKDIR.value:
+        if not epath.Path(path).exists():
+            raise UsageError(f"--workdir={path}: no such folder")
     return [Run(path, STEP.value) for path in WORKDIR.value]
 
 
@@ -112,19 +116,24 @@ def of_heads(run: Run) -> dict[str, Draw]:
     return draws
 
 
+def _table(*left: str, right: tuple[str, ...] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in (*left, *right):
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
 def summary(runs: list[Run], stacks: dict[str, dict[str, Stack]]) -> Table:
     """How far each matrix has come, over its layers."""
-    about = "|T - start| / |I| (mean and most, in a layer), diagonal, off-diagonal share, norm"
-    table = Table(title=about, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("run", "step", "matrix", "distance", "most", "layer", "diagonal", "off", "norm"):
-        table.add_column(name, justify="left" if name in ("run", "matrix") else "right")
+    right = ("step", "distance", "most", "layer", "diagonal", "off", "norm")
+    table = _table("run", "matrix", right=right)
     for run in runs:
         for place, stack in stacks[run.name].items():
             far = measures.distance(stack.T, stack.start)
             table.add_row(
                 run.name,
-                str(run.step if run.step is not None else ""),
                 place,
+                str(run.step if run.step is not None else ""),
                 f"{far.mean():.3f}",
                 f"{far.max():.3f}",
                 f"{stack.layers[int(far.argmax())]} of {len(stack.layers)}",
@@ -133,7 +142,7 @@ def summary(runs: list[Run], stacks: dict[str, dict[str, Stack]]) -> Table:
                 f"{measures.spectrum(stack.T)[:, 0].max():.2f}",
             )
         if not stacks[run.name]:
-            table.add_row(run.name, str(run.step), "no mixers")
+            table.add_row(run.name, "no mixers", str(run.step))
     return table
 
 
@@ -147,6 +156,7 @@ def write(out: Path, console: Console) -> list[Run]:
     stacks = {run.name: run.matrices() for run in runs}
     if len(stacks) < len(runs):
         raise UsageError("--workdir: two runs have one name; rename one of the folders")
+    console.print("distance |T - start| / |I|: mean and most over layers; off: off-diagonal share")
     console.print(table := summary(runs, stacks))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -161,7 +171,8 @@ def write(out: Path, console: Console) -> list[Run]:
                 path = out / (name if len(runs) == 1 else f"{name}_{run.name}")
                 sections.setdefault(name, []).append((run.name, style.save(draw, path)))
         text = page.write([(run.name, run.step) for run in runs], table, sections, WATCH.value)
-        (out / "index.html").write_text(text)
+        (out / "index.tmp").write_text(text)
+        (out / "index.tmp").rename(out / "index.html")  # a browser never sees half of it
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror}") from None
     except style.PlotsMissing as error:
@@ -172,19 +183,19 @@ def write(out: Path, console: Console) -> list[Run]:
 
 def watch(out: Path, console: Console) -> None:
     """Writes again whenever a run has come further, until all are done; Ctrl-C ends it."""
-    seen = None
+    seen = said = None
     try:
         while True:
             try:
-                now = [inspect.read_metrics(path)[-1:] for path in WORKDIR.value]
+                now = [(inspect.read_metrics(p)[-1:], saved_steps(p)) for p in WORKDIR.value]
                 if now != seen:
                     runs, seen = write(out, console), now
-                    last = [run.metrics()[-1]["step"] for run in runs]
-                    if all(at >= run.config["steps"] for at, run in zip(last, runs)):
+                    if all(run.step >= run.config["steps"] for run in runs):
                         return
             except CheckpointError as error:
                 # none yet, or retention removed it while it was read
-                log.info("waiting: %s", error)
+                if str(error) != said:
+                    log.info("waiting: %s", said := str(error))
             time.sleep(WATCH.value)
     except KeyboardInterrupt:
         return
@@ -194,23 +205,22 @@ def show_list(console: Console) -> None:
     """Steps of the runs, verified or not, and the leaves of the chosen checkpoints."""
     for run in open_runs():
         if run.steps:
-            table = Table(
-                title=f"checkpoints of {run.name}", title_justify="left", box=box.SIMPLE_HEAD
-            )
-            for name in ("step", "verified"):
-                table.add_column(name)
+            console.print(f"{run.name}: checkpoints")
+            table = _table("step", "verified")
             for step in run.steps:
                 table.add_row(str(step), _verified(run, step))
             console.print(table)
-        norms = run.checkpoint.norms()
-        table = Table(
-            title=f"{run.name}, step {run.step}", title_justify="left", box=box.SIMPLE_HEAD
-        )
-        for name in ("leaf", "shape", "dtype", "norm"):
-            table.add_column(name, justify="right" if name == "norm" else "left")
-        for name, leaf in run.checkpoint.leaves.items():
+        console.print(f"{run.name}: step {run.step}" if run.steps else run.name)
+        leaves, norms = run.checkpoint.leaves, run.checkpoint.norms()
+        table = _table("leaf", "shape", "dtype", right=("norm",))
+        for name in sorted(leaves, key=_parameters_first):
+            leaf = leaves[name]
             table.add_row(name, _shape(leaf.shape), leaf.dtype, f"{norms[name]:.6g}")
         console.print(table)
+
+
+def _parameters_first(name: str) -> tuple[bool, str]:
+    return not name.startswith("params/"), name
 
 
 def _verified(run: Run, step: int) -> str:
@@ -232,10 +242,11 @@ def show_difference(console: Console) -> None:
     if len(DIFF.value) != 2:
         raise UsageError("--diff: name two steps, or two paths, such as --diff=100,600")
     before, after = (_checkpoint(name) for name in DIFF.value)
-    table = Table(title=" to ".join(DIFF.value), title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("leaf", "shape", "dtype", "change", "relative"):
-        table.add_column(name, justify="right" if name in ("change", "relative") else "left")
-    for name, found in inspect.differences(before, after).items():
+    console.print(" to ".join(DIFF.value))
+    table = _table("leaf", "shape", "dtype", right=("change", "relative"))
+    differences = inspect.differences(before, after)
+    for name in sorted(differences, key=_parameters_first):
+        found = differences[name]
         a, b = found.before, found.after
         same = a and b and a.shape == b.shape
         change = "equal" if found.change == 0 else f"{found.change:.4g}" if same else ""
