@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kha_jax.attention.absorb import absorb, absorbed, foldable
+from kha_jax.attention.attention import SLOTS
 from kha_jax.attention.projections import State
 from kha_jax.config import Config, ConfigError
 from kha_jax.model import Block, ModelConfig, block_fields
@@ -108,7 +109,8 @@ def foldable_slots(model: ModelConfig) -> list[str]:
     Raises:
         ConfigError: names a slot whose mixer no weights can stand for, with the reason.
     """
-    return sorted({slot for segment in model.segments() for slot in foldable(segment.attention)})
+    found = {slot for segment in model.segments() for slot in foldable(segment.attention)}
+    return [slot for slot in SLOTS if slot in found]
 
 
 def absorb_model(model: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kha_jax.attention import AttentionConfig
-from kha_jax.attention.mixers import HeadComposition, KnockingGate, KnockingLinear, KnockingMLP
+from kha_jax.attention.mixers import (
+    HeadComposition,
+    KnockingGate,
+    KnockingLinear,
+    KnockingMLP,
+    UnsharedLinear,
+)
 from kha_jax.attention.outputs import (
     DifferentialOutput,
     GatedOutput,
@@ -79,6 +85,13 @@ def output(kind: str, **names: str) -> Callable[[dict[str, Any]], dict[str, Any]
     return given
 
 
+def each_head(params: dict[str, Any]) -> dict[str, Any]:
+    """z_n T_n for every slot."""
+    formula = functools.partial(np.einsum, "NHJ,...NH->...NJ")
+    own = {slot: params[f"{slot}_mixer"]["kernel"] for slot in SLOTS}
+    return {"mixers": {s: (functools.partial(formula, T_NHJ), {}) for s, T_NHJ in own.items()}}
+
+
 COMPOSE = HeadComposition()
 ROWS = {
     "plain": Row({}, tuple(PROJECTIONS)),
@@ -136,6 +149,7 @@ ROWS = {
         {"output": MixtureOfHeads(shared_heads=0, top_k=2, gates="paper_scale")}, ("gqa",), None,
         True, oracle=output("mixture", routed="routed", top_k=2, paper_scale=True),
     ),
+    "unshared": Row(everywhere(UnsharedLinear()), ("gqa", "mla"), oracle=each_head),
     "all_at_once": Row(
         {
             "query": KnockingMLP(), **everywhere(HeadComposition(heads_read=4), "key", "value"),

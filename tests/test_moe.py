@@ -288,7 +288,7 @@ def test_models_without_a_bias_train(balancing):
     )
 
 
-ROUTED_HEADS = MIXTURE.model.attention.replace(output=MixtureOfHeads(shared_heads=2, top_k=4))
+ROUTED_HEADS = MIXTURE.model.attention.replace(output=MixtureOfHeads(shared_heads=1, top_k=2))
 TALKING = MIXTURE.model.attention.replace(logits=TalkingHeads())
 SEGMENTED = MIXTURE.model.replace(
     layers=4,
@@ -310,7 +310,7 @@ def test_layers_that_differ_are_segments_of_their_own_and_none_loses_what_it_rep
     assert params["layers"]["feed_forward"]["up"].shape == (1, 8, 32, 16)
     assert params["layers_2"]["feed_forward"]["up"].shape == (2, 8, 32, 16)
     assert "output_mixer" in params["layers"]["attention"]
-    assert params["layers_2"]["attention"]["logits_mixer"]["kernel"].shape == (2, 8, 8)
+    assert params["layers_2"]["attention"]["logits_mixer"]["kernel"].shape == (2, 4, 4)
     state, metrics = one_step(MIXTURE.replace(model=SEGMENTED))
     assert metrics["max_violation"].shape == (3,) and metrics["head_max_violation"].shape == (2,)
     moved = [np.abs(bias).max(axis=-1) for bias in jax.tree.leaves(state.balance)]

@@ -64,7 +64,7 @@ def absorb(config: AttentionConfig, parameters: dict[str, Any]) -> dict[str, Any
                 folded = mixer.apply({"params": own}, weights.astype(jnp.float32))
             return folded.astype(weights.dtype)
 
-        stacked = next(iter(own.values())).ndim == 3
+        stacked = parameters["output"].ndim == 4
         projection[name] = (jax.vmap(fold) if stacked else fold)(own, projection[name])
     mixers = {f"{slot}_mixer" for slot in slots}
     rest = {name: leaf for name, leaf in parameters.items() if name not in mixers}

@@ -26,11 +26,11 @@ from kha_jax.sharding import ways
 class StreamMixer(Config):
     """A member of the family; sizes are those of one stream of one layer.
 
-    linear: whether z~ is linear in z. over_heads: whether heads meet in it.
+    linear: whether z~ is linear in z. by_head: whether it tells heads apart.
     """
 
     linear: ClassVar[bool] = True
-    over_heads: ClassVar[bool] = False
+    by_head: ClassVar[bool] = False
 
     @property
     def module(self) -> type["Mixer"]:
@@ -161,7 +161,7 @@ class HeadComposition(LinearMixer):
     (arXiv 2602.21371). apply: see LinearMixer.
     """
 
-    over_heads = True
+    by_head = True
     heads_read: int | None = None
     before_norm: bool = True
     init: Literal["identity", "normal"] = "identity"
@@ -200,12 +200,30 @@ class HeadComposition(LinearMixer):
         return 2 * head_dim * self.parameters(heads, head_dim)
 
 
+class UnsharedLinear(LinearMixer):
+    """z_n T_n with a matrix for each head, T_n = I at the start: KHA-Linear without what its heads
+    share, a control. apply: see LinearMixer."""
+
+    by_head = True
+
+    @property
+    def module(self):
+        return Unshared
+
+    def parameters(self, heads, head_dim):
+        return heads * head_dim**2
+
+    def vector_flops(self, heads, head_dim):
+        return 2 * heads * head_dim**2
+
+
 STREAM_MIXERS = {
     "none": NoMixer,
     "linear": KnockingLinear,
     "gate": KnockingGate,
     "mlp": KnockingMLP,
     "compose": HeadComposition,
+    "unshared": UnsharedLinear,
 }
 
 
@@ -291,6 +309,19 @@ class MLP(Mixer):
 
 def _mlp(z, up, gate, down):
     return transform(sigmoid_gate(transform(z, gate), transform(z, up)), down)
+
+
+class Unshared(Mixer):
+    """See UnsharedLinear."""
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        def identities(key, shape, dtype):
+            return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
+
+        size = {"mixer_in": self.head_dim, "mixer_out": self.head_dim}
+        T_NHJ = self.weight("kernel", identities, kv_heads=self.heads, **size)
+        return jnp.einsum("...NH,NHJ->...NJ", z, T_NHJ)
 
 
 class Composition(Mixer):

@@ -77,7 +77,7 @@ class Latent(Projection):
         if not mixer.linear or mixer.late(self.query_heads):
             reason = "keys and values are never made when decoding from the latent"
             return f"{reason}, so only what folds into it can; use linear"
-        if mixer.over_heads and slot != "query" and self.groups > 1:
+        if mixer.by_head and slot != "query" and self.groups > 1:
             return f"heads read {self.groups} latents, and one cannot read another's"
         return None
 
