@@ -26,7 +26,8 @@ from experiments.command_line import UsageError
 from kha_jax import inspect
 from kha_jax.checkpoint import CheckpointError, verify
 from kha_jax.inspect import curves, figures, heads, measures, style
-from kha_jax.inspect.reading import STREAMS, Checkpoint, Run, Stack, saved_steps
+from kha_jax.inspect.leaves import Checkpoint
+from kha_jax.inspect.reading import STREAMS, Run, Stack, saved_steps
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Run folders or checkpoints, shown in this order.")
 OUT = flags.DEFINE_string("out", "figures", "Folder to write.")

@@ -93,7 +93,8 @@ def trace(params: Any, role: Any) -> dict[str, jax.Array]:
     `off_diagonal_share` and `spectral_norm` under `knocking/SEGMENT/PLACE/MATRIX/`, such as
     `knocking/layers/value/kernel/diagonal_mean`.
 
-    A `residual` D is measured as the I + D that it stands for. See `ops.matrices`.
+    A `residual` D is measured as the I + D that it stands for; where each head has a matrix of its
+    own, the numbers are their means. See `ops.matrices`.
     """
     found = {}
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -105,9 +106,12 @@ def trace(params: Any, role: Any) -> dict[str, jax.Array]:
         T = leaf.astype(jnp.float32)
         T = T + jnp.eye(*T.shape[-2:]) if parts[-1] == "residual" else T
         where = TRACE + "/".join(part for part in parts if part != "attention")
-        for measure in (matrices.diagonal_mean, matrices.off_diagonal_share):
-            found[f"{where}/{measure.__name__}"] = measure(T)
-        found[f"{where}/spectral_norm"] = matrices.spectral_norm(T)
+        for measure in (
+            matrices.diagonal_mean,
+            matrices.off_diagonal_share,
+            matrices.spectral_norm,
+        ):
+            found[f"{where}/{measure.__name__}"] = measure(T).reshape(len(T), -1).mean(-1)
     return found
 
 

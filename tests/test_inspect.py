@@ -15,7 +15,7 @@ import tensorstore
 from kha_jax import accounting, inspect, optimizer, sharding
 from kha_jax.checkpoint import CheckpointError, Checkpoints
 from kha_jax.config import from_dict, to_dict
-from kha_jax.inspect import curves, measures
+from kha_jax.inspect import curves, leaves, measures
 from kha_jax.ops import matrices
 from kha_jax.training import RunConfig, TrainState, make_trainer
 
@@ -263,6 +263,7 @@ def test_matrices_between_heads_and_of_unequal_layers(tmp_path):
         "output": np.zeros((1, 4, 8, 16), np.float32),
         "key_mixer": {"kernel": np.ones((1, 8, 8), np.float32)},
         "logits_mixer": {"kernel": np.ones((1, 4, 4), np.float32)},
+        "value_mixer": {"kernel": np.ones((1, 2, 8, 8), np.float32)},  # one for each head
         "output_mixer": {"gate": np.ones((1, 16, 4), np.float32)},  # reads the block's input
     }
     params = {"layers_2": {"attention": composed}, "layers_10": {"attention": talking}}
@@ -283,6 +284,8 @@ def assert_places(stacks):
     assert {name: (s.T.shape, s.layers, s.axis) for name, s in stacks.items()} == {
         "layers_2/key/kernel": ((2, 2, 4), (0, 1), "head"),
         "layers_10/key/kernel": ((1, 8, 8), (2,), "feature"),
+        "value/kernel/0": ((1, 8, 8), (2,), "feature"),
+        "value/kernel/1": ((1, 8, 8), (2,), "feature"),
         "logits/kernel": ((1, 4, 4), (2,), "head"),
     }
 
@@ -341,6 +344,14 @@ def test_a_step_logs_the_trace_of_what_it_made(trainer):
     assert named["knocking/layers/value/gate/spectral_norm"] == (2,)
 
 
+def test_matrices_of_single_heads_are_traced_by_their_mean():
+    T = jnp.asarray(RNG.normal(size=(2, 3, 4, 4)), jnp.float32)
+    params = {"layers": {"attention": {"value_mixer": {"kernel": T}}}}
+    logged = optimizer.trace(params, jax.tree.map(lambda _: "knocking", params))
+    found = logged["knocking/layers/value/kernel/diagonal_mean"]
+    np.testing.assert_allclose(found, np.trace(T, axis1=2, axis2=3).mean(1) / 4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["kha_moe_6b", "dense_600m", "kha_tiny"])
 def test_the_trace_costs_less_than_half_a_percent_of_a_step(name):
     """XLA's count of the trace, which every device computes, against the accounting's count of the
@@ -374,9 +385,9 @@ def test_differences_are_found_leaf_by_leaf(run):
     assert changed == {"step": 20.0} and found["step"].relative == 1.0
     name = "params/layers/attention/value_mixer/up"
     assert after.leaves[name] == ((2, 8, 8), "float32") and after.leaves[name].bytes == 512
-    sizes = {"a": inspect.reading.Leaf((3,), "int8"), "b": inspect.reading.Leaf((2,), "int8")}
-    assert list(inspect.reading.in_parts(sizes, most=4)) == [["a"], ["b"]]
-    assert list(inspect.reading.in_parts(sizes, most=5)) == [["a", "b"]]
+    sizes = {"a": leaves.Leaf((3,), "int8"), "b": leaves.Leaf((2,), "int8")}
+    assert list(leaves.in_parts(sizes, most=4)) == [["a"], ["b"]]
+    assert list(leaves.in_parts(sizes, most=5)) == [["a", "b"]]
     exact = np.linalg.norm(state.params["layers"]["attention"]["value_mixer"]["up"])
     assert after.norms()[name] == pytest.approx(exact, rel=1e-6)
 

@@ -3,35 +3,22 @@
 Paths may be local or remote (gs://, s3://), as Orbax takes them.
 """
 
-import functools
 import json
 import math
 import re
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
-from kha_jax.attention.mixers import STREAM_MIXERS, repetition
+from kha_jax.attention.mixers import STREAM_MIXERS, HeadComposition, repetition
 from kha_jax.checkpoint import MANIFEST, CheckpointError
+from kha_jax.inspect.leaves import Checkpoint
 from kha_jax.optimizer import TRACE
 
 MIXER = "_mixer"  # every small matrix between heads lives at .../SLOT_mixer/NAME
 STREAMS = ("query", "key", "value")
 ORDER = (*STREAMS, "kernel", "residual", "up", "gate", "down")  # that places are shown in
-
-
-class Leaf(NamedTuple):
-    """What a checkpoint says of one array before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Stack(NamedTuple):
@@ -52,119 +39,6 @@ class Stack(NamedTuple):
     def change(self) -> np.ndarray:
         """T - start, [L, n, m]."""
         return self.T - self.start
-
-
-class Checkpoint:
-    """The arrays of one saved state.
-
-    Raises:
-        CheckpointError: the folder holds no state that can be read.
-    """
-
-    def __init__(self, state: epath.PathLike):
-        path = epath.Path(state)
-        # Orbax takes no relative path
-        self.path = path if "://" in str(state) else path.absolute()
-        try:
-            with ocp.PyTreeCheckpointer() as reader:
-                self._tree = reader.metadata(self.path).item_metadata.tree
-        except Exception as error:
-            raise CheckpointError(f"{self.path} does not hold a state: {error}") from None
-        self.leaves = {
-            name: Leaf(tuple(leaf.shape), str(np.dtype(leaf.dtype)))
-            for name, leaf in _named(self._tree)
-        }
-
-    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """These leaves, and no others.
-
-        Raises:
-            CheckpointError: names one that is not there, or could not be read.
-        """
-        wanted = list(names)
-        missing = [name for name in wanted if name not in self.leaves]
-        if missing:
-            raise CheckpointError(f"{self.path} has no leaf {missing[0]}")
-        item = jax.tree_util.tree_map_with_path(
-            lambda path, _: 0 if _name(path) in wanted else ocp.PLACEHOLDER, self._tree
-        )
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree)
-        arguments = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy)
-        try:
-            with ocp.PyTreeCheckpointer() as reader:
-                found = dict(_named(reader.restore(self.path, args=arguments)))
-        except Exception as error:
-            raise CheckpointError(f"{self.path} could not be read: {error}") from error
-        return {name: found[name] for name in wanted}
-
-    def tree(self, top: str) -> dict[str, Any]:
-        """All leaves below a top name such as `params`, nested as the model takes them."""
-        out: dict[str, Any] = {}
-        for name, leaf in self.read(n for n in self.leaves if n.startswith(f"{top}/")).items():
-            *parents, last = name.split("/")[1:]
-            functools.reduce(lambda node, key: node.setdefault(key, {}), parents, out)[last] = leaf
-        return out
-
-    def norms(self) -> dict[str, float]:
-        """Frobenius norms of all leaves, read a part at a time."""
-        parts = (self.read(names) for names in in_parts(self.leaves))
-        return {name: _norm(leaf) for part in parts for name, leaf in part.items()}
-
-
-def in_parts(leaves: dict[str, Leaf], most: int = 2**28) -> Iterator[list[str]]:
-    """The names of leaves in groups of `most` bytes, or of one leaf that is larger."""
-    group, size = [], 0
-    for name, leaf in leaves.items():
-        if group and size + leaf.bytes > most:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += leaf.bytes
-    if group:
-        yield group
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _norm(leaf: np.ndarray) -> float:
-    return float(np.linalg.norm(leaf.astype(np.float64).ravel()))
-
-
-class Difference(NamedTuple):
-    """A leaf of two checkpoints. before, after: what each says of it, None where it is missing.
-    change: |after - before|, relative to |before|; NaN where they cannot be compared."""
-
-    before: Leaf | None
-    after: Leaf | None
-    change: float
-    relative: float
-
-
-def differences(before: Checkpoint, after: Checkpoint) -> dict[str, Difference]:
-    """Leaf by leaf, what changed from one checkpoint to another; equal leaves have change 0."""
-    out = {
-        name: Difference(before.leaves.get(name), after.leaves.get(name), math.nan, math.nan)
-        for name in {**before.leaves, **after.leaves}
-    }
-    both = {
-        name: found.before
-        for name, found in out.items()
-        if found.before and found.after and found.before.shape == found.after.shape
-    }
-    for names in in_parts(both):
-        first, second = before.read(names), after.read(names)
-        for name in names:
-            old, new = (part[name].astype(np.float64) for part in (first, second))
-            change, size = _norm(new - old), _norm(old)
-            relative = change / size if size else math.inf if change else 0.0
-            out[name] = out[name]._replace(change=change, relative=relative)
-    return out
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
@@ -217,22 +91,25 @@ class Run:
         return {name: sizes[name] for name in sorted(sizes, key=_natural)}
 
     def matrices(self) -> dict[str, Stack]:
-        """Every mixer matrix by place, such as `value/kernel`; segments of equal shapes are one
-        stack, others are told apart as `SEGMENT/value/kernel`. A `residual` D is returned as the T
-        that it stands for."""
+        """Every mixer matrix by place, such as `value/kernel`, or `value/kernel/0` where each head
+        has its own; segments of equal shapes are one stack, others are told apart as
+        `SEGMENT/value/kernel`. A `residual` D is returned as the T that it stands for."""
         offset, found = 0, {}
         # what mixes outputs reads the block's input: it maps no heads or features to themselves
-        mixing = re.compile(rf"params/.+/(?!output)[^/]+{MIXER}/[^/]+$")
+        mixing = re.compile(rf"params/(.+)/attention/((?!output)[^/]+){MIXER}/([^/]+)$")
         names = [name for name in self.checkpoint.leaves if mixing.match(name)]
-        arrays = self.checkpoint.read(n for n in names if len(self.checkpoint.leaves[n].shape) == 3)
+        arrays = self.checkpoint.read(n for n in names if len(self.checkpoint.leaves[n].shape) > 2)
         for segment, length in self.segments().items():
             layers = tuple(range(offset, offset + length))
             offset += length
             for name, T in arrays.items():
-                if name.startswith(f"params/{segment}/attention/"):
-                    slot, matrix = name.split("/")[-2:]
-                    stack = self._stack(segment, slot.removesuffix(MIXER), matrix, T, layers)
-                    found[segment, f"{slot.removesuffix(MIXER)}/{matrix}"] = stack
+                inside, slot, matrix = mixing.match(name).groups()
+                if inside != segment:
+                    continue
+                heads = {f"/{head}": T[:, head] for head in range(T.shape[1])}
+                for head, own in ({"": T} if T.ndim == 3 else heads).items():
+                    stack = self._stack(segment, slot, matrix, own, layers)
+                    found[segment, f"{slot}/{matrix}{head}"] = stack
         return _joined(found)
 
     def _stack(self, segment, slot, matrix, T, layers):
@@ -241,7 +118,7 @@ class Run:
         if matrix == "residual":
             T = T + mixer.get("diag_init", 1.0) * np.eye(*shape, dtype=np.float32)
         if mixer.get("kind") in STREAM_MIXERS:
-            on_heads = STREAM_MIXERS[mixer["kind"]].over_heads
+            on_heads = issubclass(STREAM_MIXERS[mixer["kind"]], HeadComposition)
         else:
             output = self.checkpoint.leaves.get(f"params/{segment}/attention/output")
             heads, width = output.shape[1:3] if output else (0, shape[0])
@@ -293,7 +170,8 @@ class Run:
 
 def _shown(place: str) -> list[Any]:
     parts = place.split("/")
-    return [ORDER.index(part) if part in ORDER else len(ORDER) for part in parts] + [place]
+    known = [ORDER.index(part) if part in ORDER else len(ORDER) for part in parts]
+    return [known, _natural(place)]
 
 
 def _natural(name: str) -> list[Any]:
