@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ALONE = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}  # one device, as users have it
 SMALL = (
     "--config.steps=60",
     "--config.batch_size=4",
@@ -51,7 +52,10 @@ def runs(tmp_path_factory):
     for name, variant in names.items():
         config = f"--config=configs/kha_tiny.py:{variant}"
         command = ["-m", "experiments.train", config, *SMALL, f"--workdir={folder / name}"]
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=ALONE, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -66,9 +70,8 @@ def test_notebooks_run(path, runs):
     for cell in book.cells:
         if "parameters" in cell.metadata.get("tags", ()):
             cell.source = cell.source.replace("../runs", str(runs))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     run = client.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(ROOT)}})
-    run.execute(env=environment)
+    run.execute(env=ALONE)
     outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
     drawn = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(drawn) >= (0 if path.stem.startswith("04") else 3)
