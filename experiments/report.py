@@ -1,41 +1,22 @@
 """Draws the curves of runs: python -m experiments.report --workdirs=runs/kha_tiny,runs/baseline
 --out=curves.png (extra: plots)."""
 
-import json
 from pathlib import Path
 
 from absl import flags
 
 from experiments import command_line
 from experiments.command_line import UsageError
+from kha_jax import inspect
+from kha_jax.checkpoint import CheckpointError
+from kha_jax.inspect import curves, style
 
 WORKDIRS = flags.DEFINE_list("workdirs", [], "Run folders, drawn in this order.")
 OUT = flags.DEFINE_string(
-    "out", "curves.png", "The figure to write; the suffix decides the format."
+    "out",
+    "curves.png",
+    "The figure to write, as NAME.png, NAME_dark.png (for dark pages) and NAME.svg (for both).",
 )
-
-
-def read_metrics(workdir: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl.
-
-    Raises:
-        UsageError: the folder holds none.
-    """
-    path = workdir / "metrics.jsonl"
-    if not path.exists():
-        raise UsageError(f"--workdirs: {workdir} holds no metrics.jsonl; train it first")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def smoothed(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """(steps, exponential moving averages over about ten steps) of the rows that have the key."""
-    steps, values = [], []
-    for row in rows:
-        if key in row:
-            last = values[-1] if values else row[key]
-            steps.append(row["step"])
-            values.append(last + (row[key] - last) * 0.1)
-    return steps, values
 
 
 def main() -> None:
@@ -44,48 +25,12 @@ def main() -> None:
     if not WORKDIRS.value:
         raise UsageError("--workdirs: name at least one run folder")
     try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise UsageError("this command needs the extra: pip install -e '.[plots]'") from None
-    runs = {Path(name): read_metrics(Path(name)) for name in WORKDIRS.value}
-    balanced = any("max_violation" in row for rows in runs.values() for row in rows)
-    figure, axes = pyplot.subplots(
-        1, 3 if balanced else 2, figsize=(13 if balanced else 9, 3.4), layout="constrained"
-    )
-    left, right = axes[:2]
-    for workdir, rows in runs.items():
-        left.plot(*smoothed(rows, "loss"), label=workdir.name, linewidth=1.2)
-        if any("max_violation" in row for row in rows):
-            worst = [
-                {"step": row["step"], "worst": max(row["max_violation"])}
-                for row in rows
-                if "max_violation" in row
-            ]
-            axes[2].plot(*smoothed(worst, "worst"), label=workdir.name, linewidth=1.2)
-        key = "val_bits_per_byte" if any("val_bits_per_byte" in row for row in rows) else "val_loss"
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        right.plot(
-            *zip(*points),
-            marker="o",
-            markersize=3,
-            label=f"{workdir.name}: {points[-1][1]:.3f}",
-            linewidth=1.2,
-        )
-        right.set_ylabel(
-            {"val_bits_per_byte": "validation bits per byte", "val_loss": "validation loss"}[key]
-        )
-    left.set_ylabel("training loss (nats per token)")
-    if balanced:
-        axes[2].axhline(0.2, color="grey", linewidth=0.8, linestyle="--")
-        axes[2].set(yscale="log", ylabel="MaxVio of the worst layer")
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    figure.savefig(OUT.value, dpi=120)
+        runs = {Path(name).name: inspect.read_metrics(name) for name in WORKDIRS.value}
+        style.save(lambda: curves.training(runs), Path(OUT.value).with_suffix(""))
+    except CheckpointError as error:
+        raise UsageError(f"--workdirs: {error}") from None
+    except style.PlotsMissing as error:
+        raise UsageError(str(error)) from None
     print(f"wrote {OUT.value}")
 
 

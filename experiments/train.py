@@ -31,6 +31,7 @@ from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
 from kha_jax.data.tokens import cache_folder
 from kha_jax.metrics import Meter, MetricsFile, TensorBoard, bits_per_byte
+from kha_jax.optimizer import TRACE
 from kha_jax.training import RunConfig, Trainer, make_trainer
 
 CONFIG = command_line.define_config()
@@ -63,6 +64,7 @@ ALLOW_CHANGES = flags.DEFINE_list(
 )
 
 log = logging.getLogger("kha_jax")
+TRACE_EVERY = 10  # steps between the lines that hold the trace of the knocking matrices
 # Fields that may change on resume: they decide what is recorded, not what is learnt.
 FREE = (
     "evaluation.",
@@ -242,6 +244,8 @@ class Reporter:
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
+        if step % TRACE_EVERY:
+            metrics = {name: z for name, z in metrics.items() if not name.startswith(TRACE)}
         values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         self.nonfinite = self.nonfinite + 1 if values["nonfinite"] else 0
         if self.nonfinite:

@@ -237,7 +237,8 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in BATCH.items()}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        return _train_step(config, model, tx, state, batch)
+        state, metrics = _train_step(config, model, tx, state, batch)
+        return state, {**metrics, **optimizer.trace(state.params, optimizer.roles(axes))}
 
     def evaluation_step(state: TrainState, batch: Batch) -> TokenSums:
         return model.apply(variables(state), batch, method="loss")[1][0]

@@ -106,6 +106,8 @@ def test_a_run_leaves_what_the_readme_promises(golden):
     assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_fraction"} <= set(
         training[0]
     )
+    traced = [row["step"] for row in training if any(n.startswith("knocking/") for n in row)]
+    assert traced == list(range(10, STEPS + 1, 10))
     evaluations = [row for row in rows if "val_loss" in row]
     assert [row["step"] for row in evaluations] == [20, 40, 60]
     assert evaluations[-1]["val_bits_per_byte"] < evaluations[0]["val_bits_per_byte"]

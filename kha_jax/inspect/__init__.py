@@ -1,0 +1,22 @@
+"""What the heads learnt: from a run folder to arrays (`leaves`, `reading`, `models`), numbers
+(`measures`) and figures (`figures` of matrices, `heads`, `curves` of runs, all in one `style`)."""
+
+from kha_jax.inspect import curves, figures, heads, measures, style
+from kha_jax.inspect.leaves import Checkpoint, differences
+from kha_jax.inspect.models import streams, variants
+from kha_jax.inspect.reading import Run, read_metrics, trace
+
+__all__ = [
+    "Checkpoint",
+    "Run",
+    "curves",
+    "differences",
+    "figures",
+    "heads",
+    "measures",
+    "read_metrics",
+    "streams",
+    "style",
+    "trace",
+    "variants",
+]
