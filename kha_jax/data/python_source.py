@@ -49,7 +49,8 @@ class PythonSource(Config):
         part in real text.
 
         Raises:
-            DataError: when the interpreter ships no source.
+            DataError: when the interpreter ships no source, or the tokens were changed.
+            StorageError: when the tokens cannot be written.
         """
         del seed
         root = Path(sysconfig.get_path("stdlib"))
@@ -75,7 +76,7 @@ class PythonSource(Config):
                 if self._is_held_out(name) == (split == "validation")
             ]
             write_stream(folder, (p.read_bytes() for p in chosen), self.tokenizer())
-        return TokenWindows(folder, seq_len)
+        return TokenWindows(folder, seq_len, self.tokenizer().fingerprint)
 
     def _is_held_out(self, name: str) -> bool:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < self.held_out * 2**32
