@@ -23,6 +23,36 @@ class UsageError(Exception):
     """A command line that cannot be used; shown as one line, exit code 2."""
 
 
+class Terminal:
+    """A stream that may go away, as in `train | head -1`, or be full, without stopping the program.
+    Afterwards it leads nowhere; the lines that nobody saw are counted in `lost`."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.lost, self.gone = stream, 0, False
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except (OSError, ValueError):
+            self._leave()
+        self.lost += self.gone * text.count("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self._leave()
+
+    def _leave(self) -> None:
+        self.gone = True
+        with open(os.devnull, "w") as nowhere:  # what is still buffered goes there
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def define_config(default: str = DEFAULT_CONFIG) -> Any:
     """The flag --config=file.py[:variant], with --config.a.b=value for single fields; complaints
     end the program at once.
@@ -145,8 +175,10 @@ def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, di
     """
     import jax
 
+    from experiments.run_folder import read_lineage
     from kha_jax import sharding
-    from kha_jax.checkpoint import Checkpoints, verify
+    from kha_jax.checkpoint import Checkpoints
+    from kha_jax.manifest import verify
     from kha_jax.training import RunConfig, make_trainer, variables
 
     if workdir is None:
@@ -154,21 +186,20 @@ def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, di
     folder = Path(workdir)
     if not (folder / "config.json").is_file():
         raise UsageError(f"--workdir={workdir}: no run there; it holds no config.json")
-    config = read_config(folder / "config.json", RunConfig).replace(mesh=sharding.MeshConfig())
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, {})
-    try:
+    config = read_config(folder / "config.json", RunConfig)
+    accepts = read_lineage(folder, config)
+    config = config.replace(mesh=sharding.MeshConfig())
+    with Checkpoints(folder / "checkpoints", accepts=accepts) as checkpoints:
         if step is None:
             step = checkpoints.newest_good(set_aside=False)
         elif step not in checkpoints.steps():
             raise UsageError(f"--step={step}: not kept; {workdir} has {checkpoints.steps()}")
         else:
-            verify(checkpoints.folder / f"{step:08d}")
+            verify(checkpoints.path(step), accepts)
         if step is None:
             raise UsageError(f"--workdir={workdir}: holds no checkpoint yet")
         state = make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1])).abstract
         return config, step, checkpoints.restore_part(step, variables(state))
-    finally:
-        checkpoints.close()
 
 
 def differences(
@@ -199,10 +230,10 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
 
     words: how many arguments that are not flags main takes, at most.
     """
-    from kha_jax.checkpoint import CheckpointError
-    from kha_jax.data import DataError
+    from kha_jax.data import DataError, StorageError
     from kha_jax.processes import PeerError, WaitError, lost_peer
 
+    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     log = logging.getLogger("kha_jax")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -213,7 +244,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
         DataError: DATA,
         PeerError: HANG,
         WaitError: HANG,
-        CheckpointError: STORAGE,
+        StorageError: STORAGE,
     }
     try:
         code = main(*_parse_flags(sys.argv, words)) or DONE
@@ -221,7 +252,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
         if isinstance(error, WaitError):
             give_up(str(error))
         print(f"error: {error}", file=sys.stderr)
-        code = codes[type(error)]
+        code = next(codes[kind] for kind in codes if isinstance(error, kind))
     except RuntimeError as error:
         if not lost_peer(error):
             raise
