@@ -1,8 +1,10 @@
 """Real text that every machine has: the source code of the interpreter's standard library."""
 
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
+from typing import Iterator
 
 from kha_jax.config import Config
 from kha_jax.data.loader import DataError
@@ -18,6 +20,13 @@ LEFT_OUT = {
     "lib2to3",
     "config",
 }
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    """Python files below the folder; those left out are not even listed, since they may be many."""
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in LEFT_OUT]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 class PythonSource(Config):
@@ -54,9 +63,7 @@ class PythonSource(Config):
         """
         del seed
         root = Path(sysconfig.get_path("stdlib"))
-        paths = sorted(
-            p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts[:-1])
-        )
+        paths = sorted(_modules(root))
         if not paths:
             raise DataError(
                 f"data.source=python_source found no module below {root}; use an interpreter "
