@@ -1,5 +1,5 @@
 """Measures this machine: python -m experiments.benchmark
-[--suite=dense|moe|decode|variants|startup]
+[--suite=dense|moe|decode|variants|startup|saving]
 
 dense: one training step of the peer shape (4 layers, D 256, 8 query and 4 key/value heads of 64,
 SwiGLU 768, vocabulary 4096, tied, float32, batch 8 x 256, AdamW) here and in transformers on
@@ -9,8 +9,9 @@ against one dense feed-forward on the same rows. decode: 128 greedy tokens after
 here and by transformers' generate, then the cost of one token against the length of the cache for
 every projection. variants: what each projection and mixer costs at the paper's 0.8B-6.6B attention,
 counted and not timed. startup: seconds from the command to the first step of configs/kha_tiny.py,
-cold and with a warm compilation cache. Nothing here is a test; the figures go into the README with
-the machine's name.
+cold and with a warm compilation cache. saving: how long training waits for a checkpoint of 100M
+parameters with AdamW's moments, how long the save takes in all, and its checksums. Nothing here is
+a test; the figures go into the README with the machine's name.
 """
 
 import json
@@ -33,12 +34,16 @@ from experiments import command_line, peers
 from experiments.command_line import UsageError
 
 SUITE = flags.DEFINE_enum(
-    "suite", "dense", ["dense", "moe", "decode", "variants", "startup"], "What to measure."
+    "suite",
+    "dense",
+    ["dense", "moe", "decode", "variants", "startup", "saving"],
+    "What to measure.",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Turns of each implementation.", lower_bound=1)
 TORCH_COMPILE = flags.DEFINE_bool(
     "torch_compile", True, "Also measure torch.compile (about 30 s to compile)."
 )
+SAVE_TO = flags.DEFINE_string("save_to", None, "Folder on the disk that `saving` measures.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 CONSOLE = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 150)
@@ -394,6 +399,42 @@ def startup() -> dict[str, Any]:
     return out
 
 
+def saving() -> dict[str, Any]:
+    """See the module's docstring."""
+    import jax
+    import numpy as np
+
+    from kha_jax.checkpoint import Checkpoints, state_bytes
+    from kha_jax.manifest import checksum
+
+    layers, random = 16, np.random.default_rng(0)
+    noise = random.standard_normal((layers, 2500, 2500), np.float32)  # 100M values, as weights are
+    state = {
+        name: {"kernel": jax.device_put(noise * i)} for i, name in enumerate(("p", "mu", "nu"), 1)
+    }
+    out: dict[str, Any] = {"bytes": state_bytes(state), "pause": [], "total": [], "checksums": []}
+    with tempfile.TemporaryDirectory(dir=SAVE_TO.value) as place:
+        with Checkpoints(place, keep=1) as checkpoints:
+            for step in range(ROUNDS.value):
+                began = time.perf_counter()
+                checkpoints.save(step, state)
+                out["pause"].append(time.perf_counter() - began)
+                checkpoints.wait()
+                out["total"].append(time.perf_counter() - began)
+                began = time.perf_counter()
+                for path in checkpoints.path(step).rglob("*"):
+                    if path.is_file():
+                        checksum(path)
+                out["checksums"].append(time.perf_counter() - began)
+    pause, total, checksums = (statistics.median(out[k]) for k in ("pause", "total", "checksums"))
+    CONSOLE.print(
+        f"a save of {out['bytes'] / 1e9:.1f} GB, median of {ROUNDS.value}, {machine()}: training "
+        f"waits {pause:.2f} s of {total:.2f} s ({pause / total:.1%}), checksums {checksums:.2f} s "
+        f"({checksums / total:.1%})"
+    )
+    return out
+
+
 def machine() -> str:
     """Processor, cores and versions that the figures belong to."""
     import jax
@@ -412,7 +453,14 @@ def moe() -> dict[str, Any]:
     return {**dense(mixture=True), "experts": expert_kernels()}
 
 
-SUITES = {"dense": dense, "moe": moe, "decode": decode, "variants": variants, "startup": startup}
+SUITES = {
+    "dense": dense,
+    "moe": moe,
+    "decode": decode,
+    "variants": variants,
+    "startup": startup,
+    "saving": saving,
+}
 
 
 def main() -> None:

@@ -1,13 +1,14 @@
 """Draws the curves of runs: python -m experiments.report --workdirs=runs/kha_tiny,runs/baseline
 --out=curves.png (extra: plots)."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from experiments import command_line
 from experiments.command_line import UsageError
+from kha_jax.metrics import plain_row, read_lines
 
 WORKDIRS = flags.DEFINE_list("workdirs", [], "Run folders, drawn in this order.")
 OUT = flags.DEFINE_string(
@@ -16,15 +17,28 @@ OUT = flags.DEFINE_string(
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl.
+    """The whole lines of a run's metrics.jsonl, without what was not finite.
 
     Raises:
-        UsageError: the folder holds none.
+        UsageError: the folder holds none with a loss.
     """
     path = workdir / "metrics.jsonl"
-    if not path.exists():
-        raise UsageError(f"--workdirs: {workdir} holds no metrics.jsonl; train it first")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        rows = [
+            {name: value for name, value in plain_row(row).items() if finite(value)}
+            for row in read_lines(path)
+        ]
+    except OSError as error:
+        raise UsageError(f"--workdirs: {path}: {error.strerror}; train it first") from None
+    if not any("loss" in row for row in rows):
+        raise UsageError(f"--workdirs: {path} holds no loss; train it first")
+    return rows
+
+
+def finite(value: Any) -> bool:
+    """Whether a value, or every one of a list, can be drawn."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(one, (int, float)) for one in values)
 
 
 def smoothed(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
@@ -36,6 +50,17 @@ def smoothed(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
             steps.append(row["step"])
             values.append(last + (row[key] - last) * 0.1)
     return steps, values
+
+
+def draw_evaluations(axis: Any, name: str, rows: list[dict]) -> None:
+    """Validation bits per byte or loss; nothing for a run that was not evaluated yet."""
+    key = "val_bits_per_byte" if any("val_bits_per_byte" in row for row in rows) else "val_loss"
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    if points:
+        label = f"{name}: {points[-1][1]:.3f}"
+        axis.plot(*zip(*points), marker="o", markersize=3, label=label, linewidth=1.2)
+        words = {"val_bits_per_byte": "validation bits per byte", "val_loss": "validation loss"}
+        axis.set_ylabel(words[key])
 
 
 def main() -> None:
@@ -65,18 +90,7 @@ def main() -> None:
                 if "max_violation" in row
             ]
             axes[2].plot(*smoothed(worst, "worst"), label=workdir.name, linewidth=1.2)
-        key = "val_bits_per_byte" if any("val_bits_per_byte" in row for row in rows) else "val_loss"
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        right.plot(
-            *zip(*points),
-            marker="o",
-            markersize=3,
-            label=f"{workdir.name}: {points[-1][1]:.3f}",
-            linewidth=1.2,
-        )
-        right.set_ylabel(
-            {"val_bits_per_byte": "validation bits per byte", "val_loss": "validation loss"}[key]
-        )
+        draw_evaluations(right, workdir.name, rows)
     left.set_ylabel("training loss (nats per token)")
     if balanced:
         axes[2].axhline(0.2, color="grey", linewidth=0.8, linestyle="--")
@@ -84,8 +98,12 @@ def main() -> None:
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    figure.savefig(OUT.value, dpi=120)
+        if axis.lines:
+            axis.legend(frameon=False)
+    try:
+        figure.savefig(OUT.value, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out={OUT.value}: {error}") from None
     print(f"wrote {OUT.value}")
 
 

@@ -96,14 +96,14 @@ class Checkpoints:
         """The folder of a step."""
         return self.folder / folder_name(step)
 
-    def _folders(self) -> list[Path]:
+    def folders(self) -> list[Path]:
         """Those that have the name of a step, oldest first."""
         named = (p for p in self.folder.glob("*") if re.fullmatch("[0-9]{8,9}", p.name))
         return sorted((p for p in named if p.is_dir()), key=lambda p: int(p.name))
 
     def steps(self) -> list[int]:
         """Steps that have a manifest, oldest first."""
-        return [int(p.name) for p in self._folders() if (p / MANIFEST).exists()]
+        return [int(p.name) for p in self.folders() if (p / MANIFEST).exists()]
 
     def save(self, step: int, state: Any) -> None:
         """Starts saving `state`; its arrays are copied before this returns. The step saved or
@@ -258,7 +258,7 @@ class Checkpoints:
         for step in rejected:
             # It stays for whoever wants to look, but retention must not count it.
             (self.path(step) / MANIFEST).rename(self.path(step) / REJECTED)
-        for path in self._folders():
+        for path in self.folders():
             if not (path / MANIFEST).exists() and not (path / REJECTED).exists():
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -307,6 +307,25 @@ class Checkpoints:
             raise CheckpointError(f"{path} could not be read: {error}") from error
         self.saved_step = step
         return state
+
+    def restore_all(self, step: int) -> Any:
+        """The state saved at `step` as it is: dicts and lists of arrays on the first device.
+
+        Raises:
+            CheckpointError: the files cannot be read.
+        """
+        try:
+            path, here = (
+                self.path(step) / "state",
+                jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+            )
+            tree = self.checkpointer.metadata(path).item_metadata.tree
+            return self.checkpointer.restore(
+                path,
+                jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree),
+            )
+        except Exception as error:
+            raise CheckpointError(f"{self.path(step)} could not be read: {error}") from error
 
     def restore_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """Some fields of the state saved at `step`, such as {"params": ...}, without reading the

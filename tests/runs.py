@@ -82,7 +82,7 @@ def final_state(workdir):
 def leaf_hashes(workdir):
     """The hash of each leaf of the newest checkpoint, by path, with its dtype and shape."""
     step, state = final_state(workdir)
-    found = {"step": step}
+    found = {"checkpoint": step}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         content = hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -93,7 +93,7 @@ def leaf_hashes(workdir):
 def assert_same_end(workdir, golden, steps=STEPS):
     """Both ended at the same step, bit-equal leaf by leaf, with the same metrics."""
     ours, theirs = leaf_hashes(workdir), leaf_hashes(golden)
-    assert ours["step"] == steps and len(ours) > 10
+    assert ours["checkpoint"] == steps and len(ours) > 10
     assert ours == theirs
 
     def strip(rows):
