@@ -158,8 +158,11 @@ def read_config(path: Path, cls: type) -> Any:
         UsageError: the file is damaged.
     """
     try:
-        return from_dict(cls, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"holds a {type(values).__name__} and no fields")
+        return from_dict(cls, values)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{path}: is damaged ({error}); put back the one that the run was started with"
         ) from None
@@ -238,6 +241,8 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(logging.StreamHandler(sys.stderr))
+    # pages of tracebacks for a full disk, of which our one line tells
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     codes = {
         UsageError: USAGE,
         ConfigError: USAGE,

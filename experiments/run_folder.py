@@ -25,6 +25,7 @@ from kha_jax import __version__
 from kha_jax.checkpoint import Checkpoints, state_bytes
 from kha_jax.config import near, to_dict
 from kha_jax.data import DataError, Source, batch_hash
+from kha_jax.data.tokens import cache_folder
 from kha_jax.manifest import CheckpointError, read_manifest, write_json
 from kha_jax.training import RunConfig
 
@@ -110,6 +111,17 @@ def writable(folder: Path) -> None:
             os.fsync(file.fileno())
     finally:
         probe.unlink(missing_ok=True)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs where that can be done; a run does without."""
+    folder = cache_folder("compiled")
+    try:
+        writable(folder)
+    except OSError as error:
+        log.warning("%s: %s; compiled programs are not kept", folder, error.strerror)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 class RunFolder:

@@ -25,11 +25,10 @@ from experiments import command_line, replay
 from experiments.command_line import UsageError
 from experiments.progress import farewell
 from experiments.reporter import Profile, Reporter
-from experiments.run_folder import RunFolder, writable
+from experiments.run_folder import RunFolder, use_compilation_cache
 from kha_jax import data, faults, processes, sharding
 from kha_jax.config import to_dict
 from kha_jax.data.loader import to_device
-from kha_jax.data.tokens import cache_folder
 from kha_jax.metrics import bits_per_byte
 from kha_jax.training import RunConfig, make_trainer
 
@@ -104,12 +103,14 @@ def join_processes() -> None:
 
 
 class Stop:
-    """SIGTERM and Ctrl-C: the first asks the loop to save and leave, the second leaves at once."""
+    """SIGTERM, Ctrl-C and a terminal that is closed: the first asks the loop to save and leave, the
+    second leaves at once."""
 
     def __init__(self):
         self.asked = False
         if jax.process_count() == 1:  # several processes agree on a step through JAX's own handler
-            for number in (signal.SIGTERM, signal.SIGINT):
+            under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[: 2 if under_nohup else 3]:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -136,17 +137,6 @@ def workdir() -> Path:
         else "run"
     )
     return Path(WORKDIR.value or command_line.REPOSITORY / "runs" / name)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs where that can be done; a run does without."""
-    folder = cache_folder("compiled")
-    try:
-        writable(folder)
-    except OSError as error:
-        log.warning("%s: %s; compiled programs are not kept", folder, error.strerror)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def open_sources(config: RunConfig) -> tuple[data.Source, data.Source]:

@@ -29,6 +29,7 @@ from kha_jax.manifest import (
     read_manifest,
     same_size,
     verify,
+    why,
     write_json,
 )
 
@@ -138,9 +139,8 @@ class Checkpoints:
                 shutil.rmtree(self.path(step), ignore_errors=True)
             free = shutil.disk_usage(self.folder).free
             room = f"about {size:,} bytes are needed, {free:,} are free"
-            reason = " ".join(str(error).split())[:300]
-            return CheckpointError(f"{self.path(step)} could not be written: {reason}; {room}")
-        return CheckpointError(f"{self.path(step)} could not be written: {error}")
+            return CheckpointError(f"{self.path(step)} could not be written: {why(error)}; {room}")
+        return CheckpointError(f"{self.path(step)} could not be written: {why(error)}")
 
     def _commit(self, step: int, size: int) -> None:
         """Waits for the arrays, then makes them count and removes what is too old."""

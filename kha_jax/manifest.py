@@ -1,6 +1,7 @@
 """What makes a folder of files a checkpoint: a manifest, written last, with the step, whose it is,
 and the size and checksum of every file."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,13 @@ MANIFEST = "MANIFEST.json"
 class CheckpointError(StorageError):
     """A checkpoint that could not be written or read. The message names the folder and the
     reason."""
+
+
+def why(error: Exception) -> str:
+    """What the system said, out of the many lines that a storage library makes of it."""
+    said = " ".join(str(error).split())
+    known = (os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES))
+    return next((reason for reason in known if reason in said), said[:300])
 
 
 def folder_name(step: int) -> str:

@@ -121,6 +121,15 @@ def test_a_damaged_record_is_named(folder, damage):
         begin(folder)
 
 
+@pytest.mark.parametrize(
+    "damage", [b"{", b"[]", b"3", b"\xff", b'{"steps": "many"}', b'{"model": 1}']
+)
+def test_a_damaged_config_is_named(folder, damage):
+    (folder / "config.json").write_bytes(damage)
+    with pytest.raises(UsageError, match="config.json: is damaged"):
+        begin(folder)
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
