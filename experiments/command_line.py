@@ -227,6 +227,13 @@ def give_up(message: str) -> None:
     os._exit(HANG)
 
 
+def _report(kind: type, error: BaseException, trace: Any) -> None:
+    """Shows an error that nobody caught, but not that of the threads which still write a save that
+    failed."""
+    if (kind, str(error)) != (RuntimeError, "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
 def run(main: Callable[..., int | None], words: int = 0) -> None:
     """Parses the flags, calls main and leaves with the contract's exit code; expected errors are
     one line on stderr.
@@ -243,6 +250,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     log.addHandler(logging.StreamHandler(sys.stderr))
     # pages of tracebacks for a full disk, of which our one line tells
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    sys.excepthook = _report
     codes = {
         UsageError: USAGE,
         ConfigError: USAGE,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tests.runs import SMALL, finish, leaf_hashes, lines, manifests, start, steps_done
 
-STEPS = 6000
-RUN = (*SMALL, f"--config.steps={STEPS}", "--config.checkpoint.every=15")
+STEPS = 3000
+RUN = (*SMALL, f"--config.steps={STEPS}", "--config.evaluation.every=500")
 
 
 def disturbed(cache: Path, workdir: Path, kills: int, chance: random.Random) -> list[int]:
@@ -25,7 +25,7 @@ def disturbed(cache: Path, workdir: Path, kills: int, chance: random.Random) -> 
         process = start(cache, workdir, base=RUN)
         begun = steps_done(workdir)
         # Anywhere from the imports on; most fall into the steps, some into start-up and saves.
-        wanted = begun + chance.randrange(2 * STEPS // max(kills, 1))
+        wanted = begun + chance.randrange(STEPS // max(kills, 1) + 1)
         deadline = time.monotonic() + chance.choice([chance.uniform(0, 8), 600.0])
         while process.poll() is None and len(at) < kills:
             if time.monotonic() > deadline or (steps_done(workdir) > max(wanted, begun)):
