@@ -218,12 +218,13 @@ def main() -> int:
             return command_line.DONE
         if first_step:
             state = checkpoints.restore(first_step, trainer.abstract)
-            with processes.together("resume check", WAIT.value):
-                folder.check_next_batch(checkpoints, first_step)
         else:
             init = jax.jit(trainer.init, out_shardings=trainer.shardings)
             state = init(jax.random.key(config.seed))
-        folder.keep(first_step)
+        with processes.together("record of the run", WAIT.value):
+            if first_step:
+                folder.check_next_batch(checkpoints, first_step)
+            folder.keep(first_step)
         code = train(
             config,
             mesh,
