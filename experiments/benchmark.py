@@ -437,9 +437,9 @@ def saving() -> dict[str, Any]:
     call, step, total, checksums = median.values()
     CONSOLE.print(
         f"a save of {out['bytes'] / 1e9:.1f} GB takes {total:.2f} s, median of {ROUNDS.value}, "
-        f"{machine()}: training waits {call:.2f} s for the call ({call / total:.1%}) and {step:.2f} s"
-        f" more in the step after it ({step / total:.1%}); checksums {checksums:.2f} s "
-        f"({checksums / total:.1%})"
+        f"{machine()}: training waits {call:.2f} s for the call ({call / total:.1%}) and "
+        f"{step:.2f} s more in the step after it ({step / total:.1%}); checksums take "
+        f"{checksums:.2f} s ({checksums / total:.1%})"
     )
     return out
 
