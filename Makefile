@@ -7,13 +7,20 @@ READY := $(VENV)/ready-$(EXTRAS)
 # Huge pages for large buffers: a training step on a CPU gains 10-25%.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test lint benchmark setup clean
+.PHONY: train test test-slow soak lint benchmark setup clean
 
 train: setup
 	$(RUN) -m experiments.train --config=configs/kha_tiny.py --workdir=runs/kha_tiny
 
 test: setup
 	$(RUN) -m pytest
+
+# What takes longer: faults on real runs, two processes, every variant on every mesh.
+test-slow: setup
+	$(RUN) -m pytest -m slow
+
+soak: setup
+	$(RUN) -m tests.soak
 
 lint: setup
 	$(RUN) -m ruff format --check .

@@ -1,5 +1,5 @@
 """Measures this machine: python -m experiments.benchmark
-[--suite=dense|moe|decode|variants|startup]
+[--suite=dense|moe|decode|variants|startup|saving]
 
 dense: one training step of the peer shape (4 layers, D 256, 8 query and 4 key/value heads of 64,
 SwiGLU 768, vocabulary 4096, tied, float32, batch 8 x 256, AdamW) here and in transformers on
@@ -9,8 +9,10 @@ against one dense feed-forward on the same rows. decode: 128 greedy tokens after
 here and by transformers' generate, then the cost of one token against the length of the cache for
 every projection. variants: what each projection and mixer costs at the paper's 0.8B-6.6B attention,
 counted and not timed. startup: seconds from the command to the first step of configs/kha_tiny.py,
-cold and with a warm compilation cache. Nothing here is a test; the figures go into the README with
-the machine's name.
+cold and with a warm compilation cache. saving: how long training waits for a checkpoint of 100M
+parameters with AdamW's moments, in the call and in the step after it, how long the save takes in
+all, and its checksums. Nothing here is a test; the figures go into the README with the machine's
+name.
 """
 
 import json
@@ -34,12 +36,16 @@ from experiments.command_line import UsageError
 from kha_jax.config import ConfigError
 
 SUITE = flags.DEFINE_enum(
-    "suite", "dense", ["dense", "moe", "decode", "variants", "startup"], "What to measure."
+    "suite",
+    "dense",
+    ["dense", "moe", "decode", "variants", "startup", "saving"],
+    "What to measure.",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Turns of each implementation.", lower_bound=1)
 TORCH_COMPILE = flags.DEFINE_bool(
     "torch_compile", True, "Also measure torch.compile (about 30 s to compile)."
 )
+SAVE_TO = flags.DEFINE_string("save_to", None, "Folder on the disk that `saving` measures.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 CONSOLE = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 150)
@@ -365,6 +371,50 @@ def startup() -> dict[str, Any]:
     return out
 
 
+def saving() -> dict[str, Any]:
+    """See the module's docstring."""
+    import jax
+    import numpy as np
+
+    from kha_jax.checkpoint import Checkpoints, state_bytes
+    from kha_jax.manifest import checksum
+
+    def timed(action: Callable, *arguments: Any) -> tuple[float, Any]:
+        began = time.perf_counter()
+        result = jax.block_until_ready(action(*arguments))
+        return time.perf_counter() - began, result
+
+    noise = np.random.default_rng(0).standard_normal((16, 2500, 2500), np.float32)
+    state = {name: jax.device_put(noise * i) for i, name in enumerate(("params", "mu", "nu"), 1)}
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0.999, tree), donate_argnums=0)
+    state = step(state)
+    out: dict[str, Any] = {"bytes": state_bytes(state), "call": [], "step": [], "total": []}
+    out["checksums"] = []
+    with tempfile.TemporaryDirectory(dir=SAVE_TO.value) as place:
+        with Checkpoints(place, keep=1) as checkpoints:
+            for number in range(ROUNDS.value):
+                usual, state = timed(step, state)
+                began = time.perf_counter()
+                waited, _ = timed(checkpoints.save, number, state)
+                # where the save reads the step's own buffers, the next step has to take new ones
+                after, state = timed(step, state)
+                out["call"].append(waited)
+                out["step"].append(max(0.0, after - usual))
+                checkpoints.wait()
+                out["total"].append(time.perf_counter() - began)
+                files = (p for p in checkpoints.path(number).rglob("*") if p.is_file())
+                out["checksums"].append(timed(lambda: [checksum(p)["bytes"] for p in files])[0])
+    median = {name: statistics.median(out[name]) for name in ("call", "step", "total", "checksums")}
+    call, step, total, checksums = median.values()
+    CONSOLE.print(
+        f"a save of {out['bytes'] / 1e9:.1f} GB takes {total:.2f} s, median of {ROUNDS.value}, "
+        f"{machine()}: training waits {call:.2f} s for the call ({call / total:.1%}) and "
+        f"{step:.2f} s more in the step after it ({step / total:.1%}); checksums take "
+        f"{checksums:.2f} s ({checksums / total:.1%})"
+    )
+    return out
+
+
 def machine() -> str:
     """Processor, cores and versions that the figures belong to."""
     import jax
@@ -383,7 +433,14 @@ def moe() -> dict[str, Any]:
     return {**dense(mixture=True), "experts": expert_kernels()}
 
 
-SUITES = {"dense": dense, "moe": moe, "decode": decode, "variants": variants, "startup": startup}
+SUITES = {
+    "dense": dense,
+    "moe": moe,
+    "decode": decode,
+    "variants": variants,
+    "startup": startup,
+    "saving": saving,
+}
 
 
 def main() -> None:

@@ -23,6 +23,36 @@ class UsageError(Exception):
     """A command line that cannot be used; shown as one line, exit code 2."""
 
 
+class Terminal:
+    """A stream that may go away, as in `train | head -1`, or be full, without stopping the program.
+    Afterwards it leads nowhere; the lines that nobody saw are counted in `lost`."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.lost, self.gone = stream, 0, False
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except (OSError, ValueError):
+            self._leave()
+        self.lost += self.gone * text.count("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self._leave()
+
+    def _leave(self) -> None:
+        self.gone = True
+        with open(os.devnull, "w") as nowhere:  # what is still buffered goes there
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def define_config(default: str = DEFAULT_CONFIG) -> Any:
     """The flag --config=file.py[:variant], with --config.a.b=value for single fields; complaints
     end the program at once.
@@ -128,8 +158,11 @@ def read_config(path: Path, cls: type) -> Any:
         UsageError: the file is damaged.
     """
     try:
-        return from_dict(cls, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"holds a {type(values).__name__} and no fields")
+        return from_dict(cls, values)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{path}: is damaged ({error}); put back the one that the run was started with"
         ) from None
@@ -145,8 +178,10 @@ def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, di
     """
     import jax
 
+    from experiments.run_folder import read_lineage
     from kha_jax import sharding
-    from kha_jax.checkpoint import Checkpoints, verify
+    from kha_jax.checkpoint import Checkpoints
+    from kha_jax.manifest import verify
     from kha_jax.training import RunConfig, make_trainer, variables
 
     if workdir is None:
@@ -154,21 +189,20 @@ def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, di
     folder = Path(workdir)
     if not (folder / "config.json").is_file():
         raise UsageError(f"--workdir={workdir}: no run there; it holds no config.json")
-    config = read_config(folder / "config.json", RunConfig).replace(mesh=sharding.MeshConfig())
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, {})
-    try:
+    config = read_config(folder / "config.json", RunConfig)
+    accepts = read_lineage(folder, config)
+    config = config.replace(mesh=sharding.MeshConfig())
+    with Checkpoints(folder / "checkpoints", accepts=accepts) as checkpoints:
         if step is None:
             step = checkpoints.newest_good(set_aside=False)
         elif step not in checkpoints.steps():
             raise UsageError(f"--step={step}: not kept; {workdir} has {checkpoints.steps()}")
         else:
-            verify(checkpoints.folder / f"{step:08d}")
+            verify(checkpoints.path(step), accepts)
         if step is None:
             raise UsageError(f"--workdir={workdir}: holds no checkpoint yet")
         state = make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1])).abstract
         return config, step, checkpoints.restore_part(step, variables(state))
-    finally:
-        checkpoints.close()
 
 
 def differences(
@@ -193,27 +227,37 @@ def give_up(message: str) -> None:
     os._exit(HANG)
 
 
+def _report(kind: type, error: BaseException, trace: Any) -> None:
+    """Shows an error that nobody caught, but not that of the threads which still write a save that
+    failed."""
+    if (kind, str(error)) != (RuntimeError, "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
 def run(main: Callable[..., int | None], words: int = 0) -> None:
     """Parses the flags, calls main and leaves with the contract's exit code; expected errors are
     one line on stderr.
 
     words: how many arguments that are not flags main takes, at most.
     """
-    from kha_jax.checkpoint import CheckpointError
-    from kha_jax.data import DataError
+    from kha_jax.data import DataError, StorageError
     from kha_jax.processes import PeerError, WaitError, lost_peer
 
+    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     log = logging.getLogger("kha_jax")
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(logging.StreamHandler(sys.stderr))
+    # pages of tracebacks for a full disk, of which our one line tells
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    sys.excepthook = _report
     codes = {
         UsageError: USAGE,
         ConfigError: USAGE,
         DataError: DATA,
         PeerError: HANG,
         WaitError: HANG,
-        CheckpointError: STORAGE,
+        StorageError: STORAGE,
     }
     try:
         code = main(*_parse_flags(sys.argv, words)) or DONE
@@ -221,7 +265,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
         if isinstance(error, WaitError):
             give_up(str(error))
         print(f"error: {error}", file=sys.stderr)
-        code = codes[type(error)]
+        code = next(codes[kind] for kind in codes if isinstance(error, kind))
     except RuntimeError as error:
         if not lost_peer(error):
             raise

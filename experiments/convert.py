@@ -7,7 +7,6 @@ baseline run (config.json and a checkpoint of the same step) that every command 
 optimiser's moments start anew in it; its schedule does not.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,14 @@ from absl import flags
 
 from experiments import command_line
 from experiments.command_line import UsageError
+from experiments.run_folder import config_hash
 from kha_jax import sharding
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import LinearMixer
 from kha_jax.checkpoint import Checkpoints
 from kha_jax.config import ConfigError, near, to_dict
 from kha_jax.decoding import absorb_model, foldable_slots
+from kha_jax.manifest import folder_name, read_manifest, write_json
 from kha_jax.model import ModelConfig
 from kha_jax.training import RunConfig, TrainState, make_trainer
 
@@ -60,23 +61,21 @@ def logit_change(
 def write_run(
     folder: Path, config: RunConfig, step: int, variables: dict[str, Any], source: str
 ) -> None:
-    """A run folder with one checkpoint, whose optimiser has no moments yet."""
+    """A run folder with one checkpoint, whose optimiser has no moments yet. It goes on with the
+    text of the run that it was made from."""
+    manifest = read_manifest(Path(source) / "checkpoints" / folder_name(step))
     trainer = make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     fresh = trainer.init(jax.random.key(config.seed)).optimizer
     schedule = fresh[-1]._replace(count=jnp.int32(step))
     state = TrainState(step=jnp.int32(step), optimizer=(*fresh[:-1], schedule), **variables)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+        write_json(folder / "config.json", to_dict(config))
     except OSError as error:
         raise UsageError(f"--out={folder} cannot be written: {error.strerror}") from None
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        config.checkpoint.keep,
-        {"converted_from": source, "jax": jax.__version__},
-    )
-    checkpoints.save(step, state)
-    checkpoints.close()
+    about = {**manifest, "config": config_hash(config), "converted_from": source}
+    with Checkpoints(folder / "checkpoints", about=lambda step: about) as checkpoints:
+        checkpoints.save(step, state)
 
 
 def on_activations(attention: AttentionConfig) -> AttentionConfig:
@@ -108,7 +107,7 @@ def absorb() -> None:
             f"--tolerance={TOLERANCE.value}: folding changes a logit by {change:.3g} of "
             f"{largest:.3g}; nothing written"
         )
-    write_run(out, config.replace(model=model), step, folded, f"{WORKDIR.value} step {step}")
+    write_run(out, config.replace(model=model), step, folded, WORKDIR.value)
     print(
         f"folded {', '.join(slots)}: largest logit change {change:.3g} of {largest:.3g}, in "
         f"float32; {out} is without them at step {step}"

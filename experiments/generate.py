@@ -10,13 +10,12 @@ import logging
 import sys
 import time
 
-import jax
 from absl import flags
 
 from experiments import command_line
 from experiments.command_line import UsageError
+from experiments.run_folder import use_compilation_cache
 from kha_jax.config import ConfigError
-from kha_jax.data.tokens import cache_folder
 from kha_jax.decoding import Decoder, Sampling, absorb_if_linear
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
@@ -60,7 +59,7 @@ def main() -> None:
             "up to %d tokens with the prompt; the model was trained on %d", longest, config.seq_len
         )
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder("compiled")))
+    use_compilation_cache()
     trained = config.model, variables
     decoder = Decoder(*(absorb_if_linear(*trained) if ABSORB.value else trained))
     settings = {"sampling": sampling, "seed": SEED.value, "end": tokenizer.end_of_document}

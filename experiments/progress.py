@@ -108,21 +108,20 @@ class Progress:
         )
         return "  ".join(form.format(values[name]) for name, form in shown if name in values)
 
-    def farewell(self, workdir: Path, config_flag: Any) -> None:
-        """What to try next."""
-        if not self.enabled:
-            return
-        self.console.print(
-            f"done: {workdir} holds metrics.jsonl, config.json and checkpoints. Next, try\n"
-            "  the baseline    python -m experiments.train --config=configs/kha_tiny.py:baseline "
-            "--workdir=runs/baseline\n"
-            "  another place   python -m experiments.train "
-            "--config.model.attention.key.kind=linear --workdir=runs/key_linear\n"
-            "  another task    python -m experiments.train --config=configs/mqar_tiny.py "
-            "--workdir=runs/mqar"
-        )
-
     def close(self) -> None:
         """Stops the live line."""
         if self.task is not None:
             self.bar.stop()
+
+
+def farewell(workdir: Path) -> str:
+    """What to try next."""
+    return (
+        f"done: {workdir} holds metrics.jsonl, config.json and checkpoints. Next, try\n"
+        "  the baseline    python -m experiments.train --config=configs/kha_tiny.py:baseline "
+        "--workdir=runs/baseline\n"
+        "  another place   python -m experiments.train "
+        "--config.model.attention.key.kind=linear --workdir=runs/key_linear\n"
+        "  another task    python -m experiments.train --config=configs/mqar_tiny.py "
+        "--workdir=runs/mqar"
+    )

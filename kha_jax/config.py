@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Mapping
 
 from ml_collections import config_dict
 
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32
+
 
 class ConfigError(ValueError):
     """A config value that cannot be used. The message names the field, what was found and what
@@ -121,8 +123,10 @@ def checked(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(name, f"expected a tuple, found {value!r}")
         return tuple(checked(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if abs(value) <= LARGEST_FLOAT:
+            return float(value)
+        raise ConfigError(name, f"must be finite in float32, found {value}")
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(name, f"expected {hint.__name__}, found {value!r} ({type(value).__name__})")

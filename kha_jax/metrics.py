@@ -1,12 +1,16 @@
 """Metrics of a run: one JSON object a line, optional TensorBoard, and the meter that turns times
 into rates."""
 
+import collections
+import errno
 import json
 import logging
 import math
+import os
+import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Iterator
 
 log = logging.getLogger("kha_jax")
 
@@ -16,71 +20,158 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / math.log(2) / bytes_per_token
 
 
-class MetricsFile:
-    """`metrics.jsonl`: one object a line with its step. Opening it at a step cuts it back to the
-    lines up to that step.
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl that are whole: objects with a step."""
+    with open(path, errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue  # a line that a kill or a full disk cut short
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
 
-    A failing disk costs metrics and not the run: the first failure is logged, all are counted in
-    `lost`. `last` is the last line that was kept.
+
+def plain(value: Any) -> Any:
+    """The value with None in place of what JSON cannot say: nan and infinities."""
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object a line with its step, null for what is not finite. Opening it at
+    a step cuts it back to the lines up to that step; `last` is the last line that was kept.
+
+    Raises:
+        OSError: from any method. A line that was written in part is ended before the next one.
     """
 
     def __init__(self, path: Path, from_step: int):
-        self.lost = 0
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        self.last: dict[str, Any] = {}
         temporary = path.with_suffix(".tmp")
-        kept = [line for line in lines if _step(line) is not None and _step(line) <= from_step]
-        self.last = json.loads(kept[-1]) if kept else {}
-        temporary.write_text("".join(kept))
-        temporary.rename(path)
-        self.file = open(path, "a", buffering=1)
+        if path.exists():
+            with open(temporary, "w") as file:
+                for row in read_lines(path):
+                    if row["step"] <= from_step:
+                        self.last = row
+                        file.write(json.dumps(plain_row(row)) + "\n")
+            temporary.rename(path)
+        self.file, self.torn = open(path, "ab", buffering=0), False
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        try:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            self.lost += 1
-            if self.lost == 1:
-                log.warning("metrics.jsonl cannot be written, training goes on: %s", error)
+        line = json.dumps({"step": step, **plain_row(values)}, allow_nan=False).encode() + b"\n"
+        line = b"\n" + line if self.torn else line
+        self.torn = True
+        written = self.file.write(line)
+        if written != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.torn = False
 
     def close(self) -> None:
-        try:
-            self.file.close()
-        except OSError:
-            self.lost += 1
+        self.file.close()
 
 
-def _step(line: str) -> int | None:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return None  # the line that a kill cut short
+def plain_row(values: dict[str, Any]) -> dict[str, Any]:
+    """See plain."""
+    return {name: plain(value) for name, value in values.items()}
 
 
 class TensorBoard:
-    """The same metrics as TensorBoard scalars.
+    """The same metrics as TensorBoard scalars, written at once: the package's own writer has a
+    queue that waits for ever once its thread has met a full disk.
 
     Raises:
         ImportError: names the extra that brings tensorboardX.
+        OSError: from any method.
     """
 
     def __init__(self, folder: Path):
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event
         except ImportError:
             raise ImportError(
                 "TensorBoard needs the extra: pip install -e '.[tensorboard]'"
             ) from None
-        self.writer = SummaryWriter(str(folder))
+        self.scalar, self.event = summary.scalar, Event
+        folder.mkdir(parents=True, exist_ok=True)
+        self.writer = EventsWriter(str(folder / "events"))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
             for layer, number in enumerate(value) if isinstance(value, list) else ():
-                self.writer.add_scalar(f"{name}/layer_{layer:02d}", number, step)
+                self._add(f"{name}/layer_{layer:02d}", number, step)
             if isinstance(value, (int, float)):
-                self.writer.add_scalar(name, value, step)
+                self._add(name, value, step)
+        self.writer.flush()
+
+    def _add(self, name: str, value: float, step: int) -> None:
+        event = self.event(summary=self.scalar(name, value), wall_time=time.time(), step=step)
+        self.writer.write_event(event)
 
     def close(self) -> None:
         self.writer.close()
+
+
+class Spared:
+    """Something that a run can do without: what it raises does not stop the run. The first failure
+    is logged, all are counted in `lost`.
+
+    Args:
+        name: what a person calls it.
+        make: opens it; where that fails, every use counts as lost.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Any]):
+        self.name, self.lost, self.inner = name, 0, None
+        self.inner = self._attempt(make)
+
+    def _attempt(self, action: Callable, *arguments: Any) -> Any:
+        try:
+            return action(*arguments)
+        except Exception as error:
+            self.lost += 1
+            if self.lost == 1:
+                reason = " ".join(str(error).split())
+                log.warning("%s cannot be written, training goes on: %s", self.name, reason)
+            return None
+
+    def call(self, method: str, *arguments: Any) -> None:
+        """Calls a method of it."""
+        if self.inner is None:
+            self.lost += 1
+        else:
+            self._attempt(getattr(self.inner, method), *arguments)
+
+    def close(self) -> None:
+        """Closes it and says how much was lost."""
+        if self.inner is not None:
+            self.call("close")
+        if self.lost:
+            log.warning("%s: %d failures, training went on", self.name, self.lost)
+
+
+class Spikes:
+    """Notices a value far above its recent ones: by more than `far` times the median distance from
+    the median of the last `window`, which is taken as 1% of the median at least."""
+
+    def __init__(self, window: int = 100, enough: int = 20, far: float = 15.0):
+        self.recent: collections.deque[float] = collections.deque(maxlen=window)
+        self.enough, self.far = enough, far
+
+    def median_below(self, value: float) -> float | None:
+        """The recent median if the value is far above it, else None; the value is recent from now
+        on."""
+        recent = sorted(self.recent)
+        if math.isfinite(value):
+            self.recent.append(value)
+        if len(recent) < self.enough or not math.isfinite(value):
+            return None
+        median = statistics.median(recent)
+        spread = statistics.median(abs(one - median) for one in recent)
+        return median if value > median + self.far * max(spread, 0.01 * abs(median)) else None
 
 
 class Meter:

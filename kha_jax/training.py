@@ -34,8 +34,9 @@ BATCH = {
 
 
 class EvaluationConfig(Config):
-    """every: steps between evaluations (the last step always has one), 0 for none. batches: of the
-    validation split."""
+    """every: steps between evaluations (the last step always has one), 0 for none. batches: of
+    batch_size windows of the validation split, which may hold fewer; they are computed in
+    micro-batches like a step."""
 
     every: int = 100
     batches: int = 8
@@ -74,8 +75,8 @@ class RunConfig(Config):
 
     steps: optimiser steps. seed: of the initial values and of the data order. batch_size: rows of a
     step over all devices. seq_len: tokens of a row. accumulation: micro-batches that a step is
-    computed in. max_nonfinite_steps: consecutive steps with a non-finite loss or gradient (none of
-    which is applied) after which the run stops.
+    computed in. max_nonfinite_steps: consecutive steps with a non-finite loss,
+    gradient or updated state (none of which is applied) after which the run stops.
     """
 
     steps: int = 1000
@@ -261,7 +262,7 @@ def _train_step(config, model, tx, state, batch):
 
     The gradient is that of (sum of the objective over all micro-batches) / (their weighted tokens),
     so a step does not depend on how its tokens are spread over micro-batches or devices. A
-    non-finite loss or gradient leaves everything but the step as it was.
+    non-finite loss, gradient or updated state leaves everything but the step as it was.
     """
 
     def objective(params, micro_batch):
@@ -292,12 +293,12 @@ def _train_step(config, model, tx, state, batch):
     tokens = jnp.maximum(sums.tokens, 1)
     grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(value)
     updates, optimizer_state = tx.update(grads, state.optimizer, state.params)
     balance, load = _rebalance(config.model.feed_forward, state.balance, aux.counts)
     updated = TrainState(
         state.step, optax.apply_updates(state.params, updates), balance, optimizer_state
     )
+    finite = jnp.isfinite(norm) & jnp.isfinite(value) & _all_finite(updated)
     updated = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     metrics = {
         "loss": sums.loss / tokens,
@@ -309,6 +310,11 @@ def _train_step(config, model, tx, state, batch):
         **load,
     }
     return updated._replace(step=state.step + 1), metrics
+
+
+def _all_finite(tree):
+    """Whether no leaf holds a nan or an infinity."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _rebalance(feed_forward, balance, counts):

@@ -14,9 +14,12 @@ from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP, NoMixer
 from kha_jax.attention.projections import GroupedQuery
 from kha_jax.config import Config, ConfigError, choice, from_dict, near, to_config_dict, to_dict
+from kha_jax.data import MultiQueryAssociativeRecall
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import LossConfig, ModelConfig
+from kha_jax.moe import MoE
 from kha_jax.parameters import Numerics
+from kha_jax.training import RunConfig
 
 
 class Shape(Config):
@@ -412,7 +415,7 @@ BAD_MODELS = [
     ("numerics.dtype", "float16", "'float16' is not known; did you mean 'bfloat16'?"),
     ("numerics.param_dtype", None, "None is not known; use one of float32, bfloat16"),
     ("numerics.init_std", 0, "must be positive, found 0.0"),
-    ("numerics.norm_eps", float("nan"), "must be positive, found nan"),
+    ("numerics.norm_eps", float("nan"), "must be finite in float32, found nan"),
 ]
 
 
@@ -429,3 +432,28 @@ def test_bad_models_are_told_what_is_wrong_and_where(path, value, problem):
     with pytest.raises(ConfigError) as error:
         from_dict(ModelConfig, values)
     assert str(error.value).startswith(f"config.{path}: {problem}")
+
+
+def float_paths(values, path=()):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from float_paths(value, (*path, name))
+        elif isinstance(value, float):
+            yield (*path, name)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e39, 10**40])
+def test_no_float_of_a_run_is_infinite(value):
+    """Not in float32 either, which is what it becomes."""
+    mixers = AttentionConfig(query=KnockingGate(), key=KnockingLinear(), value=KnockingMLP())
+    model = ModelConfig(attention=mixers, feed_forward=MoE(balancing_rate=0.1))
+    runs = [RunConfig(model=model), RunConfig(data=MultiQueryAssociativeRecall())]
+    found = {path: run for run in runs for path in float_paths(to_dict(run))}
+    assert len(found) > 15
+    for path, run in found.items():
+        values = node = copy.deepcopy(to_dict(run))
+        for name in path[:-1]:
+            node = node[name]
+        node[path[-1]] = value
+        with pytest.raises(ConfigError, match=f"{path[-1]}: must be"):
+            from_dict(RunConfig, values)

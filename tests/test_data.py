@@ -1,12 +1,20 @@
 """Data: batches depend on (seed, step) alone; windows, documents and recall examples are what they
 say."""
 
+import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
 
-from kha_jax.data import DataError, MultiQueryAssociativeRecall, PythonSource, batches
+from kha_jax.data import (
+    DataError,
+    MultiQueryAssociativeRecall,
+    PythonSource,
+    StorageError,
+    batches,
+)
 from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
 
 DOCUMENTS = [b"first document", b"", b"second", b"the third is longer than a window of eight"]
@@ -49,7 +57,8 @@ def test_a_whole_stream_is_left_to_its_readers_and_a_broken_one_made_again(tmp_p
 def test_a_batch_depends_on_seed_and_step_alone(stream):
     source = TokenWindows(stream, 4)
     everything = read(source)
-    np.testing.assert_array_equal(read(source, start=3), everything[3:])
+    for start in range(1, 6):  # also at the edge of an epoch, after four steps
+        np.testing.assert_array_equal(read(source, start=start), everything[start:])
     assert any((a != b).any() for a, b in zip(everything, read(source, seed=1)))
 
 
@@ -106,30 +115,85 @@ def test_tokenizer_round_trip():
     assert ByteTokenizer().decode([*ByteTokenizer().encode(text.encode()), 256]) == text
 
 
-def test_a_changed_stream_is_refused(stream):
-    with open(stream / "tokens.bin", "ab") as file:
-        file.write(b"\0\0")
-    with pytest.raises(DataError, match="meta.json says"):
+def rewritten(name, change):
+    def rewrite(stream):
+        path = stream / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return rewrite
+
+
+def meta(**changes):
+    return rewritten("meta.json", lambda b: json.dumps({**json.loads(b), **changes}).encode())
+
+
+def later_document(stream):
+    np.save(stream / "documents.npy", np.load(stream / "documents.npy") + [0, 0, 1, 0])
+
+
+def beyond(stream):
+    """An id that no tokenizer wrote, with the checksum that goes with it."""
+    path = stream / "tokens.bin"
+    ids = np.frombuffer(path.read_bytes(), "<u2").copy()
+    ids[5] = 300
+    path.write_bytes(ids.tobytes())
+    meta(sha256=hashlib.sha256(ids.tobytes()).hexdigest())(stream)
+
+
+HARM = {
+    "reversed": (rewritten("tokens.bin", lambda b: b[::-1]), "tokens.bin"),
+    "one bit": (rewritten("tokens.bin", lambda b: bytes([b[0] ^ 1]) + b[1:]), "tokens.bin differs"),
+    "cut": (rewritten("tokens.bin", lambda b: b[:-2]), "tokens.bin holds .* meta.json says"),
+    "empty": (rewritten("tokens.bin", lambda b: b""), "tokens.bin holds 0 tokens"),
+    "beyond the vocabulary": (beyond, "tokens.bin holds id 300 at token 5, .* vocabulary of 264"),
+    "documents": (later_document, "documents.npy is not where the documents"),
+    "documents cut": (rewritten("documents.npy", lambda b: b[:-1]), "is not a token stream"),
+    "pickled": (rewritten("documents.npy", lambda b: b"\x80\x04N."), "is not a token stream"),
+    "meta is a list": (rewritten("meta.json", lambda b: b"[]"), "is not a token stream"),
+    "meta is no JSON": (rewritten("meta.json", lambda b: b"\xff\0"), "is not a token stream"),
+    "meta lacks": (rewritten("meta.json", lambda b: b"{}"), "is not a token stream"),
+    "meta of another kind": (meta(tokens="many"), "meta.json holds no usable tokens"),
+    "wider ids": (meta(dtype="uint32"), "meta.json holds no usable dtype"),
+    "another tokenizer": (meta(tokenizer="bpe"), "made by the tokenizer bpe, this run's is bytes"),
+}
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_a_harmed_stream_is_refused_by_name(stream, name):
+    harm, message = HARM[name]
+    harm(stream)
+    with pytest.raises(DataError, match=message):
         TokenWindows(stream, 4)
-    with pytest.raises(DataError, match="not a token stream"):
-        TokenWindows(stream.parent, 4)
+
+
+def test_a_stream_that_is_cut_while_it_is_read_is_an_error_and_not_a_signal(stream):
+    source = TokenWindows(stream, 4)
+    reader = batches(source, batch_size=4, rows=np.arange(4), seed=0, start=0, stop=6)
+    os.truncate(stream / "tokens.bin", 20)
+    with pytest.raises(DataError, match="tokens.bin ends before token"):
+        list(reader)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/.* cannot be written: Not a directory"):
+        PythonSource(cache_dir=str(tmp_path / "file")).open("train", 64, 0)
 
 
 def test_less_than_one_batch_is_refused(stream):
-    with pytest.raises(DataError, match="fewer than one batch of 4"):
+    with pytest.raises(DataError, match="fewer than the 4 that are needed"):
         read(TokenWindows(stream, 40))
 
 
 def test_python_source_is_real_split_text_and_is_cached(tmp_path):
     config = PythonSource(cache_dir=str(tmp_path))
     train, validation = (config.open(split, 64, 0) for split in ("train", "validation"))
-    assert len(train.tokens) > 5 * len(validation.tokens) > 100_000
+    assert train.length > 5 * validation.length > 100_000
     assert 0.99 < train.bytes_per_token <= 1
-    assert "def " in ByteTokenizer().decode(train.tokens[:20000])
-    assert train.tokens.max() < config.vocabulary_size()
+    assert "def " in ByteTokenizer().decode(train.read(0, 20000))
 
     def first(source):
-        return {bytes(source.tokens[s : s + 200]) for s in source.starts}
+        return {bytes(source.read(s, min(200, source.length - s))) for s in source.starts}
 
     assert len(first(train) & first(validation)) < 5  # modules may share a licence header, not more
     written = (train.folder / "tokens.bin").stat().st_mtime_ns

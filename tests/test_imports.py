@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "config": 0,
+    "faults": 0,
     "ops": 0,
     "sharding": 0,
     "parameters": 0.5,  # the base of all modules: config and ops.norm
@@ -22,6 +23,7 @@ LAYERS = {
     "model": 2.5,
     "accounting": 2.6,  # what a block is made of, then the whole
     "training": 3,
+    "manifest": 2.9,
     "checkpoint": 3,
     "decoding": 3,
     "planning": 3.5,

@@ -200,6 +200,19 @@ def test_a_non_finite_step_changes_nothing_but_the_step():
     assert healthy["nonfinite"] == 0 and np.isfinite(healthy["loss"])
 
 
+def test_an_update_that_is_not_finite_is_not_applied():
+    """The loss and the gradient may be fine where the updated state is not."""
+    trainer, state, _ = trained(RUN)
+    adam = state.optimizer[1]
+    negative = jax.tree.map(lambda nu: jnp.full_like(nu, -1.0), adam.nu)
+    broken = (state.optimizer[0], adam._replace(nu=negative), *state.optimizer[2:])
+    state = jax.device_put(state._replace(optimizer=broken), trainer.shardings)
+    after, metrics = begun(RUN)[2](state, random_batch(9))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert metrics["nonfinite"] == 1
+    chex.assert_trees_all_equal(after._replace(step=state.step), state)
+
+
 def test_the_loss_falls_on_one_batch():
     _, state, step = begun(RUN)
     losses = []
@@ -340,13 +353,13 @@ def test_a_reader_passes_over_a_damaged_checkpoint_and_changes_nothing(tmp_path)
     """A writer sets newer damaged checkpoints aside; whoever only reads leaves the folder as it is,
     and takes a part of the state."""
     state = {"params": {"w": jnp.arange(4.0)}, "other": jnp.zeros(3)}
-    writer = Checkpoints(tmp_path, 5, {})
+    writer = Checkpoints(tmp_path, 5)
     for step in (1, 2):
         writer.save(step, state)
     writer.close()
     manifest = tmp_path / "00000002" / "MANIFEST.json"
     manifest.write_text("{")
-    reader = Checkpoints(tmp_path, 5, {})
+    reader = Checkpoints(tmp_path, 5)
     assert reader.newest_good(set_aside=False) == 1 and manifest.exists()
     abstract = {
         "params": {
@@ -358,6 +371,6 @@ def test_a_reader_passes_over_a_damaged_checkpoint_and_changes_nothing(tmp_path)
     part = reader.restore_part(1, abstract)
     assert set(part) == {"params"}
     np.testing.assert_array_equal(part["params"]["w"], np.arange(4.0))
-    with pytest.raises(CheckpointError, match="does not hold nothing/w"):
+    with pytest.raises(CheckpointError, match="nothing/w is missing"):
         reader.restore_part(1, {"nothing": abstract["params"]})
     assert reader.newest_good() == 1 and not manifest.exists()

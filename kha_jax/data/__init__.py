@@ -1,7 +1,17 @@
 """Data: sources of fixed-length windows, and the loader that turns them into batches by (seed,
 step) alone."""
 
-from kha_jax.data.loader import DataError, Source, batches
+from kha_jax.data.loader import (
+    DataError,
+    Example,
+    Source,
+    StorageError,
+    batch_hash,
+    batches,
+    check_length,
+    each_once,
+    window_order,
+)
 from kha_jax.data.python_source import PythonSource
 from kha_jax.data.synthetic import MultiQueryAssociativeRecall
 
@@ -10,8 +20,14 @@ SOURCES = {"python_source": PythonSource, "mqar": MultiQueryAssociativeRecall}
 __all__ = [
     "SOURCES",
     "DataError",
+    "Example",
     "MultiQueryAssociativeRecall",
     "PythonSource",
     "Source",
+    "StorageError",
+    "batch_hash",
     "batches",
+    "check_length",
+    "each_once",
+    "window_order",
 ]

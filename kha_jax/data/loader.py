@@ -3,7 +3,8 @@
 Legend: B batch, T position.
 """
 
-from typing import Any, Iterator, Protocol
+import hashlib
+from typing import Any, Iterable, Iterator, Protocol
 
 import grain
 import jax
@@ -14,6 +15,10 @@ Example = dict[str, np.ndarray]
 
 class DataError(Exception):
     """Data that cannot be trained on. The message names the file or source and what to do."""
+
+
+class StorageError(Exception):
+    """A folder that cannot be written. The message names it and the reason."""
 
 
 class Source(Protocol):
@@ -32,6 +37,28 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+def window_order(length: int, seed: int, shuffle: bool = True) -> grain.MapDataset:
+    """Which example comes when: an endless sequence of epochs over `length` of them, each in an
+    order of its own."""
+    order = grain.MapDataset.range(length).seed(seed)
+    return (order.shuffle() if shuffle else order).repeat()
+
+
+def check_length(source: Source, at_least: int, remedy: str) -> None:
+    """Raises DataError when the source holds fewer examples."""
+    if len(source) < at_least:
+        raise DataError(
+            f"{source} holds {len(source)} windows, fewer than the {at_least} that are needed; "
+            f"{remedy}"
+        )
+
+
+def stacked(examples: Iterable[Example]) -> Example:
+    """A batch of examples, in writable arrays of its own."""
+    rows = list(examples)
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
 def batches(
     source: Source,
     *,
@@ -44,9 +71,8 @@ def batches(
 ) -> Iterator[Example]:
     """Yields the given rows of the global batches start, start + 1, ..., stop - 1.
 
-    Row r of batch s is example s * batch_size + r of an endless sequence of epochs, each in an
-    order of its own. A reader therefore needs no state but the step, and any number of processes
-    reads the same global batch.
+    Row r of batch s is example s * batch_size + r of `window_order`. A reader therefore needs no
+    state but the step, and any number of processes reads the same global batch.
 
     Args:
         source: where examples come from.
@@ -54,26 +80,41 @@ def batches(
         rows: the rows wanted, for example those of this process (`sharding.local_rows`).
         seed: of the order.
         start, stop: steps.
-        shuffle: False reads in the source's order, as evaluation does.
+        shuffle: False reads in the source's order.
 
     Raises:
         DataError: when the source holds less than one batch.
     """
-    if len(source) < batch_size:
-        raise DataError(
-            f"{source} holds {len(source)} windows, fewer than one batch of {batch_size}; lower "
-            "batch_size or seq_len"
-        )
-    examples = grain.MapDataset.source(source).seed(seed)
-    examples = examples.shuffle() if shuffle else examples
-    examples = examples.repeat()
+    check_length(source, batch_size, "lower batch_size or seq_len")
+    order = window_order(len(source), seed, shuffle)
 
     def batch(step: int) -> Example:
-        picked = [examples[step * batch_size + int(row)] for row in rows]
-        return {name: np.stack([example[name] for example in picked]) for name in picked[0]}
+        return stacked(source[order[step * batch_size + int(row)]] for row in rows)
 
     steps = grain.MapDataset.range(start, stop).map(batch)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def each_once(
+    source: Source, *, batch_size: int, rows: np.ndarray, count: int
+) -> Iterator[Example]:
+    """Yields the given rows of batches that hold the first `count` examples, in order. The last
+    batch is filled up with examples whose weights are zero."""
+    for first in range(0, count, batch_size):
+        numbers = first + np.asarray(rows)
+        batch = stacked(source[min(number, count - 1)] for number in numbers)
+        batch["weights"] = batch["weights"] * (numbers < count)[:, None].astype(np.float32)
+        yield batch
+
+
+def batch_hash(source: Source, *, batch_size: int, seed: int, step: int) -> str:
+    """Of the content of a global batch, so that a resumed run can tell that it goes on with it."""
+    order, digest = window_order(len(source), seed), hashlib.sha256()
+    for row in range(batch_size):
+        example = source[order[step * batch_size + row]]
+        for name in sorted(example):
+            digest.update(example[name].tobytes())
+    return digest.hexdigest()
 
 
 def to_device(batch: Example, sharding: jax.sharding.Sharding, batch_size: int) -> dict[str, Any]:

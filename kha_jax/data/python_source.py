@@ -1,8 +1,10 @@
 """Real text that every machine has: the source code of the interpreter's standard library."""
 
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
+from typing import Iterator
 
 from kha_jax.config import Config
 from kha_jax.data.loader import DataError
@@ -18,6 +20,13 @@ LEFT_OUT = {
     "lib2to3",
     "config",
 }
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    """Python files below the folder; those left out are not even listed, since they may be many."""
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in LEFT_OUT]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 class PythonSource(Config):
@@ -49,13 +58,12 @@ class PythonSource(Config):
         part in real text.
 
         Raises:
-            DataError: when the interpreter ships no source.
+            DataError: when the interpreter ships no source, or the tokens were changed.
+            StorageError: when the tokens cannot be written.
         """
         del seed
         root = Path(sysconfig.get_path("stdlib"))
-        paths = sorted(
-            p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts[:-1])
-        )
+        paths = sorted(_modules(root))
         if not paths:
             raise DataError(
                 f"data.source=python_source found no module below {root}; use an interpreter "
@@ -75,7 +83,7 @@ class PythonSource(Config):
                 if self._is_held_out(name) == (split == "validation")
             ]
             write_stream(folder, (p.read_bytes() for p in chosen), self.tokenizer())
-        return TokenWindows(folder, seq_len)
+        return TokenWindows(folder, seq_len, self.tokenizer().fingerprint)
 
     def _is_held_out(self, name: str) -> bool:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < self.held_out * 2**32

@@ -11,11 +11,24 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Iterable
 
 import numpy as np
 
-from kha_jax.data.loader import DataError, Example
+from kha_jax.data.loader import DataError, Example, StorageError
+
+ID = np.dtype("<u2")
+CHUNK = 2**23  # tokens that are checked at once
+META = {
+    "dtype": str,
+    "tokens": int,
+    "bytes": int,
+    "documents": int,
+    "sha256": str,
+    "vocabulary_size": int,
+    "tokenizer": str,
+    "end_of_document": int,
+}
 
 
 class ByteTokenizer:
@@ -47,40 +60,59 @@ def cache_folder(name: str) -> Path:
 
 def write_stream(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokenizer) -> None:
     """Tokenises documents into `folder`, which appears complete or not at all; one that is complete
-    is left as it is."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    is left as it is.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
     try:
-        starts, tokens, text_bytes, digest = [], 0, 0, hashlib.sha256()
-        end = np.array([tokenizer.end_of_document], np.uint16)
-        with open(temporary / "tokens.bin", "wb") as file:
-            for text in documents:
-                data = np.concatenate([tokenizer.encode(text), end]).astype("<u2").tobytes()
-                file.write(data)
-                digest.update(data)
-                starts.append(tokens)
-                tokens += len(data) // 2
-                text_bytes += len(text)
-        np.save(temporary / "documents.npy", np.array(starts, np.int64))
-        meta = {
-            "dtype": "uint16",
-            "tokens": tokens,
-            "bytes": text_bytes,
-            "documents": len(starts),
-            "sha256": digest.hexdigest(),
-            "vocabulary_size": tokenizer.vocabulary_size,
-            "tokenizer": tokenizer.fingerprint,
-            "end_of_document": tokenizer.end_of_document,
-        }
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
+            _write_files(temporary, documents, tokenizer)
+            _put_in_place(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written: {error.strerror or error}; name another place with "
+            "KHA_JAX_CACHE or config.data.cache_dir"
+        ) from None
+
+
+def _write_files(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokenizer) -> None:
+    """The files of a stream, meta.json last."""
+    starts, tokens, text_bytes, digest = [], 0, 0, hashlib.sha256()
+    end = np.array([tokenizer.end_of_document], np.uint16)
+    with open(folder / "tokens.bin", "wb") as file:
+        for text in documents:
+            data = np.concatenate([tokenizer.encode(text), end]).astype(ID).tobytes()
+            file.write(data)
+            digest.update(data)
+            starts.append(tokens)
+            tokens += len(data) // ID.itemsize
+            text_bytes += len(text)
+    np.save(folder / "documents.npy", np.array(starts, np.int64))
+    meta = {
+        "dtype": "uint16",
+        "tokens": tokens,
+        "bytes": text_bytes,
+        "documents": len(starts),
+        "sha256": digest.hexdigest(),
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "tokenizer": tokenizer.fingerprint,
+        "end_of_document": tokenizer.end_of_document,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:  # what another process has made in the meantime stays: it may be reading it
+        if not (folder / "meta.json").exists():
+            shutil.rmtree(folder)
             temporary.rename(folder)
-        except OSError:  # what another process has made in the meantime stays: it may be reading it
-            if not (folder / "meta.json").exists():
-                shutil.rmtree(folder)
-                temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class TokenWindows:
@@ -88,37 +120,81 @@ class TokenWindows:
 
     Window i reads tokens [i T, (i + 1) T]. Its documents get segment ids 0, 1, ... in order,
     positions restart in each, and a token whose successor belongs to another document has weight 0.
+    The stream is read whole when it is opened, to compare it with its checksum; afterwards from the
+    file and not by memory map, so that a file which is cut while it is read raises and does not
+    kill the process.
 
     Raises:
-        DataError: when the folder is not a stream or its size is not what meta.json says.
+        DataError: when the folder is not a stream, is not what meta.json says, was made by another
+            tokenizer, or holds an id beyond its vocabulary.
     """
 
-    def __init__(self, folder: Path, seq_len: int):
+    def __init__(self, folder: Path, seq_len: int, tokenizer: str = ByteTokenizer.fingerprint):
         self.folder, self.seq_len = Path(folder), seq_len
+        self.path = self.folder / "tokens.bin"
         try:
-            self.meta: dict[str, Any] = json.loads((self.folder / "meta.json").read_text())
+            self.meta = json.loads((self.folder / "meta.json").read_text())
             self.starts = np.load(self.folder / "documents.npy", allow_pickle=False)
-            self.tokens = np.memmap(self.folder / "tokens.bin", dtype="<u2", mode="r")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.folder} is not a token stream: {error}") from None
-        if len(self.tokens) != self.meta["tokens"]:
-            message = (
-                f"holds {len(self.tokens)} tokens, meta.json says {self.meta['tokens']}; remove "
-                "the folder to make it again"
+            self.file = open(self.path, "rb")
+            wrong = next((k for k, t in META.items() if not isinstance(self.meta[k], t)), None)
+        except (OSError, ValueError, LookupError, TypeError, MemoryError, EOFError) as error:
+            raise DataError(f"{self.folder} is not a token stream: {error!r}") from None
+        if wrong or self.meta["dtype"] != "uint16":
+            raise self._changed("meta.json", f"holds no usable {wrong or 'dtype'}")
+        if self.meta["tokenizer"] != tokenizer:
+            raise DataError(
+                f"{self.folder} was made by the tokenizer {self.meta['tokenizer']}, this run's is "
+                f"{tokenizer}"
             )
-            raise DataError(f"{self.folder / 'tokens.bin'} {message}")
-        self.bytes_per_token = self.meta["bytes"] / self.meta["tokens"]
+        self.length = os.fstat(self.file.fileno()).st_size // ID.itemsize
+        self._check()
+        self.bytes_per_token = self.meta["bytes"] / self.length
         self.fingerprint = self.meta["sha256"]
+
+    def _changed(self, name: str, what: str) -> DataError:
+        return DataError(f"{self.folder / name} {what}; remove the folder to make it again")
+
+    def _check(self) -> None:
+        if self.length != self.meta["tokens"] or not self.length:
+            says = f"holds {self.length} tokens, meta.json says {self.meta['tokens']}"
+            raise self._changed("tokens.bin", says)
+        digest, ends = hashlib.sha256(), []
+        for begin in range(0, self.length, CHUNK):
+            ids = self.read(begin, min(CHUNK, self.length - begin))
+            digest.update(ids.tobytes())
+            ends.append(begin + np.flatnonzero(ids == self.meta["end_of_document"]))
+        if digest.hexdigest() != self.meta["sha256"]:
+            raise self._changed("tokens.bin", "differs from the checksum in meta.json")
+        if not np.array_equal(self.starts, np.append(0, np.concatenate(ends)[:-1] + 1)):
+            raise self._changed("documents.npy", "is not where the documents of tokens.bin begin")
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        """Tokens [begin, begin + count), little-endian integers.
+
+        Raises:
+            DataError: the file ends before, or holds an id beyond the vocabulary.
+        """
+        data = os.pread(self.file.fileno(), count * ID.itemsize, begin * ID.itemsize)
+        if len(data) != count * ID.itemsize:
+            raise self._changed("tokens.bin", f"ends before token {begin + count}; it was cut")
+        ids = np.frombuffer(data, ID)
+        if ids.max(initial=0) >= self.meta["vocabulary_size"]:
+            at = int(np.argmax(ids >= self.meta["vocabulary_size"]))
+            raise DataError(
+                f"{self.path} holds id {ids[at]} at token {begin + at}, beyond the vocabulary of "
+                f"{self.meta['vocabulary_size']}"
+            )
+        return ids
 
     def __str__(self):
         return str(self.folder)
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // self.seq_len)
+        return max(0, (self.length - 1) // self.seq_len)
 
     def __getitem__(self, index: int) -> Example:
         begin, T = int(index) * self.seq_len, self.seq_len
-        tokens = np.asarray(self.tokens[begin : begin + T + 1], np.int32)
+        tokens = self.read(begin, T + 1).astype(np.int32)
         document = np.searchsorted(self.starts, np.arange(begin, begin + T + 1), side="right") - 1
         start_in_window = np.maximum(self.starts[document[:T]] - begin, 0)
         return {

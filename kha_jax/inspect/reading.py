@@ -14,6 +14,7 @@ from etils import epath
 from kha_jax.attention.mixers import STREAM_MIXERS, HeadComposition, repetition
 from kha_jax.checkpoint import MANIFEST, CheckpointError
 from kha_jax.inspect.leaves import Checkpoint
+from kha_jax.metrics import plain_row, read_lines
 from kha_jax.optimizer import TRACE
 
 MIXER = "_mixer"  # every small matrix between heads lives at .../SLOT_mixer/NAME
@@ -197,16 +198,26 @@ def _joined(found: dict[tuple[str, str], Stack]) -> dict[str, Stack]:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that is still being written is left out.
+    """The whole lines of a run's metrics.jsonl, without what was not finite.
 
     Raises:
-        CheckpointError: the folder holds none.
+        CheckpointError: the folder holds none with a loss.
     """
     path = epath.Path(workdir) / "metrics.jsonl"
-    if not path.exists():
-        raise CheckpointError(f"{workdir} holds no metrics.jsonl; train it first")
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = [plain_row(row) for row in read_lines(path)]
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; train it first") from None
+    rows = [{name: value for name, value in row.items() if _drawable(value)} for row in lines]
+    if not any("loss" in row for row in rows):
+        raise CheckpointError(f"{path} holds no loss; train it first")
+    return rows
+
+
+def _drawable(value: Any) -> bool:
+    """Whether a value, or every one of a list, is a finite number."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(one, (int, float)) for one in values)
 
 
 def trace(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:

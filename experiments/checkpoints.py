@@ -1,0 +1,142 @@
+"""Looks after the checkpoints of a run: python -m experiments.checkpoints --workdir=runs/kha_tiny
+
+Without another flag it lists them: step, whether they belong to the run and have their sizes, size
+on disk, age, config. --verify also compares every checksum, and leaves with 74 when one is not
+intact. --prune=STEP,STEP removes those by name, but never the last good one. --diff=STEP,STEP
+compares two, leaf by leaf.
+"""
+
+import fcntl
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import command_line
+from experiments.command_line import UsageError
+from experiments.run_folder import read_lineage
+from kha_jax.checkpoint import Checkpoints, leaves
+from kha_jax.manifest import MANIFEST, CheckpointError, verify
+from kha_jax.training import RunConfig
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder.")
+VERIFY = flags.DEFINE_bool("verify", False, "Read every file and compare it with its checksum.")
+PRUNE = flags.DEFINE_list("prune", [], "Steps whose checkpoints are removed.")
+DIFF = flags.DEFINE_list("diff", [], "Two steps whose leaves are compared.")
+
+
+def steps_of(flag: str, words: list[str], known: list[int]) -> list[int]:
+    """The steps that a flag names, all of which are there.
+
+    Raises:
+        UsageError: names the first that is not.
+    """
+    for word in words:
+        if not word.isdecimal() or int(word) not in known:
+            raise UsageError(f"--{flag}={word}: is no checkpoint; there are {known}")
+    return [int(word) for word in words]
+
+
+def problem(folder: Path, accepts: list[dict], thorough: bool) -> str:
+    """Why a checkpoint does not count; empty when it does."""
+    try:
+        verify(folder, accepts, thorough)
+        return ""
+    except (CheckpointError, OSError) as error:
+        return str(error)
+
+
+def show(folders: list[Path], accepts: list[dict], thorough: bool) -> bool:
+    """One row a checkpoint; whether all of them count."""
+    table = Table("step", "verified" if thorough else "counts", "MB", "age", "config")
+    table.columns[2].justify = table.columns[3].justify = "right"
+    wrong = {folder: problem(folder, accepts, thorough) for folder in folders}
+    for folder in folders:
+        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        hours = (time.time() - folder.stat().st_mtime) / 3600
+        try:
+            config = json.loads((folder / MANIFEST).read_text())["config"][:12]
+        except (OSError, ValueError, KeyError, TypeError):
+            config = "?"
+        row = (str(int(folder.name)), "no" if wrong[folder] else "yes", f"{size / 1e6:,.1f}")
+        table.add_row(*row, f"{hours:,.1f} h", config)
+    Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 100).print(
+        table
+    )
+    for reason in filter(None, wrong.values()):
+        print(reason, file=sys.stderr)
+    return not any(wrong.values())
+
+
+def prune(workdir: Path, checkpoints: Checkpoints, steps: list[int], accepts: list[dict]) -> None:
+    """Removes checkpoints of a run that nobody trains.
+
+    Raises:
+        UsageError: it is being trained, or no good checkpoint would be left.
+    """
+    left = [step for step in checkpoints.steps() if step not in steps]
+    if not any(not problem(checkpoints.path(step), accepts, thorough=True) for step in left):
+        raise UsageError("--prune: no good checkpoint would be left")
+    with open(workdir / "lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--workdir={workdir} is being trained; stop it first") from None
+        for step in steps:
+            (checkpoints.path(step) / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(checkpoints.path(step))
+            print(f"removed {checkpoints.path(step)}")
+
+
+def diff(checkpoints: Checkpoints, first: int, second: int) -> None:
+    """One line for each leaf: equal, or the largest change and its share of the largest value."""
+    before, after = (leaves(checkpoints.restore_all(step)) for step in (first, second))
+    for name in sorted({**before, **after}):
+        if name not in before or name not in after:
+            print(f"{name}: only in {first if name in before else second}")
+            continue
+        a, b = (np.asarray(tree[name]) for tree in (before, after))
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            print(f"{name}: {a.dtype}{list(a.shape)} -> {b.dtype}{list(b.shape)}")
+        elif a.tobytes() == b.tobytes():
+            print(f"{name}: equal")
+        else:
+            change = float(np.abs(b.astype(np.float64) - a.astype(np.float64)).max())
+            largest = float(np.abs(a.astype(np.float64)).max())
+            share = change / largest if largest else math.inf
+            print(f"{name}: changes by up to {change:.3g}, {share:.2%} of its largest value")
+
+
+def main() -> int:
+    """See the module's docstring."""
+    if WORKDIR.value is None:
+        raise UsageError("--workdir: is required; name the folder of a run, such as runs/kha_tiny")
+    workdir = Path(WORKDIR.value)
+    if not (workdir / "config.json").is_file():
+        raise UsageError(f"--workdir={workdir}: no run there; it holds no config.json")
+    if len(DIFF.value) not in (0, 2):
+        raise UsageError(f"--diff={','.join(DIFF.value)}: name two steps, such as --diff=100,200")
+    jax.config.update("jax_platforms", "cpu")
+    accepts = read_lineage(workdir, command_line.read_config(workdir / "config.json", RunConfig))
+    with Checkpoints(workdir / "checkpoints", accepts=accepts) as checkpoints:
+        folders = checkpoints.folders()
+        known = [int(folder.name) for folder in folders]
+        if DIFF.value:
+            diff(checkpoints, *steps_of("diff", DIFF.value, known))
+        elif PRUNE.value:
+            prune(workdir, checkpoints, steps_of("prune", PRUNE.value, known), accepts)
+        elif not show(folders, accepts, VERIFY.value):
+            return command_line.STORAGE if VERIFY.value else command_line.DONE
+    return command_line.DONE
+
+
+if __name__ == "__main__":
+    command_line.run(main)

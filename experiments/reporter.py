@@ -1,0 +1,131 @@
+"""What a run tells while it trains: metrics to the terminal, metrics.jsonl and TensorBoard, spikes
+and steps that were not applied to the log, a profiler trace. None of them can stop it."""
+
+import functools
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import jax
+
+from experiments.progress import Progress
+from kha_jax import accounting
+from kha_jax.metrics import Meter, MetricsFile, Spared, Spikes, TensorBoard
+from kha_jax.optimizer import TRACE
+from kha_jax.training import RunConfig
+
+WINDOWS_NAMED = 8  # of a batch, in the log
+TRACE_EVERY = 10  # steps between the lines that hold the trace of the knocking matrices
+log = logging.getLogger("kha_jax")
+
+
+class Reporter:
+    """Where metrics go: the terminal, metrics.jsonl and TensorBoard, on process 0 alone. A step is
+    reported while the next one runs.
+
+    windows: the numbers of the windows that a step trains on. nonfinite: consecutive steps that
+    were not applied.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: jax.sharding.Mesh,
+        workdir: Path,
+        first_step: int,
+        windows: Callable[[int], list[int]],
+        tensorboard: bool,
+    ):
+        self.config, self.windows, self.pending, self.nonfinite = config, windows, None, 0
+        cost = accounting.account(config.model, config.seq_len, tokens=config.tokens_per_step)
+        peak = accounting.peak_flops(jax.devices()[0].device_kind) * mesh.devices.size
+        self.meter = Meter(cost.training_flops, peak)
+        self.spikes = {"loss": Spikes(), "grad_norm": Spikes()}
+        leader = jax.process_index() == 0
+        self.sinks: list[Spared] = []
+        if leader:
+            make = functools.partial(MetricsFile, workdir / "metrics.jsonl", first_step)
+            self.sinks.append(Spared("metrics.jsonl", make))
+        if leader and tensorboard:
+            make = functools.partial(TensorBoard, workdir / "tensorboard")
+            self.sinks.append(Spared("tensorboard", make))
+        self.progress = Progress(first_step, config.steps, enabled=leader)
+        self.progress.header(workdir, config, cost, mesh, first_step)
+
+    def now(self, step: int, values: dict[str, Any]) -> None:
+        """Reports values that are there."""
+        for sink in self.sinks:
+            sink.call("write", step, values)
+        self.progress.update(step, values)
+
+    def later(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Reports the step before this one, and this one next time."""
+        self.flush()
+        self.pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Reports the step that is waiting for it."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        if step % TRACE_EVERY:
+            metrics = {name: z for name, z in metrics.items() if not name.startswith(TRACE)}
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        self.nonfinite = self.nonfinite + 1 if values["nonfinite"] else 0
+        if self.nonfinite:
+            found = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+            log.warning("step %d not applied: %s; %s", step, found, self._batch(step))
+        for name, spikes in self.spikes.items():
+            median = spikes.median_below(values[name])
+            if median is not None:
+                found = f"{name} {values[name]:.4g} is far above its recent median {median:.4g}"
+                log.warning("step %d: spike, %s; %s", step, found, self._batch(step))
+                values["spike"] = 1
+        self.now(step, {**values, **self.meter.read(self.config.tokens_per_step)})
+
+    def _batch(self, step: int) -> str:
+        """Which examples a step had."""
+        rows = self.config.batch_size
+        windows = self.windows(step)
+        named = ", ".join(map(str, windows[:WINDOWS_NAMED]))
+        more = ", ..." if len(windows) > WINDOWS_NAMED else ""
+        return (
+            f"examples {(step - 1) * rows} to {step * rows - 1}, windows {named}{more}; "
+            f"--replay_step={step} shows them"
+        )
+
+    def evaluated(self, step: int) -> bool:
+        """Whether a resumed run's last line holds an evaluation, as far as one process can tell."""
+        return jax.process_count() > 1 or not step or "val_loss" in self._last()
+
+    def _last(self) -> dict[str, Any]:
+        return self.sinks[0].inner.last if self.sinks[0].inner else {}
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+        self.progress.close()
+        if lost := getattr(sys.stdout, "lost", 0):
+            log.warning("the terminal: %d lines were not shown, training went on", lost)
+
+
+class Profile:
+    """The profiler trace that the config asks for."""
+
+    def __init__(self, config: RunConfig, folder: Path):
+        self.wanted, self.folder, self.running = config.profile, folder, False
+        self.profiler = Spared("the profile", lambda: jax.profiler)
+
+    def before(self, step: int) -> None:
+        if self.wanted.stop and step == self.wanted.start + 1:
+            self.profiler.call("start_trace", str(self.folder))
+            self.running = not self.profiler.lost
+
+    def after(self, step: int, state: Any) -> None:
+        if self.running and step == self.wanted.stop:
+            jax.block_until_ready(state)
+            self.profiler.call("stop_trace")
+            self.running = False
+            if not self.profiler.lost:
+                log.info("profile of steps %d to %d: %s", self.wanted.start, step - 1, self.folder)

@@ -1,0 +1,257 @@
+"""Checkpoints: what is damaged, foreign, of another tree or unfinished never counts, and what is
+good stays."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kha_jax import faults, sharding
+from kha_jax.checkpoint import Checkpoints
+from kha_jax.manifest import MANIFEST, CheckpointError, verify
+from kha_jax.sharding import MeshConfig
+
+STATE = {"params": {"w": jnp.arange(12.0).reshape(3, 4)}, "count": jnp.int32(7)}
+OURS = {"config": "ours", "data": "text"}
+
+
+def described(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def saved(folder, *steps, keep=9, about=OURS, state=STATE):
+    with Checkpoints(folder, keep, lambda step: about) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Steps 1 and 2, to be copied."""
+    return saved(tmp_path_factory.mktemp("two") / "checkpoints", 1, 2)
+
+
+@pytest.fixture
+def folder(two, tmp_path):
+    return shutil.copytree(two, tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of half a megabyte."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can only be mounted as root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def newest(folder, accepts=(OURS,), **options):
+    with Checkpoints(folder, accepts=accepts) as checkpoints:
+        return checkpoints.newest_good(**options)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("harm", [cut, flip, empty, os.unlink])
+def test_harm_to_any_file_is_found(folder, harm):
+    files = [p for p in (folder / "00000002" / "state").rglob("*") if p.is_file()]
+    files = [p for p in files if p.stat().st_size]
+    assert len(files) > 5
+    for path in files:
+        before = path.read_bytes()
+        harm(path)
+        with pytest.raises(CheckpointError, match=path.name):
+            verify(folder / "00000002")
+        path.write_bytes(before)
+    assert verify(folder / "00000002")["step"] == 2
+
+
+def forged(**changes):
+    def forge(folder):
+        path = folder / "00000002" / MANIFEST
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return forge
+
+
+def replaced(text):
+    def replace(folder):
+        (folder / "00000002" / MANIFEST).write_text(text)
+
+    return replace
+
+
+def renamed(folder):
+    (folder / "00000002").rename(folder / "00000009")
+
+
+FOREIGN = {
+    "no manifest": lambda folder: (folder / "00000002" / MANIFEST).unlink(),
+    "not JSON": replaced("{"),
+    "a list": replaced("[]"),
+    "files are a list": forged(files=[]),
+    "no files": forged(files={}),
+    "a file outside": forged(files={"/dev/zero": {"bytes": 0, "sha256": ""}}),
+    "entries of another kind": forged(files={"state/d": 3}),
+    "another step": forged(step=1),
+    "a step of another kind": forged(step="two"),
+    "another config": forged(config="theirs"),
+    "another text": forged(data="theirs"),
+    "renamed": renamed,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_checkpoint_is_passed_over_and_alone_refused(folder, name, caplog):
+    """With the reason; a reader changes nothing, a writer sets it aside."""
+    FOREIGN[name](folder)
+    listing = sorted(folder.rglob("*"))
+    assert newest(folder, set_aside=False) == 1
+    assert "passed over" in caplog.text and sorted(folder.rglob("*")) == listing
+    shutil.rmtree(folder / "00000001")
+    with pytest.raises(CheckpointError, match="put one back"):
+        newest(folder)
+    assert (folder / "NEWEST").exists()
+
+
+def test_a_run_whose_manifests_are_gone_does_not_start_again(folder):
+    for manifest in folder.glob(f"*/{MANIFEST}"):
+        manifest.unlink()
+    with pytest.raises(CheckpointError, match="no manifest is left"):
+        newest(folder)
+    assert len(list(folder.glob("*/state"))) == 2  # nothing was removed
+    shutil.rmtree(folder)
+    assert newest(folder) is None  # what is removed on purpose is a new run
+
+
+def test_a_first_save_that_was_killed_is_a_new_run(folder):
+    (folder / "NEWEST").unlink()
+    shutil.rmtree(folder / "00000002")
+    (folder / "00000001" / MANIFEST).unlink()
+    assert newest(folder) is None and not list(folder.glob("*/"))
+
+
+def test_a_writer_removes_leftovers_and_leaves_odd_names(folder):
+    for name in ("00000003", "15", "notes", "²²²²²²²²"):
+        (folder / name).mkdir()
+    assert newest(folder) == 2
+    assert {p.name for p in folder.glob("*/")} == {"00000001", "00000002", "15", "notes", "²" * 8}
+
+
+def test_retention_counts_verified_checkpoints(folder):
+    """The two that are kept are good ones: a damaged one takes no place of theirs."""
+    flip(max((folder / "00000002" / "state" / "d").iterdir(), key=lambda p: p.stat().st_size))
+    with Checkpoints(folder, 2, lambda step: OURS, [OURS]) as checkpoints:
+        checkpoints.save(3, STATE)
+    assert verify(folder / "00000001") and verify(folder / "00000003")
+    with Checkpoints(folder, 2, lambda step: OURS, [OURS]) as checkpoints:
+        checkpoints.save(4, STATE)
+    assert [p.name for p in sorted(folder.glob("*/"))] == ["00000003", "00000004"]
+
+
+OTHER = {
+    "params/more is missing, expected float32": {
+        **STATE,
+        "params": {**STATE["params"], "more": jnp.zeros(2)},
+    },
+    "count is not expected": {"params": STATE["params"]},
+    r"params/w is float32\[3, 4\], expected float32\[4, 3\]": {
+        **STATE,
+        "params": {"w": jnp.zeros((4, 3))},
+    },
+    r"params/w is float32\[3, 4\], expected bfloat16\[3, 4\]": {
+        **STATE,
+        "params": {"w": jnp.zeros((3, 4), jnp.bfloat16)},
+    },
+    r"count is int32\[\], expected float32\[\]": {**STATE, "count": jnp.float32(0)},
+}
+
+
+@pytest.mark.parametrize("message", OTHER)
+def test_another_tree_is_refused_leaf_by_leaf(two, message):
+    with Checkpoints(two) as checkpoints, pytest.raises(CheckpointError, match=message):
+        checkpoints.restore(2, described(OTHER[message]))
+
+
+def test_a_small_checkpoint_cannot_inflate(tmp_path, monkeypatch):
+    """256 MB of zeros in some kilobytes: refused by their shape, before they are read."""
+    folder = saved(tmp_path / "large", 1, state={**STATE, "count": np.zeros(2**26, np.float32)})
+    assert sum(p.stat().st_size for p in folder.rglob("*")) < 2**22
+    with Checkpoints(folder) as checkpoints:
+        monkeypatch.setattr(checkpoints.checkpointer, "restore", None)
+        with pytest.raises(CheckpointError, match=r"count is float32\[67108864\]"):
+            checkpoints.restore(1, described(STATE))
+
+
+@pytest.mark.parametrize("point", ["save", "arrays_written", "manifest_written"])
+def test_a_save_that_fails_is_told_once_and_leaves_the_old_one(folder, monkeypatch, point):
+    monkeypatch.setattr(faults, "WANTED", [["fail", point, "3"]])
+    with pytest.raises(CheckpointError, match="No space left.* bytes are needed, .* are free"):
+        with Checkpoints(folder, 9, lambda step: OURS) as checkpoints:
+            checkpoints.save(3, STATE)
+    assert newest(folder) == 2 and not (folder / "00000003").exists()
+
+
+def test_the_first_error_is_the_one_that_shows(folder, monkeypatch, caplog):
+    monkeypatch.setattr(faults, "WANTED", [["fail", "arrays_written", "3"]])
+    with pytest.raises(ZeroDivisionError):
+        with Checkpoints(folder, 9, lambda step: OURS) as checkpoints:
+            checkpoints.save(3, STATE)
+            1 / 0
+    assert "besides: " in caplog.text
+    with pytest.raises(ZeroDivisionError):  # and a save under way is not lost
+        with Checkpoints(folder, 9, lambda step: OURS) as checkpoints:
+            checkpoints.save(4, STATE)
+            1 / 0
+    assert newest(folder) == 4
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(small_disk):
+    random = np.random.default_rng(0)
+    large = {"w": jnp.asarray(random.integers(0, 2**31, 2**16))}
+    folder = saved(small_disk / "checkpoints", 1, state=large)
+    with pytest.raises(CheckpointError, match=f"{folder}.*262,144 bytes are needed"):
+        saved(folder, 2, state=large)
+    assert newest(folder) == 1
+    with Checkpoints(folder) as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore(1, described(large))["w"], large["w"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 1, 1), (4, 1, 1)), ((4, 1, 1), (1, 1, 2)), ((2, 1, 2), (1, 1, 4))]
+)
+def test_a_state_comes_back_bit_equal_on_another_mesh(tmp_path, before, after):
+    random, shardings = np.random.default_rng(0), []
+    for sizes in (before, after):
+        config = MeshConfig(**dict(zip(sharding.MESH_AXES, sizes)))
+        mesh = sharding.make_mesh(config, jax.devices()[: np.prod(sizes)])
+        shardings.append(NamedSharding(mesh, PartitionSpec("data", "model")))
+    w = random.standard_normal((8, 16)).astype(np.float32)
+    saved(tmp_path, 1, state={"w": jax.device_put(w, shardings[0])})
+    with Checkpoints(tmp_path) as checkpoints:
+        wanted = {"w": jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=shardings[1])}
+        back = checkpoints.restore(1, wanted)["w"]
+    assert back.sharding == shardings[1]
+    np.testing.assert_array_equal(back, w)

@@ -1,0 +1,131 @@
+"""Sinks: what JSON cannot say, lines that were cut, and failures that must not stop a run."""
+
+import json
+import math
+
+import pytest
+
+from experiments.command_line import Terminal, UsageError
+from experiments.report import read_metrics
+from kha_jax import metrics
+from kha_jax.metrics import MetricsFile, Spared, Spikes, TensorBoard, read_lines
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    file = MetricsFile(tmp_path / "m.jsonl", 0)
+    file.write(1, {"loss": math.nan, "layers": [1.0, math.inf], "grad_norm": -math.inf})
+    file.close()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    row = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=refuse)
+    assert row == {"step": 1, "loss": None, "layers": [1.0, None], "grad_norm": None}
+
+
+def test_a_resumed_file_holds_the_whole_lines_up_to_its_step(tmp_path):
+    path = tmp_path / "m.jsonl"
+    whole = ['{"step": 1, "loss": NaN}', '{"step": 2}', '{"step": 3}']
+    broken = ['{"step": 2, "lo', "[]", "3", '{"step": "1"}', "{}", "\ufffd\0", ""]
+    path.write_text("\n".join([whole[0], *broken, *whole[1:]]))
+    file = MetricsFile(path, 2)
+    assert file.last == {"step": 2}
+    file.write(3, {"loss": 1.0})
+    file.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": None}, {"step": 2}, {"step": 3, "loss": 1.0}]
+
+
+def test_a_line_that_did_not_fit_does_not_spoil_the_next(tmp_path):
+    class Full:
+        def write(self, line):
+            self.part = line[:5]
+            inner.write(self.part)
+            return 5
+
+    file = MetricsFile(tmp_path / "m.jsonl", 0)
+    inner, file.file = file.file, Full()
+    with pytest.raises(OSError, match="No space left"):
+        file.write(1, {})
+    file.file = inner
+    file.write(2, {})
+    file.close()
+    assert list(read_lines(tmp_path / "m.jsonl")) == [{"step": 2}]
+
+
+class Failing:
+    def write(self, step, values):
+        raise OSError("full")
+
+    def close(self):
+        raise OSError("still full")
+
+
+def no_folder():
+    raise NotADirectoryError("a file is there")
+
+
+def test_a_sink_that_fails_is_counted_and_told_of_once(caplog):
+    for make, lost in ((Failing, 4), (no_folder, 4)):
+        caplog.clear()
+        sink = Spared("the sink", make)
+        for step in range(3):
+            sink.call("write", step, {})
+        sink.close()
+        assert sink.lost == lost
+        assert [r.getMessage().split(":")[0] for r in caplog.records] == [
+            "the sink cannot be written, training goes on",
+            "the sink",
+        ]
+
+
+@pytest.mark.slow  # tensorboardX takes seconds to import
+@pytest.mark.parametrize("place", ["/dev/full", "a file"])
+def test_tensorboard_fails_at_once_instead_of_waiting(tmp_path, place, monkeypatch):
+    """The package's own queue waits for ever; a folder that is a file is no folder."""
+    pytest.importorskip("tensorboardX")
+    folder = tmp_path / "tensorboard"
+    if place == "a file":
+        folder.write_text("")
+        with pytest.raises(OSError):
+            TensorBoard(folder)
+        return
+    board = TensorBoard(folder)
+    board.write(0, {"loss": 1.0, "layers": [1.0, 2.0]})
+    assert sum(p.stat().st_size for p in folder.iterdir()) > 100
+    board.writer._py_recordio_writer._writer = open(place, "wb")
+    with pytest.raises(OSError):
+        board.write(1, {"loss": 1.0})
+
+
+def test_a_terminal_that_is_gone_counts_what_nobody_saw(tmp_path):
+    terminal = Terminal(open("/dev/full", "w"))
+    for _ in range(3):
+        print("a line", file=terminal, flush=True)
+    assert terminal.gone and terminal.lost == 2
+    terminal.stream.close()
+
+
+def test_spikes_stand_out_from_what_is_recent_and_noise_does_not():
+    spikes = Spikes(window=50)
+    noise = [1 + 0.1 * math.sin(i) for i in range(60)]
+    assert not any(spikes.median_below(value) for value in noise)
+    assert spikes.median_below(math.nan) is None
+    assert spikes.median_below(4.0) == pytest.approx(1, abs=0.1)
+    level = [spikes.median_below(4.0) for _ in range(60)]
+    assert level[0] and not level[-1]  # a new level is not an endless alarm
+    assert metrics.plain((1, [math.nan])) == [1, [None]]
+
+
+def test_a_report_draws_what_is_there(tmp_path):
+    """Cut lines, a run without an evaluation, steps that were not finite; an empty run is named."""
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"s'
+    )
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2}]
+    for content in ("", "\0\0", '{"step": 1, "loss": "high"}'):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        with pytest.raises(UsageError, match="metrics.jsonl holds no loss"):
+            read_metrics(tmp_path)
+    with pytest.raises(UsageError, match="none/metrics.jsonl: No such file"):
+        read_metrics(tmp_path / "none")

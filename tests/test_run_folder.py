@@ -1,0 +1,212 @@
+"""The run folder: what may change between two starts, who may write, and what is found out before
+anything compiles."""
+
+import json
+import runpy
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.command_line import UsageError
+from experiments.run_folder import RunFolder
+from experiments.train import evaluate, open_sources
+from kha_jax import sharding
+from kha_jax.config import from_dict, to_dict
+from kha_jax.data import DataError, MultiQueryAssociativeRecall, PythonSource
+from kha_jax.manifest import CheckpointError
+from kha_jax.ops.losses import TokenSums
+from kha_jax.training import RunConfig
+
+RUN = RunConfig(batch_size=4, seq_len=64)
+SOURCE = types.SimpleNamespace(fingerprint="text")
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
+
+
+def begin(path, config=RUN, allowed=(), source=SOURCE):
+    """What train does before its state is there; the folder and whether a change was allowed."""
+    folder = RunFolder(path, config, list(allowed))
+    folder.identify(source)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run that has a checkpoint."""
+    first = begin(tmp_path)
+    first.keep(0)
+    first.close()
+    (tmp_path / "checkpoints" / "00000001").mkdir(parents=True)
+    return tmp_path
+
+
+RATE = RUN.replace(optimizer=RUN.optimizer.replace(learning_rate=0.5))
+WIDER = RUN.replace(model=RUN.model.replace(width=64))
+REFUSED = {
+    "a rate that is not named": (
+        RATE,
+        (),
+        "optimizer.learning_rate: this run began with 0.00075, found 0.5",
+    ),
+    "another is named": (RATE, ["seed"], "optimizer.learning_rate: this run"),
+    "architecture": (WIDER, ["model.width"], "model.width: .*256, found 64; the model cannot"),
+    "no field": (RUN, ["optimizer.learning_rat"], "did you mean 'optimizer.learning_rate'"),
+    "part of a name": (RATE, ["optimizer.learn"], "is no field"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_change_leaves_the_folder_as_it_was(folder, name):
+    config, allowed, message = REFUSED[name]
+    before = {p: p.read_bytes() for p in folder.glob("*.json")}
+    with pytest.raises(UsageError, match=message):
+        begin(folder, config, allowed)
+    assert {p: p.read_bytes() for p in folder.glob("*.json")} == before
+    begin(folder).close()  # the original command goes on
+
+
+@pytest.mark.parametrize("allowed", ["optimizer.learning_rate", "optimizer"])
+def test_an_allowed_change_is_kept_once_the_state_is_there(folder, allowed):
+    changed = begin(folder, RATE, [allowed])
+    assert json.loads((folder / "config.json").read_text()) == to_dict(RUN)
+    changed.keep(7)
+    changed.close()
+    assert json.loads((folder / "config.json").read_text()) == to_dict(RATE)
+    before, after = json.loads((folder / "lineage.json").read_text())
+    assert after["from_step"] == 7
+    assert after["changes"] == {"optimizer.learning_rate": [0.00075, 0.5]}
+    with pytest.raises(UsageError, match="began with 0.5, found 0.00075"):
+        begin(folder)
+    again = begin(folder, RATE)
+    known = again.checkpoints({}).accepts
+    assert [one["config"] for one in known[:2]] == [before["config"], after["config"]]
+    again.close()
+
+
+def test_what_does_not_matter_to_the_result_may_change(folder):
+    free = RUN.replace(evaluation=RUN.evaluation.replace(every=3), max_nonfinite_steps=2)
+    changed = begin(folder, free)
+    assert not changed.changes and changed.identity == begin_hash(RUN)
+    changed.close()
+
+
+def begin_hash(config):
+    from experiments.run_folder import config_hash
+
+    return {"config": config_hash(config), "data": "text", "tokenizer": "bytes-v1"}
+
+
+def test_another_text_is_refused_unless_allowed(folder):
+    other = types.SimpleNamespace(fingerprint="another text")
+    with pytest.raises(DataError, match="--allow_changes=data"):
+        begin(folder, source=other)
+    changed = begin(folder, allowed=["data"], source=other)
+    assert changed.changes == {"data": ("text", "another text")}
+    changed.close()
+
+
+def test_another_tokenizer_is_refused(folder):
+    path = folder / "lineage.json"
+    path.write_text(path.read_text().replace("bytes-v1", "bpe"))
+    with pytest.raises(UsageError, match="began with the tokenizer bpe, found bytes-v1"):
+        begin(folder)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]x", '{"a": 1}', "[3]", '["text"]'])
+def test_a_damaged_record_is_named(folder, damage):
+    (folder / "lineage.json").write_text(damage)
+    with pytest.raises(UsageError, match="lineage.json: is damaged"):
+        begin(folder)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"{", b"[]", b"3", b"\xff", b'{"steps": "many"}', b'{"model": 1}']
+)
+def test_a_damaged_config_is_named(folder, damage):
+    (folder / "config.json").write_bytes(damage)
+    with pytest.raises(UsageError, match="config.json: is damaged"):
+        begin(folder)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match=f"--workdir={path} cannot be written"):
+            begin(path)
+
+
+def test_checkpoints_that_do_not_fit_are_refused_with_path_and_bytes(tmp_path):
+    folder = begin(tmp_path)
+    huge = {"w": jax.ShapeDtypeStruct((2**40,), np.float32)}
+    message = f"{tmp_path}/checkpoints: 3 checkpoints of 4,398,046,511,104 bytes .* bytes are free"
+    with pytest.raises(CheckpointError, match=message):
+        folder.checkpoints(huge)
+    folder.close()
+
+
+def test_a_resume_checks_its_next_batch(folder, tmp_path, capsys):
+    config = RUN.replace(data=MultiQueryAssociativeRecall(pairs=4))
+    source = config.data.open("train", 64, 0)
+    here = begin(tmp_path / "run", config, source=source)
+    with here.checkpoints({}) as checkpoints:
+        checkpoints.save(5, {"w": np.zeros(3)})
+    manifest = json.loads((checkpoints.path(5) / "MANIFEST.json").read_text())
+    assert {"config", "data", "tokenizer", "next_batch", "versions", "files"} <= set(manifest)
+    here.check_next_batch(checkpoints, 5)
+    assert f"next batch {manifest['next_batch'][:12]} matches" in capsys.readouterr().out
+    here.source = config.data.open("train", 64, 1)
+    with pytest.raises(DataError, match="is not the checkpoint's"):
+        here.check_next_batch(checkpoints, 5)
+    here.close()
+
+
+@pytest.mark.parametrize("windows", [1, 3, 4, 11, 40])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_evaluation_counts_every_window_once_in_micro_batches(windows, accumulation):
+    """Any number of them, also fewer than a batch; never more rows at once than a step has."""
+    data = MultiQueryAssociativeRecall(pairs=4, validation_examples=windows)
+    config = RUN.replace(batch_size=8, accumulation=accumulation, data=data)
+    config = config.replace(evaluation=config.evaluation.replace(batches=2))
+    source, seen = data.open("validation", 64, 0), []
+
+    def step(state, batch):
+        assert batch["tokens"].shape == (8 // accumulation, 64)
+        counted = np.asarray(batch["weights"])
+        seen.append(counted.sum(axis=1))
+        tokens = (np.asarray(batch["tokens"]) * counted).sum()
+        return TokenSums(loss=tokens, z_loss=0.0, correct=0.0, tokens=counted.sum())
+
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    values = evaluate(step, None, source, config, mesh)
+    expected = [source[i] for i in range(min(windows, 16))]
+    total = sum((one["tokens"] * one["weights"]).sum() for one in expected)
+    assert (np.concatenate(seen) > 0).sum() == len(expected)
+    assert values["val_loss"] == pytest.approx(total / sum(o["weights"].sum() for o in expected))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if p.stem != "base"], ids=lambda path: path.stem
+)
+def test_every_config_has_the_data_that_its_steps_and_evaluations_need(path, cache):
+    config = from_dict(RunConfig, runpy.run_path(str(path))["get_config"]())
+    if isinstance(config.data, PythonSource):
+        config = config.replace(data=config.data.replace(cache_dir=cache))
+    train, validation = open_sources(config)
+    assert len(train) >= config.batch_size and len(validation) > 0
+
+
+def test_too_little_data_is_found_before_anything_compiles(cache):
+    config = RUN.replace(data=PythonSource(cache_dir=cache))
+    with pytest.raises(DataError, match="train holds 1?[0-9] windows, fewer than the 64"):
+        open_sources(config.replace(batch_size=64, seq_len=2**20))
+    with pytest.raises(DataError, match="validation holds 0 windows.*config.evaluation.every=0"):
+        open_sources(config.replace(batch_size=1, seq_len=2**21))
+    unseen = config.evaluation.replace(every=0)
+    open_sources(config.replace(batch_size=1, seq_len=2**21, evaluation=unseen))
