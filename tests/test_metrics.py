@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from experiments.command_line import Terminal, UsageError
-from experiments.report import read_metrics
+from experiments.command_line import Terminal
 from kha_jax import metrics
+from kha_jax.checkpoint import CheckpointError
+from kha_jax.inspect.reading import read_metrics
 from kha_jax.metrics import MetricsFile, Spared, Spikes, TensorBoard, read_lines
 
 
@@ -125,7 +126,7 @@ def test_a_report_draws_what_is_there(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2}]
     for content in ("", "\0\0", '{"step": 1, "loss": "high"}'):
         (tmp_path / "metrics.jsonl").write_text(content)
-        with pytest.raises(UsageError, match="metrics.jsonl holds no loss"):
+        with pytest.raises(CheckpointError, match="metrics.jsonl holds no loss"):
             read_metrics(tmp_path)
-    with pytest.raises(UsageError, match="none/metrics.jsonl: No such file"):
+    with pytest.raises(CheckpointError, match="none/metrics.jsonl: No such file"):
         read_metrics(tmp_path / "none")
