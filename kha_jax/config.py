@@ -157,28 +157,53 @@ def to_config_dict(config: Config) -> config_dict.ConfigDict:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if "choices" in field.metadata:
-            slot = config_dict.ConfigDict({field.metadata["by"]: kind_of(field, value)})
-            for cls in field.metadata["choices"].values():
-                _add_placeholders(slot, cls)
+            slot = _unset_choice(field)
+            slot[field.metadata["by"]] = kind_of(field, value)
             for own in dataclasses.fields(value):
-                if getattr(value, own.name) != own.default:
-                    slot[own.name] = getattr(value, own.name)
+                given = getattr(value, own.name)
+                if given != own.default:
+                    slot[own.name] = to_config_dict(given) if isinstance(given, Config) else given
             out[field.name] = slot
         elif isinstance(value, Config):
             out[field.name] = to_config_dict(value)
         elif value is None:
-            out[field.name] = config_dict.placeholder(
-                _plain_type(type_hints(type(config))[field.name])
-            )
+            hint = type_hints(type(config))[field.name]
+            out[field.name] = config_dict.placeholder(_plain_type(hint))
         else:
             out[field.name] = value
     return out
 
 
-def _add_placeholders(slot: config_dict.ConfigDict, cls: type) -> None:
-    for own in dataclasses.fields(cls):
-        if own.name not in slot:
-            slot[own.name] = config_dict.placeholder(_plain_type(type_hints(cls)[own.name]))
+def _unset(*classes: type, **leading: Any) -> config_dict.ConfigDict:
+    """The fields of these configs with None for each default, after the leading ones."""
+    out = config_dict.ConfigDict(leading)
+    for cls in classes:
+        for field in dataclasses.fields(cls):
+            hint = type_hints(cls)[field.name]
+            if field.name in out:
+                continue
+            if "choices" in field.metadata:
+                out[field.name] = _unset_choice(field)
+            elif isinstance(hint, type) and issubclass(hint, Config):
+                out[field.name] = _unset(hint)
+            else:
+                out[field.name] = config_dict.placeholder(_plain_type(hint))
+    return out
+
+
+def _unset_choice(field: dataclasses.Field) -> config_dict.ConfigDict:
+    """The fields of all members of a choice, and its kind, with None for each default."""
+    kind = {field.metadata["by"]: config_dict.placeholder(str)}
+    return _unset(*field.metadata["choices"].values(), **kind)
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a value, or any below it, is not None."""
+    return any(map(_is_set, value.values())) if _is_group(value) else value is not None
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, (Mapping, config_dict.ConfigDict))
 
 
 def _plain_type(hint: Any) -> type:
@@ -198,7 +223,7 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = type_hints(cls)
-    arguments = {}
+    arguments, unset = {}, isinstance(values, config_dict.ConfigDict)
     for name, value in dict(values).items():
         if name not in fields:
             raise ConfigError(f"{path}.{name}", f"is not a known field; {near(name, fields)}")
@@ -206,44 +231,36 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
         if "choices" in fields[name].metadata:
             arguments[name] = _choice_from_dict(fields[name], value, where)
         elif isinstance(hints[name], type) and issubclass(hints[name], Config):
-            if not isinstance(value, (Mapping, config_dict.ConfigDict)):
-                raise ConfigError(
-                    where, f"expected fields of {hints[name].__name__}, found {value!r}"
-                )
+            if not _is_group(value):
+                expected = f"expected fields of {hints[name].__name__}, found {value!r}"
+                raise ConfigError(where, expected)
             arguments[name] = from_dict(hints[name], value, where)
-        else:
+        elif value is not None or not unset:
             arguments[name] = value
     return _construct(cls, arguments, path)
 
 
 def _choice_from_dict(field: dataclasses.Field, value: Any, path: str) -> Config:
     choices, by = field.metadata["choices"], field.metadata["by"]
-    if not isinstance(value, (Mapping, config_dict.ConfigDict)) or by not in value:
+    if not _is_group(value) or by not in value:
         raise ConfigError(path, f"expected fields with {by!r} among them, found {value!r}")
     values = dict(value)
-    kind = values.pop(by)
+    kind = values.pop(by) or kind_of(field, field.default)
     if kind not in choices:
         raise ConfigError(f"{path}.{by}", f"{kind!r} is not known; {near(kind, choices)}")
     own = {f.name for f in dataclasses.fields(choices[kind])}
-    for name, item in values.items():
-        if name in own:
-            continue
+    for name in values.keys() - own:
         owners = [
             k for k, cls in choices.items() if name in {f.name for f in dataclasses.fields(cls)}
         ]
         if not owners:
-            raise ConfigError(
-                f"{path}.{name}",
-                f"is not a known field; {near(name, own) if own else 'it has none'}",
-            )
-        if item is not None:
-            raise ConfigError(
-                f"{path}.{name}",
-                f"does nothing with {by}={kind!r}; it belongs to {' and '.join(owners)}",
-            )
-    return _construct(
-        choices[kind], {k: v for k, v in values.items() if k in own and v is not None}, path
-    )
+            known = near(name, own) if own else "it has none"
+            raise ConfigError(f"{path}.{name}", f"is not a known field; {known}")
+        if _is_set(values[name]):
+            belongs = f"it belongs to {' and '.join(owners)}"
+            raise ConfigError(f"{path}.{name}", f"does nothing with {by}={kind!r}; {belongs}")
+    given = {name: values[name] for name in own & values.keys() if _is_set(values[name])}
+    return from_dict(choices[kind], given, path)
 
 
 def _construct(cls: type, arguments: dict[str, Any], path: str) -> Any:

@@ -11,12 +11,18 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from kha_jax.attention import AttentionConfig
-from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP, NoMixer
+from kha_jax.attention.mixers import (
+    HeadComposition,
+    KnockingGate,
+    KnockingLinear,
+    KnockingMLP,
+    NoMixer,
+)
 from kha_jax.attention.projections import GroupedQuery
 from kha_jax.config import Config, ConfigError, choice, from_dict, near, to_config_dict, to_dict
 from kha_jax.data import MultiQueryAssociativeRecall
 from kha_jax.feed_forward import SwiGLU
-from kha_jax.model import LossConfig, ModelConfig
+from kha_jax.model import AttentionFrom, LossConfig, ModelConfig, SameAttention
 from kha_jax.moe import MoE
 from kha_jax.parameters import Numerics
 from kha_jax.training import RunConfig
@@ -92,7 +98,7 @@ def test_values_that_fit(field, given, kept):
         ("copies", 0, "copies: must be at least 1, found 0"),
         ("zoom", True, "zoom: expected float, found True (bool)"),
         ("zoom", "2", "zoom: expected float, found '2' (str)"),
-        ("zoom", float("nan"), "zoom: must be at least 1, found nan"),
+        ("zoom", float("nan"), "zoom: must be finite in float32, found nan"),
         ("framed", 1, "framed: expected bool, found 1 (int)"),
         ("pen", Circle(), "pen: expected Pen, found Circle("),
         ("shape", Pen(), "shape: expected one of Circle, Polygon, found Pen("),
@@ -457,3 +463,20 @@ def test_no_float_of_a_run_is_infinite(value):
         node[path[-1]] = value
         with pytest.raises(ConfigError, match=f"{path[-1]}: must be"):
             from_dict(RunConfig, values)
+
+
+def test_layers_that_differ_are_said_on_the_command_line():
+    """A member of a choice may hold configs of its own; they can be set, and stay unset."""
+    slot = to_config_dict(ModelConfig(layers=4))
+    assert from_dict(ModelConfig, slot).later == SameAttention()
+    slot.later.kind, slot.later.layer = "from", 2
+    slot.later.attention.key.kind = "compose"
+    slot.later.attention.key.init = "normal"
+    later = from_dict(ModelConfig, slot).later
+    key = HeadComposition(init="normal")
+    assert later == AttentionFrom(layer=2, attention=AttentionConfig(key=key))
+    again = from_dict(ModelConfig, to_config_dict(ModelConfig(layers=4, later=later)))
+    assert again.later == later == from_dict(ModelConfig, to_dict(again)).later
+    slot.later.kind = "same"
+    with pytest.raises(ConfigError, match="later.layer: does nothing with kind='same'"):
+        from_dict(ModelConfig, slot)
