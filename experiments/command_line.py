@@ -1,11 +1,14 @@
 """What all commands share: the config flag, one-line errors, exit codes, logging."""
 
+import contextlib
+import faulthandler
 import json
 import logging
 import os
 import re
 import runpy
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Callable
 
@@ -15,6 +18,7 @@ from ml_collections import config_flags
 from kha_jax.config import ConfigError, from_dict, near
 
 DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
+GRACE = 10.0  # seconds in which a process that hangs says so
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = str(REPOSITORY / "configs" / "kha_tiny.py")
 
@@ -220,11 +224,33 @@ def differences(
     return out
 
 
-def give_up(message: str) -> None:
-    """Ends the process at once for want of the others: leaving in order would wait for them once
-    more."""
+def give_up(message: str, code: int = HANG, stacks: bool = False) -> None:
+    """Ends the process at once: leaving in order would wait once more for what did not come.
+
+    stacks: of all threads first.
+    """
+    unseen = threading.Timer(GRACE, os._exit, [code])  # the terminal may be what hangs
+    unseen.daemon = True
+    unseen.start()
+    if stacks:
+        with contextlib.suppress(OSError, ValueError):
+            faulthandler.dump_traceback(sys.stderr)
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(HANG)
+    os._exit(code)
+
+
+def code_of(error: BaseException) -> int | None:
+    """The contract's exit code of an expected error."""
+    from kha_jax.data import DataError, StorageError
+    from kha_jax.processes import PeerError, WaitError
+
+    codes = {
+        (UsageError, ConfigError): USAGE,
+        DataError: DATA,
+        (PeerError, WaitError): HANG,
+        StorageError: STORAGE,
+    }
+    return next((code for kinds, code in codes.items() if isinstance(error, kinds)), None)
 
 
 def _report(kind: type, error: BaseException, trace: Any) -> None:
@@ -240,8 +266,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
 
     words: how many arguments that are not flags main takes, at most.
     """
-    from kha_jax.data import DataError, StorageError
-    from kha_jax.processes import PeerError, WaitError, lost_peer
+    from kha_jax.processes import WaitError, lost_peer
 
     sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     log = logging.getLogger("kha_jax")
@@ -251,27 +276,19 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     # pages of tracebacks for a full disk, of which our one line tells
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     sys.excepthook = _report
-    codes = {
-        UsageError: USAGE,
-        ConfigError: USAGE,
-        DataError: DATA,
-        PeerError: HANG,
-        WaitError: HANG,
-        StorageError: STORAGE,
-    }
     try:
         code = main(*_parse_flags(sys.argv, words)) or DONE
-    except tuple(codes) as error:
+    except Exception as error:
+        code = code_of(error)
         if isinstance(error, WaitError):
             give_up(str(error))
-        print(f"error: {error}", file=sys.stderr)
-        code = next(codes[kind] for kind in codes if isinstance(error, kind))
-    except RuntimeError as error:
-        if not lost_peer(error):
+        if lost_peer(error):
+            reason = " ".join(str(error).split())
+            give_up(
+                "another process of the run is gone; start all of them again and they go on from "
+                f"the newest checkpoint ({reason})"
+            )
+        if code is None:
             raise
-        reason = " ".join(str(error).split())
-        give_up(
-            "another process of the run is gone; start all of them again and they go on from "
-            f"the newest checkpoint ({reason})"
-        )
+        print(f"error: {error}", file=sys.stderr)
     sys.exit(code)

@@ -10,6 +10,7 @@ between two of them.
 
 import functools
 import logging
+import signal
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -184,6 +185,7 @@ def write(out: Path, console: Console) -> list[Run]:
 
 def watch(out: Path, console: Console) -> None:
     """Writes again whenever a run has come further, until all are done; Ctrl-C ends it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     seen = said = None
     try:
         while True:

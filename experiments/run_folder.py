@@ -37,6 +37,7 @@ FREE = (
     "profile.",
     "mesh.",
     "max_nonfinite_steps",
+    "hang_timeout",
     "data.cache_dir",
     "model.attention.kernel",
 )
