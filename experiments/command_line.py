@@ -9,11 +9,13 @@ import re
 import runpy
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any, Callable
 
 from absl import flags
 from ml_collections import config_flags
+from ml_collections.config_dict import ConfigDict
 
 from kha_jax.config import ConfigError, from_dict, near
 
@@ -77,23 +79,55 @@ def define_config(default: str = DEFAULT_CONFIG) -> Any:
 def _check_config_arguments(arguments: list[str], default: str) -> None:
     """Raises UsageError when the config file does not load or an override names no field or has the
     wrong type."""
-    named = [a.split("=", 1)[1] for a in arguments if re.match(r"--?config=", a)]
-    path, _, variant = (named or [default])[-1].partition(":")
+    path, _, variant = _named_config(arguments, default).partition(":")
+    if not path.strip():
+        raise UsageError("--config: names no file; write --config=FILE.py or --config=FILE.py:NAME")
     if not Path(path).is_file():
         raise UsageError(f"--config: no file {path}; configs are in {REPOSITORY / 'configs'}")
     sys.path.insert(0, str(REPOSITORY))  # config files share pieces through the package configs
-    try:
-        config = runpy.run_path(path)["get_config"](*filter(None, [variant]))
-    except KeyError as error:
-        raise UsageError(
-            f"--config={path}: has no {error}; a config file defines get_config(variant)"
-        ) from None
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"--config={path}: {error}") from None
+    config = run_config_file(path, variant)
     for argument in arguments:
         match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)(?:=(.*))?$", argument)
         if match:
             _check_override(config, match[1], match[2])
+
+
+def _named_config(arguments: list[str], default: str) -> str:
+    """What --config=FILE, or --config FILE, names last."""
+    named = default
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            named = following if match[1] is None else match[1]
+    return named
+
+
+def run_config_file(path: str, variant: str = "") -> ConfigDict:
+    """What get_config(variant) of a config file returns.
+
+    Raises:
+        UsageError: the file cannot be run, with the line of it that says why, or defines no config.
+    """
+    try:
+        functions = runpy.run_path(path)
+        if "get_config" not in functions:
+            raise UsageError(f"--config={path}: defines no get_config(variant)")
+        config = functions["get_config"](*filter(None, [variant]))
+    except ConfigError as error:
+        raise UsageError(f"--config={path}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever the code of a stranger raises
+        if isinstance(error, UsageError):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        number = next((f.lineno for f in reversed(frames) if f.filename == path), None)
+        number = getattr(error, "lineno", None) or number
+        said = " ".join(str(error).split())
+        if type(error) is not ValueError:  # which says what a variant is not
+            said = f"line {number}: {type(error).__name__}: {said}"
+        raise UsageError(f"--config={path}: {said}") from None
+    if not isinstance(config, ConfigDict):
+        found = type(config).__name__
+        raise UsageError(f"--config={path}: get_config returns a {found}, expected a ConfigDict")
+    return config
 
 
 def _check_override(config: Any, path: str, text: str | None) -> None:
@@ -133,14 +167,16 @@ def load_variant(cls: type, path: str, variant: str) -> Any:
         UsageError: the file does not know the variant.
     """
     try:
-        return from_dict(cls, runpy.run_path(path)["get_config"](variant))
-    except ValueError as error:
+        return from_dict(cls, run_config_file(path, variant))
+    except ConfigError as error:
         raise UsageError(f"{path}:{variant}: {error}") from None
 
 
 def _parse_flags(argv: list[str], words: int) -> list[str]:
     """absl's parser, with every complaint turned into one line; returns the words that are no
     flags, `words` of them at most."""
+    if any(re.match(r"--?(flagfile|undefok)\b", argument) for argument in argv):
+        raise UsageError("--flagfile and --undefok: are not read; write the flags out")
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -153,6 +189,38 @@ def _parse_flags(argv: list[str], words: int) -> list[str]:
     if len(rest) > words + 1:
         raise UsageError(f"{rest[words + 1]!r} is not understood; flags have the form --name=value")
     return rest[1:]
+
+
+def local_folder(flag: str, name: str | None) -> Path:
+    """The folder that a flag names.
+
+    Raises:
+        UsageError: there is none, or it cannot be one of this machine.
+    """
+    if not name:
+        raise UsageError(f"--{flag}: is required; name the folder of a run, such as runs/kha_tiny")
+    if "://" in name:
+        raise UsageError(
+            f"--{flag}={name}: object stores are not supported yet; name a folder, which may be a "
+            "mounted one"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--{flag}={name!a}: the name is not UTF-8; rename the folder") from None
+    return Path(name)
+
+
+def run_folder(flag: str, name: str | None) -> Path:
+    """The folder of a run that is there.
+
+    Raises:
+        UsageError: it is not.
+    """
+    folder = local_folder(flag, name)
+    if not os.path.isfile(folder / "config.json"):  # False also where the name is no name
+        raise UsageError(f"--{flag}={name}: no run there; it holds no config.json")
+    return folder
 
 
 def read_config(path: Path, cls: type) -> Any:
@@ -188,11 +256,7 @@ def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, di
     from kha_jax.manifest import verify
     from kha_jax.training import RunConfig, make_trainer, variables
 
-    if workdir is None:
-        raise UsageError("--workdir: is required; name the folder of a run, such as runs/kha_tiny")
-    folder = Path(workdir)
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"--workdir={workdir}: no run there; it holds no config.json")
+    folder = run_folder("workdir", workdir)
     config = read_config(folder / "config.json", RunConfig)
     accepts = read_lineage(folder, config)
     config = config.replace(mesh=sharding.MeshConfig())
@@ -268,6 +332,8 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     """
     from kha_jax.processes import WaitError, lost_peer
 
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no text ends a program
     sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     log = logging.getLogger("kha_jax")
     log.setLevel(logging.INFO)

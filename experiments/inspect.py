@@ -57,7 +57,11 @@ def open_runs() -> list[Run]:
     if not WORKDIR.value:
         raise UsageError("--workdir: is required; name run folders, such as runs/kha_tiny")
     for path in WORKDIR.value:
-        if not epath.Path(path).exists():
+        try:
+            exists = epath.Path(path).exists()
+        except (ImportError, OSError, ValueError) as error:
+            raise UsageError(f"--workdir={path}: {' '.join(str(error).split())}") from None
+        if not exists:
             raise UsageError(f"--workdir={path}: no such folder")
     return [Run(path, STEP.value) for path in WORKDIR.value]
 

@@ -13,6 +13,8 @@ import logging
 import os
 import re
 import signal
+import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from experiments.command_line import UsageError
 from experiments.progress import farewell
 from experiments.reporter import Profile, Reporter
 from experiments.run_folder import RunFolder, use_compilation_cache
-from kha_jax import data, faults, processes, sharding
+from kha_jax import accounting, data, faults, processes, sharding
 from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
 from kha_jax.metrics import bits_per_byte
@@ -106,23 +108,35 @@ def join_processes(hang_timeout: float) -> None:
 
 class Stop:
     """SIGTERM, Ctrl-C and a terminal that is closed: the first asks the loop to save and leave, the
-    second leaves at once. Where there are several processes it is enough to tell one of them."""
+    second leaves at once. Where there are several processes it is enough to tell one of them.
+
+    A handler in Python waits until the main thread comes back from the runtime, which may hang;
+    what counts the signals is therefore a thread.
+    """
 
     def __init__(self):
         self.asked = False
+        self.numbers, writing = socket.socketpair()
+        writing.setblocking(False)
+        signal.set_wakeup_fd(writing.detach(), warn_on_full_buffer=False)
         self.runtime = processes.handler_of(signal.SIGTERM)
         under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[: 2 if under_nohup else 3]:
-            signal.signal(number, self._handle)
+            signal.signal(number, self._ask)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.asked:
-            os._exit(command_line.PREEMPTED)
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def _listen(self) -> None:
+        (number,) = self.numbers.recv(1)
         self.asked = True
         self.runtime(signal.SIGTERM)
         log.info(
             "%s: saving after this step; once more leaves at once", signal.Signals(number).name
         )
+        self.numbers.recv(1)
+        os._exit(command_line.PREEMPTED)
 
     def now(self, step: int) -> bool:
         return (
@@ -139,7 +153,8 @@ def workdir() -> Path:
         if "config" in flags.FLAGS
         else "run"
     )
-    return Path(WORKDIR.value or command_line.REPOSITORY / "runs" / name)
+    runs = command_line.REPOSITORY / "runs"
+    return command_line.local_folder("workdir", WORKDIR.value or str(runs / name))
 
 
 def open_sources(config: RunConfig) -> tuple[data.Source, data.Source]:
@@ -186,8 +201,9 @@ def main() -> int:
     if TENSORBOARD.value and importlib.util.find_spec("tensorboardX") is None:
         raise UsageError("--tensorboard: needs the extra: pip install -e '.[tensorboard]'")
 
+    path = workdir()
     if REPLAY.value:
-        replay.show(workdir(), REPLAY.value)
+        replay.show(path, REPLAY.value)
         return command_line.DONE
 
     # ---------------------------------------------------------------- processes, devices, folder,
@@ -199,8 +215,12 @@ def main() -> int:
             mesh = sharding.make_mesh(config.mesh)
         with under("config"):
             config.check_on(mesh.shape, jax.default_backend())
+            memory = mesh.devices.size * accounting.device_bytes(jax.local_devices()[0])
+            accounting.check_memory(
+                config.model, config.tokens_per_step // config.accumulation, memory
+            )
             trainer = make_trainer(config, mesh)
-        folder = RunFolder(workdir(), config, ALLOW_CHANGES.value)
+        folder = RunFolder(path, config, ALLOW_CHANGES.value)
         train_source, validation_source = open_sources(config)
         folder.identify(train_source)
         checkpoints = folder.checkpoints(trainer.abstract)

@@ -18,6 +18,8 @@ import numpy as np
 from kha_jax.data.loader import DataError, Example, StorageError
 
 ID = np.dtype("<u2")
+# What reading files of any content raises.
+DAMAGED = OSError, ValueError, LookupError, TypeError, MemoryError, EOFError, RecursionError
 CHUNK = 2**23  # tokens that are checked at once
 META = {
     "dtype": str,
@@ -50,11 +52,17 @@ class ByteTokenizer:
 
 def cache_folder(name: str) -> Path:
     """A folder for what can be made again: $KHA_JAX_CACHE/name, by default below the user's cache
-    folder."""
+    folder.
+
+    Raises:
+        StorageError: it is no folder of this machine.
+    """
     base = (
         os.environ.get("KHA_JAX_CACHE")
         or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kha_jax"
     )
+    if "://" in str(base):
+        raise StorageError(f"KHA_JAX_CACHE={base}: object stores are not supported; name a folder")
     return Path(base) / name
 
 
@@ -137,7 +145,7 @@ class TokenWindows:
             self.starts = np.load(self.folder / "documents.npy", allow_pickle=False)
             self.file = open(self.path, "rb")
             wrong = next((k for k, t in META.items() if not isinstance(self.meta[k], t)), None)
-        except (OSError, ValueError, LookupError, TypeError, MemoryError, EOFError) as error:
+        except DAMAGED as error:
             raise DataError(f"{self.folder} is not a token stream: {error!r}") from None
         if wrong or self.meta["dtype"] != "uint16":
             raise self._changed("meta.json", f"holds no usable {wrong or 'dtype'}")
