@@ -89,7 +89,7 @@ def _check_config_arguments(arguments: list[str], default: str) -> None:
     for argument in arguments:
         match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)(?:=(.*))?$", argument)
         if match:
-            _check_override(config, match[1], match[2])
+            check_override(config, match[1], match[2])
 
 
 def _named_config(arguments: list[str], default: str) -> str:
@@ -130,7 +130,12 @@ def run_config_file(path: str, variant: str = "") -> ConfigDict:
     return config
 
 
-def _check_override(config: Any, path: str, text: str | None) -> None:
+def check_override(config: Any, path: str, text: str | None) -> None:
+    """Checks one override, before ml_collections does in words of its own.
+
+    Raises:
+        UsageError: it names no field, or a text that cannot be its value.
+    """
     node, walked = config, "config"
     for name in path.split("."):
         if not hasattr(node, "keys"):

@@ -181,28 +181,32 @@ def one_fate(
     # Private, but the one way to the runtime's own table of words; Orbax takes it too.
     client, left = distributed.global_state.client, threading.Event()
 
+    def leave_last(message: str, code: int) -> None:
+        if jax.process_index() == 0:  # the table is there, and the runtime aborts who misses it
+            time.sleep(3 * LISTENS)
+        leave(message, code)
+
     def listen() -> None:
         while not left.wait(LISTENS):
             with contextlib.suppress(RuntimeError):  # nobody has failed
                 code, message = client.key_value_try_get(FAILED).split(" ", 1)
-                leave(message, int(code))
+                leave_last(message, int(code))
 
     threading.Thread(target=listen, name="listener", daemon=True).start()
     try:
         yield
     except Exception as error:
         if isinstance(error, PeerError) or lost_peer(error):
-            time.sleep(2 * LISTENS)  # the one that failed says why, and the listener leaves
+            time.sleep(6 * LISTENS)  # the one that failed says why, and the listener leaves
             raise
         left.set()
         code, reason = code_of(error), " ".join(str(error).split())
         with contextlib.suppress(RuntimeError):  # another one was faster
             word = f"{code or code_of(PeerError())} process {jax.process_index()}: {reason}"
             client.key_value_set(FAILED, word)
-        time.sleep(2 * LISTENS)  # until all have heard of it; the table is that of process 0
         if code is None:
             raise
-        leave(str(error), code)
+        leave_last(str(error), code)
     finally:
         left.set()
 

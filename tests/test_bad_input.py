@@ -6,10 +6,14 @@ Every row is a command as a user types it (see tests.commands); all of them are 
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from tests.commands import run_all
+from tests.commands import ROOT, run_all
 from tests.runs import SMALL
 
 TINY = (
@@ -408,6 +412,7 @@ def test_a_signal_during_the_imports_leaves_without_a_word(tmp_path, command, nu
     assert process.returncode == -number and not out and not err
 
 
+@pytest.mark.slow
 def test_odd_names_of_folders_are_names(tmp_path):
     """Rich's markup, a URL's and a shell's special characters, other alphabets."""
     names = "a b", "[red]x[/blue]", "50%41", "a?b#c", "knöcking", "*", "-x", "[a-b]"
