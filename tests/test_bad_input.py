@@ -4,9 +4,11 @@ traceback: the command line, config files, run folders, data, prompts.
 Every row is a command as a user types it (see tests.commands); all of them are run once.
 """
 
+import importlib.util
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -97,6 +99,8 @@ FLAGS = {
     "--num_processes=2": "--coordinator_address: is needed together with --num_processes",
     "--num_processes=2 --process_id=2 --coordinator_address=h:1": "must be below --num_processes=2",
     "--num_processes=2 --process_id=0 --coordinator_address=h": "must be HOST:PORT",
+    "--num_processes=2 --process_id=0 --coordinator_address=localhost:{port}": "process 0 cannot "
+    "listen there: Address already in use",
     "--num_processes=2 --process_id=0 --coordinator_address=h:99999": "h:99999: process 0 cannot",
     "--replay_step=0": "replay_step",
     "--replay_step=1 --workdir={here}/none": "no run there",
@@ -336,16 +340,23 @@ INPUTS = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What each command of the tables left with, by name."""
-    here = tmp_path_factory.mktemp("bad")
-    cache = tmp_path_factory.mktemp("cache")
+def trained(tmp_path_factory):
+    """A folder that holds a good `run` and the file `text`; the cache."""
+    here, cache = tmp_path_factory.mktemp("bad"), tmp_path_factory.mktemp("cache")
     (here / "text").write_text("no folder")
     ((code, _, err, _),) = run_all([("train", [*TINY, f"--workdir={here / 'run'}"])], cache)
     assert code == 0, err
-    cases = {}
+    return here, cache
+
+
+@pytest.fixture(scope="module")
+def results(trained):
+    """What each command of the tables left with, by name."""
+    (here, cache), cases = trained, {}
+    taken = socket.create_server(("", 0))
     for flags in FLAGS:
         arguments = flags.replace("{here}", str(here)).split(" ")
+        arguments = [a.replace("{port}", str(taken.getsockname()[1])) for a in arguments]
         place = [] if "--workdir" in flags else [f"--workdir={here / 'new'}"]
         cases[flags] = "train", [*arguments, *place][:: -1 if flags == "--config" else 1]
     for number, content in enumerate(FILES):
@@ -364,6 +375,7 @@ def results(tmp_path_factory):
         told = [part.replace("{run}", str(run)).replace("{here}", str(here)) for part in command]
         cases[name] = told[0], told[1:]
     found = dict(zip(cases, run_all(list(cases.values()), cache)))
+    taken.close()
     assert not (here / "new" / "checkpoints").exists()
     return found
 
@@ -422,3 +434,29 @@ def test_odd_names_of_folders_are_names(tmp_path):
     cases = [("checkpoints", [f"--workdir={tmp_path / name}", "--verify"]) for name in names]
     for result in run_all(cases, tmp_path / "cache"):
         assert result.code == 0 and result.out.count("yes") == 2, result
+
+
+@pytest.mark.slow
+def test_odd_prompts_and_unevaluated_runs_are_no_errors(trained):
+    """Escapes are understood, bytes that are no UTF-8 taken as they are."""
+    here, cache = trained
+    prompts = "--prompt=a\\n\\tb", "--prompt=a\\\\n", "--prompt=\udcff", "--prompt=knöcking"
+    cases = [("generate", [f"--workdir={here / 'run'}", "--tokens=2", *prompts])]
+    cases += [("report", [f"--workdirs={here / 'run'}", f"--out={here / 'figure.png'}"])]
+    told, drawn = run_all(cases, cache)
+    assert told.code == 0 and "Traceback" not in told.err, told.err
+    for shown in (r"--- 'a\n\tb'", r"--- 'a\\n'", "--- '\ufffd'", "--- 'knöcking'"):
+        assert shown in told.out, told.out
+    if importlib.util.find_spec("matplotlib"):
+        assert drawn.code == 0 and (here / "figure.svg").exists(), drawn.err
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_the_text(trained):
+    here, _ = trained
+    flags = f"--workdir={here / 'run'}", "--prompt=def main(", "--tokens=4000", "--temperature=1"
+    process = begin("generate", *flags)
+    assert process.stdout.read(1) == "d"
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == 0 and "Traceback" not in err and "Exception" not in err, err
