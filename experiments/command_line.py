@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict
 
+from experiments.terminal import Terminal
 from kha_jax.config import ConfigError, from_dict, near
 
 DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
@@ -27,36 +28,6 @@ DEFAULT_CONFIG = str(REPOSITORY / "configs" / "kha_tiny.py")
 
 class UsageError(Exception):
     """A command line that cannot be used; shown as one line, exit code 2."""
-
-
-class Terminal:
-    """A stream that may go away, as in `train | head -1`, or be full, without stopping the program.
-    Afterwards it leads nowhere; the lines that nobody saw are counted in `lost`."""
-
-    def __init__(self, stream: Any):
-        self.stream, self.lost, self.gone = stream, 0, False
-
-    def write(self, text: str) -> int:
-        try:
-            self.stream.write(text)
-        except (OSError, ValueError):
-            self._leave()
-        self.lost += self.gone * text.count("\n")
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            self._leave()
-
-    def _leave(self) -> None:
-        self.gone = True
-        with open(os.devnull, "w") as nowhere:  # what is still buffered goes there
-            os.dup2(nowhere.fileno(), self.stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def define_config(default: str = DEFAULT_CONFIG) -> Any:

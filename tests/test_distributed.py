@@ -100,18 +100,20 @@ def wait_for_steps(workdir, count, both):
 
 
 @pytest.mark.slow
-def test_a_stuck_process_ends_the_others_with_stacks_and_70(tmp_path):
-    """Alive but stopped: nothing but the watchdog notices. A restart goes on."""
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_is_stuck_or_killed_ends_the_other_with_70(tmp_path, number):
+    """Where it is alive but stopped, nothing but the watchdog notices. A restart goes on."""
     flags = ("--config.hang_timeout=8", "--config.steps=400", "--config.evaluation.every=0")
     both = start_two(tmp_path / "run", tmp_path / "cache", flags, flags)
     wait_for_steps(tmp_path / "run", 2, both)
-    both[1].send_signal(signal.SIGSTOP)
+    both[1].send_signal(number)
     began = time.monotonic()
     code, err = finish(both[0])
     both[1].kill()
     finish(both[1])
     assert code == 70 and time.monotonic() - began < 60, err
-    assert "most recent call first" in err and "within 8 s (config.hang_timeout=8)" in err
+    stuck = "within 8 s (config.hang_timeout=8)" in err and "most recent call first" in err
+    assert stuck or number == signal.SIGKILL and "another process of the run is gone" in err, err
     again = ("--config.steps=8", "--allow_changes=steps")
     codes = [finish(p) for p in start_two(tmp_path / "run", tmp_path / "cache", again, again)]
     assert [code for code, _ in codes] == [0, 0], codes
