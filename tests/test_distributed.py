@@ -4,7 +4,6 @@ a stop and a resume."""
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.runs import joined
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 16
@@ -42,15 +43,6 @@ def start(workdir, cache, devices, *flags, base=RUN, fault=""):
     return subprocess.Popen(
         line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def joined(count):
-    """The flags of each of so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    where = f"--coordinator_address={address}", f"--num_processes={count}"
-    return [(*where, f"--process_id={i}") for i in range(count) if count > 1] or [()]
 
 
 def start_two(workdir, cache, *flags_of_each):
