@@ -487,7 +487,7 @@ def test_layers_that_differ_are_said_on_the_command_line():
     again = from_dict(ModelConfig, to_config_dict(ModelConfig(layers=4, later=later)))
     assert again.later == later == from_dict(ModelConfig, to_dict(again)).later
     slot.later.kind = "same"
-    with pytest.raises(ConfigError, match="later.layer: does nothing with kind='same'"):
+    with pytest.raises(ConfigError, match="later.attention: does nothing with kind='same'"):
         from_dict(ModelConfig, slot)
 
 
