@@ -1,5 +1,7 @@
-"""Continues text with a trained model: python -m experiments.generate --workdir=runs/kha_tiny
---prompt='def main('
+"""Continues text with a trained model.
+
+    python -m experiments.generate --workdir=runs/kha_tiny --prompt='def main('
+    python -m experiments.generate --workdir=runs/kha_tiny --prompt='class A' --temperature=0.8
 
 Reads the run's newest checkpoint, folds linear mixers into the weights and samples. One prompt is
 streamed to the terminal; several, of any lengths, are decoded as one batch and printed one after
@@ -21,7 +23,7 @@ from kha_jax.decoding import Decoder, Sampling, absorb_if_linear
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
 PROMPT = flags.DEFINE_multi_string(
-    "prompt", [], "Text to continue; repeat the flag for a batch. \\n and \\t are understood."
+    "prompt", [], "Text to continue, where \\n and \\t are understood"
 )
 TOKENS = flags.DEFINE_integer("tokens", 200, "New tokens at most.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
@@ -44,12 +46,12 @@ def main() -> None:
     if not PROMPT.value:
         raise UsageError("--prompt: is required; write --prompt='text to continue'")
     config, step, variables = command_line.read_run(WORKDIR.value, STEP.value)
-    if not hasattr(config.data, "tokenizer"):
+    tokenizer = config.data.tokenizer()
+    if tokenizer is None:
         raise UsageError(
             f"--workdir={WORKDIR.value}: was trained on {type(config.data).__name__}, which is "
             "not text"
         )
-    tokenizer = config.data.tokenizer()
     if not all(PROMPT.value):
         raise UsageError("--prompt: is empty; give at least one character")
     prompts = [tokenizer.encode(text.encode()).tolist() for text in PROMPT.value]

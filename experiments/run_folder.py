@@ -77,7 +77,8 @@ def config_hash(config: RunConfig) -> str:
 
 def tokenizer_hash(config: RunConfig) -> str:
     """Which ids stand for which text; empty where there is no text."""
-    return config.data.tokenizer().fingerprint if hasattr(config.data, "tokenizer") else ""
+    tokenizer = config.data.tokenizer()
+    return "" if tokenizer is None else tokenizer.fingerprint
 
 
 def read_lineage(folder: Path, config: RunConfig) -> list[dict[str, Any]]:

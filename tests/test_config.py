@@ -264,6 +264,18 @@ def test_the_command_line_itself(parsed):
         from_dict(Drawing, parsed(drawing(), "shape.corners=5"))
 
 
+def test_a_kind_switched_by_hand_drops_what_the_file_set_for_another():
+    values = to_config_dict(drawing(shape=Polygon(corners=3), backdrop=Polygon(corners=5)))
+    values.shape.kind = "circle"
+    refused = r"^config\.shape\.corners: does nothing with kind='circle'"
+    by_hand = {"config.shape.kind"}
+    for typed in ((), {"config.shape.corners"}, {*by_hand, "config.shape.corners"}):
+        with pytest.raises(ConfigError, match=refused):
+            from_dict(Drawing, values, typed=typed)
+    switched = from_dict(Drawing, values, typed=by_hand)
+    assert switched == drawing(shape=Circle(), backdrop=Polygon(corners=5))
+
+
 @pytest.mark.parametrize(
     "slot, given, problem",
     [
