@@ -151,6 +151,22 @@ def to_dict(config: Config) -> dict[str, Any]:
     return out
 
 
+def departures(config: Config) -> dict[str, Any]:
+    """What differs from the defaults, nested, choices with their kind: a field that a later version
+    adds does not show in it."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "choices" in field.metadata:
+            if value != field.default:
+                out[field.name] = {field.metadata["by"]: kind_of(field, value), **departures(value)}
+        elif isinstance(value, Config):
+            out[field.name] = departures(value)
+        elif value != field.default:
+            out[field.name] = value
+    return out
+
+
 def to_config_dict(config: Config) -> config_dict.ConfigDict:
     """The command line's form. In a choice, None stands for the chosen kind's default, so that
     kinds can be switched."""
@@ -264,7 +280,7 @@ def _choice_from_dict(
         return any(f"{where}.".startswith(f"{path}.{name}.") for where in typed)
 
     own = {f.name for f in dataclasses.fields(choices[kind])}
-    for name in (name for name in values if name not in own):
+    for name in [n for n in values if n not in own]:
         owners = [
             k for k, cls in choices.items() if name in {f.name for f in dataclasses.fields(cls)}
         ]
@@ -274,7 +290,7 @@ def _choice_from_dict(
         if _is_set(values[name]) and (was_typed(name) or not was_typed(by)):
             belongs = f"it belongs to {' and '.join(owners)}"
             raise ConfigError(f"{path}.{name}", f"does nothing with {by}={kind!r}; {belongs}")
-    given = {name: values[name] for name in own & values.keys() if _is_set(values[name])}
+    given = {name: item for name, item in values.items() if name in own and _is_set(item)}
     return from_dict(choices[kind], given, path, typed)
 
 

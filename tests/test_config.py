@@ -19,7 +19,16 @@ from kha_jax.attention.mixers import (
     NoMixer,
 )
 from kha_jax.attention.projections import GroupedQuery
-from kha_jax.config import Config, ConfigError, choice, from_dict, near, to_config_dict, to_dict
+from kha_jax.config import (
+    Config,
+    ConfigError,
+    choice,
+    departures,
+    from_dict,
+    near,
+    to_config_dict,
+    to_dict,
+)
 from kha_jax.data import MultiQueryAssociativeRecall
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import AttentionFrom, LossConfig, ModelConfig, SameAttention
@@ -492,3 +501,15 @@ def test_layers_that_differ_are_said_on_the_command_line():
     slot.later.kind = "same"
     with pytest.raises(ConfigError, match="later.attention: does nothing with kind='same'"):
         from_dict(ModelConfig, slot)
+
+
+def test_departures_are_what_a_new_default_leaves_alone():
+    plain = RunConfig(model=ModelConfig(layers=4))
+    assert departures(plain) == {"model": {"attention": {}, "loss": {}, "numerics": {}}} | {
+        name: {} for name in ("optimizer", "evaluation", "checkpoint", "mesh", "profile")
+    } | {"optimizer": {"knocking": {}}}
+    linear = plain.model.attention.replace(key=KnockingLinear(diag_init=0.5))
+    changed = plain.replace(model=plain.model.replace(attention=linear, layers=5))
+    model = departures(changed)["model"]
+    assert model["layers"] == 5
+    assert model["attention"] == {"key": {"kind": "linear", "diag_init": 0.5}}
