@@ -280,7 +280,7 @@ def _choice_from_dict(
         return any(f"{where}.".startswith(f"{path}.{name}.") for where in typed)
 
     own = {f.name for f in dataclasses.fields(choices[kind])}
-    for name in (name for name in values if name not in own):
+    for name in [n for n in values if n not in own]:
         owners = [
             k for k, cls in choices.items() if name in {f.name for f in dataclasses.fields(cls)}
         ]
