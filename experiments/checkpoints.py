@@ -120,11 +120,7 @@ def diff(checkpoints: Checkpoints, first: int, second: int) -> None:
 
 def main() -> int:
     """See the module's docstring."""
-    if WORKDIR.value is None:
-        raise UsageError("--workdir: is required; name the folder of a run, such as runs/kha_tiny")
-    workdir = Path(WORKDIR.value)
-    if not (workdir / "config.json").is_file():
-        raise UsageError(f"--workdir={workdir}: no run there; it holds no config.json")
+    workdir = command_line.run_folder("workdir", WORKDIR.value)
     if len(DIFF.value) not in (0, 2):
         raise UsageError(f"--diff={','.join(DIFF.value)}: name two steps, such as --diff=100,200")
     jax.config.update("jax_platforms", "cpu")

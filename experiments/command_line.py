@@ -1,22 +1,28 @@
 """What all commands share: the config flag, one-line errors, exit codes, logging."""
 
+import contextlib
+import faulthandler
 import json
 import logging
 import os
 import re
 import runpy
 import sys
+import threading
+import traceback
 from pathlib import Path
 from typing import Any, Callable
 
 from absl import flags
 from ml_collections import config_flags
+from ml_collections.config_dict import ConfigDict
 
 import experiments
 from experiments import help_text
 from kha_jax.config import ConfigError, from_dict, near
 
 DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
+GRACE = 10.0  # seconds in which a process that hangs says so
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = str(REPOSITORY / "configs" / "kha_tiny.py")
 
@@ -84,26 +90,63 @@ def define_config(default: str = DEFAULT_CONFIG) -> Any:
 def _check_config_arguments(arguments: list[str], default: str) -> None:
     """Raises UsageError when the config file does not load or an override names no field or has the
     wrong type."""
-    named = [a.split("=", 1)[1] for a in arguments if re.match(r"--?config=", a)]
-    path, _, variant = (named or [default])[-1].partition(":")
+    path, _, variant = _named_config(arguments, default).partition(":")
+    if not path.strip():
+        raise UsageError("--config: names no file; write --config=FILE.py or --config=FILE.py:NAME")
     if not Path(path).is_file():
         raise UsageError(f"--config: no file {path}; configs are in {REPOSITORY / 'configs'}")
     sys.path.insert(0, str(REPOSITORY))  # config files share pieces through the package configs
-    try:
-        config = runpy.run_path(path)["get_config"](*filter(None, [variant]))
-    except KeyError as error:
-        raise UsageError(
-            f"--config={path}: has no {error}; a config file defines get_config(variant)"
-        ) from None
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"--config={path}: {error}") from None
+    config = run_config_file(path, variant)
     for argument in arguments:
         match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)(?:=(.*))?$", argument)
         if match:
-            _check_override(config, match[1], match[2])
+            check_override(config, match[1], match[2])
 
 
-def _check_override(config: Any, path: str, text: str | None) -> None:
+def _named_config(arguments: list[str], default: str) -> str:
+    """What --config=FILE, or --config FILE, names last."""
+    named = default
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            named = following if match[1] is None else match[1]
+    return named
+
+
+def run_config_file(path: str, variant: str = "") -> ConfigDict:
+    """What get_config(variant) of a config file returns.
+
+    Raises:
+        UsageError: the file cannot be run, with the line of it that says why, or defines no config.
+    """
+    try:
+        functions = runpy.run_path(path)
+        if "get_config" not in functions:
+            raise UsageError(f"--config={path}: defines no get_config(variant)")
+        config = functions["get_config"](*filter(None, [variant]))
+    except ConfigError as error:
+        raise UsageError(f"--config={path}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever the code of a stranger raises
+        if isinstance(error, UsageError):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        number = next((f.lineno for f in reversed(frames) if f.filename == path), None)
+        number = getattr(error, "lineno", None) or number
+        said = " ".join(str(error).split())
+        if type(error) is not ValueError:  # which says what a variant is not
+            said = f"line {number}: {type(error).__name__}: {said}"
+        raise UsageError(f"--config={path}: {said}") from None
+    if not isinstance(config, ConfigDict):
+        found = type(config).__name__
+        raise UsageError(f"--config={path}: get_config returns a {found}, expected a ConfigDict")
+    return config
+
+
+def check_override(config: Any, path: str, text: str | None) -> None:
+    """Checks one override, before ml_collections does in words of its own.
+
+    Raises:
+        UsageError: it names no field, or a text that cannot be its value.
+    """
     node, walked = config, "config"
     for name in path.split("."):
         if not hasattr(node, "keys"):
@@ -147,14 +190,16 @@ def load_variant(cls: type, path: str, variant: str) -> Any:
         UsageError: the file does not know the variant.
     """
     try:
-        return from_dict(cls, runpy.run_path(path)["get_config"](variant))
-    except ValueError as error:
+        return from_dict(cls, run_config_file(path, variant))
+    except ConfigError as error:
         raise UsageError(f"{path}:{variant}: {error}") from None
 
 
 def _parse_flags(argv: list[str], words: int) -> list[str]:
     """absl's parser, with every complaint turned into one line; returns the words that are no
     flags, `words` of them at most."""
+    if any(re.match(r"--?(flagfile|undefok)\b", argument) for argument in argv):
+        raise UsageError("--flagfile and --undefok: are not read; write the flags out")
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -167,6 +212,38 @@ def _parse_flags(argv: list[str], words: int) -> list[str]:
     if len(rest) > words + 1:
         raise UsageError(f"{rest[words + 1]!r} is not understood; flags have the form --name=value")
     return rest[1:]
+
+
+def local_folder(flag: str, name: str | None) -> Path:
+    """The folder that a flag names.
+
+    Raises:
+        UsageError: there is none, or it cannot be one of this machine.
+    """
+    if not name:
+        raise UsageError(f"--{flag}: is required; name the folder of a run, such as runs/kha_tiny")
+    if "://" in name:
+        raise UsageError(
+            f"--{flag}={name}: object stores are not supported yet; name a folder, which may be a "
+            "mounted one"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--{flag}={name!a}: the name is not UTF-8; rename the folder") from None
+    return Path(name)
+
+
+def run_folder(flag: str, name: str | None) -> Path:
+    """The folder of a run that is there.
+
+    Raises:
+        UsageError: it is not.
+    """
+    folder = local_folder(flag, name)
+    if not os.path.isfile(folder / "config.json"):  # False also where the name is no name
+        raise UsageError(f"--{flag}={name}: no run there; it holds no config.json")
+    return folder
 
 
 def read_config(path: Path, cls: type) -> Any:
@@ -202,11 +279,7 @@ def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, di
     from kha_jax.manifest import verify
     from kha_jax.training import RunConfig, make_trainer, variables
 
-    if workdir is None:
-        raise UsageError("--workdir: is required; name the folder of a run, such as runs/kha_tiny")
-    folder = Path(workdir)
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"--workdir={workdir}: no run there; it holds no config.json")
+    folder = run_folder("workdir", workdir)
     config = read_config(folder / "config.json", RunConfig)
     accepts = read_lineage(folder, config)
     config = config.replace(mesh=sharding.MeshConfig())
@@ -238,11 +311,33 @@ def differences(
     return out
 
 
-def give_up(message: str) -> None:
-    """Ends the process at once for want of the others: leaving in order would wait for them once
-    more."""
+def give_up(message: str, code: int = HANG, stacks: bool = False) -> None:
+    """Ends the process at once: leaving in order would wait once more for what did not come.
+
+    stacks: of all threads first.
+    """
+    unseen = threading.Timer(GRACE, os._exit, [code])  # the terminal may be what hangs
+    unseen.daemon = True
+    unseen.start()
+    if stacks:
+        with contextlib.suppress(OSError, ValueError):
+            faulthandler.dump_traceback(sys.stderr)
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(HANG)
+    os._exit(code)
+
+
+def code_of(error: BaseException) -> int | None:
+    """The contract's exit code of an expected error."""
+    from kha_jax.data import DataError, StorageError
+    from kha_jax.processes import PeerError, WaitError
+
+    codes = {
+        (UsageError, ConfigError): USAGE,
+        DataError: DATA,
+        (PeerError, WaitError): HANG,
+        StorageError: STORAGE,
+    }
+    return next((code for kinds, code in codes.items() if isinstance(error, kinds)), None)
 
 
 def own_flags() -> list[flags.Flag]:
@@ -274,9 +369,10 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
 
     words: how many arguments that are not flags main takes, at most.
     """
-    from kha_jax.data import DataError, StorageError
-    from kha_jax.processes import PeerError, WaitError, lost_peer
+    from kha_jax.processes import WaitError, lost_peer
 
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no text ends a program
     sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     if help_text.wanted():
         about = sys.modules["__main__"].__doc__
@@ -290,27 +386,19 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     # pages of tracebacks for a full disk, of which our one line tells
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     sys.excepthook = _report
-    codes = {
-        UsageError: USAGE,
-        ConfigError: USAGE,
-        DataError: DATA,
-        PeerError: HANG,
-        WaitError: HANG,
-        StorageError: STORAGE,
-    }
     try:
         code = main(*_parse_flags(sys.argv, words)) or DONE
-    except tuple(codes) as error:
+    except Exception as error:
+        code = code_of(error)
         if isinstance(error, WaitError):
             give_up(str(error))
-        print(f"error: {error}", file=sys.stderr)
-        code = next(codes[kind] for kind in codes if isinstance(error, kind))
-    except RuntimeError as error:
-        if not lost_peer(error):
+        if lost_peer(error):
+            reason = " ".join(str(error).split())
+            give_up(
+                "another process of the run is gone; start all of them again and they go on from "
+                f"the newest checkpoint ({reason})"
+            )
+        if code is None:
             raise
-        reason = " ".join(str(error).split())
-        give_up(
-            "another process of the run is gone; start all of them again and they go on from "
-            f"the newest checkpoint ({reason})"
-        )
+        print(f"error: {error}", file=sys.stderr)
     sys.exit(code)

@@ -88,9 +88,7 @@ def on_activations(attention: AttentionConfig) -> AttentionConfig:
 
 def absorb() -> None:
     """See the module's docstring."""
-    if OUT.value is None:
-        raise UsageError("--out: is required; name a new run folder")
-    out = Path(OUT.value)
+    out = command_line.local_folder("out", OUT.value)
     if any((out / "checkpoints").glob("*")):
         raise UsageError(f"--out={out}: already holds checkpoints; name another folder")
     config, step, variables = command_line.read_run(WORKDIR.value, STEP.value)

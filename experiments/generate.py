@@ -9,6 +9,7 @@ another. A row stops at the end of its document.
 """
 
 import logging
+import re
 import sys
 import time
 
@@ -19,11 +20,12 @@ from experiments.command_line import UsageError
 from experiments.run_folder import use_compilation_cache
 from kha_jax.config import ConfigError
 from kha_jax.decoding import Decoder, Sampling, absorb_if_linear
+from kha_jax.training import RunConfig
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
 PROMPT = flags.DEFINE_multi_string(
-    "prompt", [], "Text to continue, where \\n and \\t are understood"
+    "prompt", [], "Text to continue, where \\n, \\t and \\\\ are understood"
 )
 TOKENS = flags.DEFINE_integer("tokens", 200, "New tokens at most.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
@@ -35,6 +37,15 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0, upper_
 ABSORB = flags.DEFINE_bool("absorb", True, "Fold linear mixers into the weights first.")
 
 log = logging.getLogger("kha_jax")
+FARTHEST = 64  # times the length that a model was trained on, beyond which nothing is continued
+
+
+def encoded(prompt: str) -> bytes:
+    """The bytes of a prompt from the command line, which need not be UTF-8, with \\n, \\t and \\\\
+    replaced by what they stand for."""
+    stands = {"n": "\n", "t": "\t", "\\": "\\"}
+    text = re.sub(r"\\([nt\\])", lambda found: stands[found[1]], prompt)
+    return text.encode("utf-8", "surrogateescape")
 
 
 def main() -> None:
@@ -45,22 +56,29 @@ def main() -> None:
         raise UsageError(f"--{error}") from None
     if not PROMPT.value:
         raise UsageError("--prompt: is required; write --prompt='text to continue'")
-    config, step, variables = command_line.read_run(WORKDIR.value, STEP.value)
+    if not all(PROMPT.value):
+        raise UsageError("--prompt: is empty; give at least one character")
+    folder = command_line.run_folder("workdir", WORKDIR.value)
+    config = command_line.read_config(folder / "config.json", RunConfig)
     tokenizer = config.data.tokenizer()
     if tokenizer is None:
         raise UsageError(
             f"--workdir={WORKDIR.value}: was trained on {type(config.data).__name__}, which is "
             "not text"
         )
-    if not all(PROMPT.value):
-        raise UsageError("--prompt: is empty; give at least one character")
-    prompts = [tokenizer.encode(text.encode()).tolist() for text in PROMPT.value]
+    prompts = [tokenizer.encode(encoded(text)).tolist() for text in PROMPT.value]
     longest = max(map(len, prompts)) + TOKENS.value
+    if longest > FARTHEST * config.seq_len:
+        raise UsageError(
+            f"--tokens={TOKENS.value}: makes {longest:,} with the longest --prompt, more than "
+            f"{FARTHEST} times the {config.seq_len} that the model was trained on"
+        )
+
+    config, step, variables = command_line.read_run(WORKDIR.value, STEP.value)
     if longest > config.seq_len:
         log.warning(
             "up to %d tokens with the prompt; the model was trained on %d", longest, config.seq_len
         )
-
     use_compilation_cache()
     trained = config.model, variables
     decoder = Decoder(*(absorb_if_linear(*trained) if ABSORB.value else trained))
@@ -83,6 +101,8 @@ def stream(decoder: Decoder, tokenizer, prompt: list[int], settings: dict) -> in
     made, shown = [], tokenizer.decode(prompt)
     sys.stdout.write(shown)
     for part in decoder.stream([prompt], TOKENS.value, **settings):
+        if getattr(sys.stdout, "gone", False):
+            break  # nobody reads on
         made += part[0].tolist()
         if settings["end"] in made:
             made = made[: made.index(settings["end"])]

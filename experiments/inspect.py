@@ -12,6 +12,7 @@ between two of them.
 
 import functools
 import logging
+import signal
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -58,7 +59,11 @@ def open_runs() -> list[Run]:
     if not WORKDIR.value:
         raise UsageError("--workdir: is required; name run folders, such as runs/kha_tiny")
     for path in WORKDIR.value:
-        if not epath.Path(path).exists():
+        try:
+            exists = epath.Path(path).exists()
+        except (ImportError, OSError, ValueError) as error:
+            raise UsageError(f"--workdir={path}: {' '.join(str(error).split())}") from None
+        if not exists:
             raise UsageError(f"--workdir={path}: no such folder")
     return [Run(path, STEP.value) for path in WORKDIR.value]
 
@@ -186,6 +191,7 @@ def write(out: Path, console: Console) -> list[Run]:
 
 def watch(out: Path, console: Console) -> None:
     """Writes again whenever a run has come further, until all are done; Ctrl-C ends it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     seen = said = None
     try:
         while True:

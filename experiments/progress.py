@@ -27,7 +27,7 @@ class Progress:
 
     def __init__(self, first_step: int, steps: int, enabled: bool):
         self.enabled, self.first_step, self.steps = enabled, first_step, steps
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
         self.started, self.spoke, self.latest = time.time(), 0.0, {}
         columns = (
             TextColumn("step"),

@@ -24,17 +24,29 @@ OUT = flags.DEFINE_string(
 )
 
 
+def _name(folder: Path, folders: list[Path]) -> str:
+    """Of a run in the figure: that of its folder, or the whole path where two have the same."""
+    alike = [other.name for other in folders].count(folder.name) > 1
+    return str(folder) if alike else folder.name
+
+
 def main() -> None:
     """See the module's docstring."""
     if not WORKDIRS.value:
         raise UsageError("--workdirs: name at least one run folder")
+    folders = [command_line.local_folder("workdirs", name) for name in WORKDIRS.value]
+    out = command_line.local_folder("out", OUT.value)
+    if out.suffix not in (".png", ".svg"):
+        raise UsageError(f"--out={out}: must end in .png or .svg; both are written")
     try:
-        runs = {Path(name).name: inspect.read_metrics(name) for name in WORKDIRS.value}
-        style.save(lambda: curves.training(runs), Path(OUT.value).with_suffix(""))
+        runs = {_name(folder, folders): inspect.read_metrics(folder) for folder in folders}
+        style.save(lambda: curves.training(runs), out.with_suffix(""))
     except CheckpointError as error:
         raise UsageError(f"--workdirs: {error}") from None
     except style.PlotsMissing as error:
         raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"--out={out} cannot be written: {error.strerror or error}") from None
     print(f"wrote {OUT.value}")
 
 

@@ -96,8 +96,8 @@ class Reporter:
         )
 
     def evaluated(self, step: int) -> bool:
-        """Whether a resumed run's last line holds an evaluation, as far as one process can tell."""
-        return jax.process_count() > 1 or not step or "val_loss" in self._last()
+        """Whether a resumed run's last line holds an evaluation; process 0 alone can tell."""
+        return not step or "val_loss" in self._last()
 
     def _last(self) -> dict[str, Any]:
         return self.sinks[0].inner.last if self.sinks[0].inner else {}

@@ -37,6 +37,7 @@ FREE = (
     "profile.",
     "mesh.",
     "max_nonfinite_steps",
+    "hang_timeout",
     "data.cache_dir",
     "model.attention.kernel",
 )
@@ -273,7 +274,7 @@ class RunFolder:
         if jax.process_index() != 0 or step >= self.config.steps:
             return
         now = self._next_batch(step)
-        foreseen = read_manifest(checkpoints.path(step)).get("next_batch", now)
+        foreseen = str(read_manifest(checkpoints.path(step)).get("next_batch", now))
         said = f"resume check: next batch {now[:12]}"
         if foreseen == now:
             print(f"{said} matches the checkpoint of step {step}")

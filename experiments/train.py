@@ -5,17 +5,20 @@
     python -m experiments.train --config=configs/kha_moe_tiny.py --config.help
 
 The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or config, 65 data, 70
-another process did not come, is gone or cannot go on, 74 checkpoint storage, 75 stopped by SIGTERM
-or Ctrl-C after a save (run it again), 76 too many non-finite steps.
+a step hangs, or another process did not come, is gone or cannot go on, 74 checkpoint storage, 75
+stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
 import os
 import re
 import signal
+import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,11 +33,12 @@ from experiments.command_line import UsageError
 from experiments.progress import farewell
 from experiments.reporter import Profile, Reporter
 from experiments.run_folder import RunFolder, use_compilation_cache
-from kha_jax import data, faults, processes, sharding
+from kha_jax import accounting, data, faults, processes, sharding
 from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
 from kha_jax.metrics import bits_per_byte
 from kha_jax.training import RunConfig, make_trainer
+from kha_jax.watchdog import Watchdog
 
 CONFIG = command_line.define_config()
 WORKDIR = flags.DEFINE_string(
@@ -74,7 +78,7 @@ REPLAY = flags.DEFINE_integer(
 log = logging.getLogger("kha_jax")
 
 
-def join_processes() -> None:
+def join_processes(hang_timeout: float) -> None:
     """See processes.join, for the flags.
 
     Raises:
@@ -103,27 +107,40 @@ def join_processes() -> None:
                 f"--coordinator_address={COORDINATOR.value}: must be HOST:PORT, such as "
                 "10.0.0.1:1234"
             )
-    processes.join(**given, seconds=WAIT.value, give_up=command_line.give_up)
+    processes.join(**given, seconds=WAIT.value, silence=hang_timeout, give_up=command_line.give_up)
 
 
 class Stop:
     """SIGTERM, Ctrl-C and a terminal that is closed: the first asks the loop to save and leave, the
-    second leaves at once."""
+    second leaves at once. Where there are several processes it is enough to tell one of them.
+
+    A handler in Python waits until the main thread comes back from the runtime, which may hang;
+    what counts the signals is therefore a thread.
+    """
 
     def __init__(self):
         self.asked = False
-        if jax.process_count() == 1:  # several processes agree on a step through JAX's own handler
-            under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[: 2 if under_nohup else 3]:
-                signal.signal(number, self._handle)
+        self.numbers, writing = socket.socketpair()
+        writing.setblocking(False)
+        signal.set_wakeup_fd(writing.detach(), warn_on_full_buffer=False)
+        self.runtime = processes.handler_of(signal.SIGTERM)
+        under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[: 2 if under_nohup else 3]:
+            signal.signal(number, self._ask)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.asked:
-            os._exit(command_line.PREEMPTED)
+    def _ask(self, *_: Any) -> None:
         self.asked = True
+
+    def _listen(self) -> None:
+        (number,) = self.numbers.recv(1)
+        self.asked = True
+        self.runtime(signal.SIGTERM)
         log.info(
             "%s: saving after this step; once more leaves at once", signal.Signals(number).name
         )
+        self.numbers.recv(1)
+        os._exit(command_line.PREEMPTED)
 
     def now(self, step: int) -> bool:
         return (
@@ -140,7 +157,8 @@ def workdir() -> Path:
         if "config" in flags.FLAGS
         else "run"
     )
-    return Path(WORKDIR.value or command_line.REPOSITORY / "runs" / name)
+    runs = command_line.REPOSITORY / "runs"
+    return command_line.local_folder("workdir", WORKDIR.value or str(runs / name))
 
 
 def open_sources(config: RunConfig) -> tuple[data.Source, data.Source]:
@@ -187,21 +205,26 @@ def main() -> int:
     if TENSORBOARD.value and importlib.util.find_spec("tensorboardX") is None:
         raise UsageError("--tensorboard: needs the extra: pip install -e '.[tensorboard]'")
 
+    path = workdir()
     if REPLAY.value:
-        replay.show(workdir(), REPLAY.value)
+        replay.show(path, REPLAY.value)
         return command_line.DONE
 
     # ---------------------------------------------------------------- processes, devices, folder,
     # data
-    join_processes()
+    join_processes(config.hang_timeout)
     use_compilation_cache()
     with processes.together("set-up", WAIT.value):
         with under("config.mesh"):
             mesh = sharding.make_mesh(config.mesh)
         with under("config"):
             config.check_on(mesh.shape, jax.default_backend())
+            memory = mesh.devices.size * accounting.device_bytes(jax.local_devices()[0])
+            accounting.check_memory(
+                config.model, config.tokens_per_step // config.accumulation, memory
+            )
             trainer = make_trainer(config, mesh)
-        folder = RunFolder(workdir(), config, ALLOW_CHANGES.value)
+        folder = RunFolder(path, config, ALLOW_CHANGES.value)
         train_source, validation_source = open_sources(config)
         folder.identify(train_source)
         checkpoints = folder.checkpoints(trainer.abstract)
@@ -211,10 +234,12 @@ def main() -> int:
     )
     processes.same("config.data", train_source.fingerprint, "give all of them the same")
     stop = Stop()
+    watchdog = Watchdog(config.hang_timeout, functools.partial(command_line.give_up, stacks=True))
     if config.data.vocabulary_size() < config.model.vocabulary_size:
         found = f"{config.data.vocabulary_size()} < {config.model.vocabulary_size}"
         log.warning("config.model.vocabulary_size: the data uses fewer ids (%s)", found)
-    with contextlib.closing(folder), checkpoints:
+    one_fate = processes.one_fate(command_line.code_of, command_line.give_up)
+    with contextlib.closing(folder), watchdog, checkpoints, one_fate:
         first_step = checkpoints.newest_good() or 0
         if first_step >= config.steps:
             print(
@@ -230,24 +255,37 @@ def main() -> int:
             if first_step:
                 folder.check_next_batch(checkpoints, first_step)
             folder.keep(first_step)
-        code = train(
-            config,
-            mesh,
-            trainer,
-            state,
-            train_source,
-            validation_source,
-            checkpoints,
-            stop,
-            started,
-        )
+        try:
+            code = train(
+                config,
+                mesh,
+                trainer,
+                state,
+                train_source,
+                validation_source,
+                checkpoints,
+                stop,
+                watchdog,
+                started,
+            )
+        finally:
+            watchdog.allow("the last checkpoint")
     if code == command_line.DONE and jax.process_index() == 0:
         print(farewell(folder.path))
     return code
 
 
 def train(
-    config, mesh, trainer, state, train_source, validation_source, checkpoints, stop, started
+    config,
+    mesh,
+    trainer,
+    state,
+    train_source,
+    validation_source,
+    checkpoints,
+    stop,
+    watchdog,
+    started,
 ) -> int:
     """The steps that are left; the contract's exit code."""
     workdir, first_step = checkpoints.folder.parent, int(state.step)
@@ -271,6 +309,7 @@ def train(
         )
 
     def evaluate_and_report(step: int) -> None:
+        watchdog.allow(f"the evaluation after step {step}")
         faults.at("evaluation", step)
         reporter.now(
             step, evaluate(trainer.evaluation_step, state, validation_source, config, mesh)
@@ -279,8 +318,12 @@ def train(
     reporter = Reporter(config, mesh, workdir, first_step, windows, TENSORBOARD.value)
     profile = Profile(config, workdir / "profile")
     with contextlib.closing(reporter):
-        if evaluation_due(first_step) and not reporter.evaluated(first_step):
+        missing = processes.from_leader(
+            "record of the last evaluation", lambda: not reporter.evaluated(first_step), WAIT.value
+        )
+        if evaluation_due(first_step) and missing:
             evaluate_and_report(first_step)  # the run was stopped before it could
+        watchdog.allow(f"step {first_step + 1} and its compilation")
         for step in range(first_step + 1, config.steps + 1):
             profile.before(step)
             waiting = time.perf_counter()
@@ -315,11 +358,13 @@ def train(
                 evaluate_and_report(step)
             # the state is finite whatever the step was: a non-finite one is never applied
             if save_now:
+                watchdog.allow(f"the checkpoint of step {step}")
                 checkpoints.save(step, state)
             reporter.meter.pause(time.perf_counter() - paused)
             if stopping and not last:
                 log.info("stopped at step %d; the same command goes on from here", step)
                 return command_line.PREEMPTED
+            watchdog.step(step + 1)
     return command_line.DONE
 
 

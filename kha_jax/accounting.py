@@ -6,8 +6,13 @@ are visible, (T + 1) / 2 on average.
 """
 
 import math
+import os
+from pathlib import Path
 from typing import Callable, NamedTuple
 
+import jax
+
+from kha_jax.config import ConfigError
 from kha_jax.model import ModelConfig, Segment
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a fragment of jax's
@@ -53,26 +58,74 @@ def account(
     share of a token vanishes as it grows (the default).
     """
     D, segments = model.width, model.segments()
-    tables = (1 if model.embeddings == "tied" else 2) * model.vocabulary_size * D
-    outside = tables + D
     context = (seq_len + 1) / 2 if causal else seq_len
 
     def over_layers(count: Callable[[Segment], float]) -> float:
         return sum(segment.layers * count(segment) for segment in segments)
 
-    attention = over_layers(lambda s: s.attention.parameters(D) + 2 * D)
     forward = 2 * model.vocabulary_size * D
     forward += over_layers(
         lambda s: s.attention.flops(D, context, tokens) + s.feed_forward.flops(D)
     )
     return Accounting(
-        parameters=outside + attention + over_layers(lambda s: s.feed_forward.parameters(D)),
-        active=outside + attention + over_layers(lambda s: s.feed_forward.active_parameters(D)),
+        parameters=count_parameters(model),
+        active=count_parameters(model, active=True),
         mixing=over_layers(lambda s: s.attention.mixer_parameters(D)),
         forward_flops=forward,
         training_flops=3 * forward,
         cache_floats=over_layers(lambda s: s.attention.cache_floats()),
     )
+
+
+def count_parameters(model: ModelConfig, active: bool = False) -> int:
+    """All parameters of a model, or those that one token passes through."""
+    D = model.width
+    tables = 1 if model.embeddings == "tied" else 2
+    count = tables * model.vocabulary_size * D + D
+    for segment in model.segments():
+        feed_forward = segment.feed_forward
+        inside = feed_forward.active_parameters if active else feed_forward.parameters
+        count += segment.layers * (segment.attention.parameters(D) + 2 * D + inside(D))
+    return count
+
+
+def check_memory(model: ModelConfig, tokens: int, available: float) -> None:
+    """Checks that training a model may fit at all: each parameter, its gradient and two moments in
+    float32, and, for the backward pass, the input of each layer. What it really takes is more.
+
+    tokens: that are computed at once, on all devices. available: bytes of all of them.
+
+    Raises:
+        ConfigError: names what takes too much, and how much.
+    """
+    parameters = count_parameters(model)
+    state = 4 * 4 * parameters
+    itemsize = jax.numpy.dtype(model.numerics.dtype).itemsize
+    inputs = tokens * model.width * model.layers * itemsize
+    there = f"the devices have {available / 1e9:,.1f} GB"
+    if state > available:
+        raise ConfigError(
+            "model",
+            f"has {parameters:,} parameters, which take {state / 1e9:,.1f} GB with their gradients "
+            f"and moments; {there}",
+        )
+    if state + inputs > available:
+        raise ConfigError(
+            "seq_len",
+            f"with batch_size / accumulation makes {tokens:,} tokens at once, for which the inputs "
+            f"of the layers alone take {inputs / 1e9:,.1f} GB; {there}",
+        )
+
+
+def device_bytes(device: jax.Device) -> float:
+    """Memory of a device; a CPU's share of the machine's, or of what its control group may have."""
+    told = (device.memory_stats() or {}).get("bytes_limit")
+    if told:
+        return told
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(total, float(text) if text.isdecimal() else total) / jax.local_device_count()
 
 
 def peak_flops(device_kind: str) -> float:

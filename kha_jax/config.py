@@ -129,6 +129,8 @@ def checked(value: Any, hint: Any, name: str) -> Any:
             return float(value)
         raise ConfigError(name, f"must be finite in float32, found {value}")
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        if hint is int and not -(2**63) <= value < 2**63:
+            raise ConfigError(name, "must fit in 64 bits, found a number beyond them")
         return value
     raise ConfigError(name, f"expected {hint.__name__}, found {value!r} ({type(value).__name__})")
 

@@ -2,22 +2,29 @@
 by name and not for ever."""
 
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import logging
 import os
+import socket
 import threading
+import time
 from typing import Any, Callable, Iterator
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from kha_jax.config import ConfigError
+from kha_jax.data.loader import DataError
 
 log = logging.getLogger("kha_jax")
 HINT_SECONDS = 60
+HEARTBEAT_SECONDS = 100  # the runtime's own default
+FAILED, LISTENS = "kha_jax failed", 1.0  # where a process says so; seconds between two looks
 _waits = itertools.count()
 
 
@@ -34,15 +41,19 @@ def join(
     num_processes: int | None,
     process_id: int | None,
     seconds: int,
+    silence: float,
     give_up: Callable[[str], Any],
 ) -> None:
     """Connects the processes of a run: by the arguments, or without them under SLURM and on TPU
     pods; one process needs nothing.
 
+    silence: seconds after which a process that hangs leaves by itself; only later does the runtime
+    abort those that hear nothing of another one.
     give_up: is called with a message, from another thread, when they have not come together within
     so many seconds; it must end the process, since nothing else interrupts the runtime's own wait.
 
     Raises:
+        ConfigError: process 0 cannot listen at the address.
         WaitError: the runtime refuses.
     """
     slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
@@ -56,6 +67,8 @@ def join(
         if slurm
         else "of this TPU slice"
     )
+    if coordinator_address and process_id == 0:
+        _check_port(coordinator_address)
     late = (
         f"the processes {where} did not come together within {seconds} s; does each run this "
         "command and reach process 0?"
@@ -66,10 +79,42 @@ def join(
     ):
         try:
             jax.distributed.initialize(
-                coordinator_address, num_processes, process_id, initialization_timeout=seconds + 60
+                coordinator_address,
+                num_processes,
+                process_id,
+                initialization_timeout=seconds + 60,
+                heartbeat_timeout_seconds=max(HEARTBEAT_SECONDS, int(silence) + 60),
             )
         except (RuntimeError, ValueError) as error:
             raise WaitError(f"the processes {where} did not come together: {error}") from None
+
+
+def _check_port(address: str) -> None:
+    """The runtime's own server dies without a word where the port is taken.
+
+    Raises:
+        ConfigError: names the address.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(("", int(address.rsplit(":", 1)[1])))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"--coordinator_address={address}",
+            f"process 0 cannot listen there: {reason}; name a free port",
+        ) from None
+
+
+def handler_of(number: int) -> Callable[[int], Any]:
+    """Takes the runtime's handler of a signal, to be called from one of our own: joined processes
+    hear of a preemption by a handler in C, which Python neither shows nor keeps. One process has
+    none, so that nothing is called."""
+    take = ctypes.CDLL(None).signal
+    take.restype, take.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    found = take(number, None) if jax.process_count() > 1 else None
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(found) if found else lambda number: None
 
 
 @contextlib.contextmanager
@@ -90,7 +135,7 @@ def together(name: str, seconds: int) -> Iterator[None]:
     and nobody waits for it.
 
     Raises:
-        PeerError: another process raised.
+        PeerError: another process raised; DataError where its data are the reason.
         WaitError: not every process was at its end within so many seconds.
     """
     problem = None
@@ -110,11 +155,60 @@ def together(name: str, seconds: int) -> Iterator[None]:
                 raise WaitError(
                     f"not every process finished {name!r} within {seconds} s: {problem or raised}"
                 ) from None
-        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(problem is not None)))
-        if problem is None and len(failed):
-            raise PeerError(f"{name}: process {failed[0]} cannot go on; it says why")
+        kind = (problem is not None) + isinstance(problem, DataError)
+        kinds = multihost_utils.process_allgather(np.array(kind))
+        if problem is None and kinds.any():
+            raise (DataError if kinds.max() == 2 else PeerError)(
+                f"{name}: process {np.argmax(kinds)} cannot go on; it says why"
+            )
     if problem is not None:
         raise problem
+
+
+@contextlib.contextmanager
+def one_fate(
+    code_of: Callable[[Exception], int | None], leave: Callable[[str, int], Any]
+) -> Iterator[None]:
+    """An error of one process within the block ends all of them with its exit code; they would wait
+    for it in a collective, where nothing else reaches them.
+
+    code_of: the exit code of an error, None where it is not an expected one; that is raised. leave:
+    ends this process at once with a message and a code.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    # Private, but the one way to the runtime's own table of words; Orbax takes it too.
+    client, left = distributed.global_state.client, threading.Event()
+
+    def leave_last(message: str, code: int) -> None:
+        if jax.process_index() == 0:  # the table is there, and the runtime aborts who misses it
+            time.sleep(3 * LISTENS)
+        leave(message, code)
+
+    def listen() -> None:
+        while not left.wait(LISTENS):
+            with contextlib.suppress(RuntimeError):  # nobody has failed
+                code, message = client.key_value_try_get(FAILED).split(" ", 1)
+                leave_last(message, int(code))
+
+    threading.Thread(target=listen, name="listener", daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PeerError) or lost_peer(error):
+            time.sleep(6 * LISTENS)  # the one that failed says why, and the listener leaves
+            raise
+        left.set()
+        code, reason = code_of(error), " ".join(str(error).split())
+        with contextlib.suppress(RuntimeError):  # another one was faster
+            word = f"{code or code_of(PeerError())} process {jax.process_index()}: {reason}"
+            client.key_value_set(FAILED, word)
+        if code is None:
+            raise
+        leave_last(str(error), code)
+    finally:
+        left.set()
 
 
 def lost_peer(error: Exception) -> bool:

@@ -77,7 +77,9 @@ class RunConfig(Config):
     steps: optimiser steps. seed: of the initial values and of the data order. batch_size: rows of a
     step over all devices. seq_len: tokens of a row. accumulation: micro-batches that a step is
     computed in. max_nonfinite_steps: consecutive steps with a non-finite loss,
-    gradient or updated state (none of which is applied) after which the run stops.
+    gradient or updated state (none of which is applied) after which the run stops. hang_timeout:
+    seconds within which a step must end (compilation, evaluations and checkpoints have an hour
+    more), or the run leaves with the stacks of all threads.
     """
 
     steps: int = 1000
@@ -86,6 +88,7 @@ class RunConfig(Config):
     seq_len: int = 256
     accumulation: int = 1
     max_nonfinite_steps: int = 10
+    hang_timeout: float = 600.0
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = choice(data.SOURCES, data.PythonSource(), by="source")
@@ -96,6 +99,8 @@ class RunConfig(Config):
 
     def validate(self):
         self.at_least(1, "steps", "batch_size", "seq_len", "accumulation", "max_nonfinite_steps")
+        self.at_least(1, "hang_timeout")
+        self.require(self.steps < 10**9, "steps", f"must be below 10^9, found {self.steps}")
         self.require(0 <= self.seed < 2**32, "seed", f"must be in [0, 2^32), found {self.seed}")
         problem = f"must divide batch_size={self.batch_size}, found {self.accumulation}"
         self.require(self.batch_size % self.accumulation == 0, "accumulation", problem)

@@ -31,30 +31,33 @@ RUN = (
 )
 
 
-def start(workdir, cache, devices, *flags):
+def start(workdir, cache, devices, *flags, base=RUN, fault=""):
     environment = {
         **os.environ,
         "KHA_JAX_CACHE": str(cache),
+        "KHA_JAX_FAULT": fault,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    line = [sys.executable, "-m", "experiments.train", *RUN, f"--workdir={workdir}", *flags]
+    line = [sys.executable, "-m", "experiments.train", *base, f"--workdir={workdir}", *flags]
     return subprocess.Popen(
         line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def start_two(workdir, cache, *flags_of_each):
+def joined(count):
+    """The flags of each of so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = [
-        (f"--coordinator_address={address}", "--num_processes=2", f"--process_id={i}")
-        for i in range(2)
-    ]
-    return [
-        start(workdir, cache, 4, *join, *more)
-        for join, more in zip(flags, flags_of_each or ((), ()))
-    ]
+    where = f"--coordinator_address={address}", f"--num_processes={count}"
+    return [(*where, f"--process_id={i}") for i in range(count) if count > 1] or [()]
+
+
+def start_two(workdir, cache, *flags_of_each):
+    """cache: one for both, or one for each."""
+    caches = cache if isinstance(cache, tuple) else (cache, cache)
+    each = zip(joined(2), caches, flags_of_each or ((), ()))
+    return [start(workdir, place, 4, *join, *more) for join, place, more in each]
 
 
 def finish(process):
@@ -76,12 +79,7 @@ def test_two_processes_train_stop_and_resume_as_one(tmp_path):
     code, err = finish(one)
     assert code == 0, err
     both = start_two(tmp_path / "two", cache)
-    metrics = tmp_path / "two" / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("grad_norm") < 2:
-        assert all(process.poll() is None for process in both), [
-            finish(process) for process in both
-        ]
-        time.sleep(0.01)
+    wait_for_steps(tmp_path / "two", 2, both)
     both[1].send_signal(signal.SIGTERM)  # one of them is told, all of them save and leave
     codes = [finish(process) for process in both]
     assert [code for code, _ in codes] == [75, 75], codes
@@ -92,6 +90,89 @@ def test_two_processes_train_stop_and_resume_as_one(tmp_path):
     for ours, theirs in zip(losses(tmp_path / "two"), losses(tmp_path / "one")):
         assert ours.keys() == theirs.keys()
         np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+
+
+def wait_for_steps(workdir, count, both):
+    metrics = workdir / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("grad_norm") < count:
+        assert all(p.poll() is None for p in both), [finish(process) for process in both]
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_stuck_process_ends_the_others_with_stacks_and_70(tmp_path):
+    """Alive but stopped: nothing but the watchdog notices. A restart goes on."""
+    flags = ("--config.hang_timeout=8", "--config.steps=400", "--config.evaluation.every=0")
+    both = start_two(tmp_path / "run", tmp_path / "cache", flags, flags)
+    wait_for_steps(tmp_path / "run", 2, both)
+    both[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    code, err = finish(both[0])
+    both[1].kill()
+    finish(both[1])
+    assert code == 70 and time.monotonic() - began < 60, err
+    assert "most recent call first" in err and "within 8 s (config.hang_timeout=8)" in err
+    again = ("--config.steps=8", "--allow_changes=steps")
+    codes = [finish(p) for p in start_two(tmp_path / "run", tmp_path / "cache", again, again)]
+    assert [code for code, _ in codes] == [0, 0], codes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_one_of_two_saves_in_both_and_a_second_leaves_at_once(tmp_path, number):
+    flags = ("--config.steps=400", "--config.evaluation.every=0", "--config.checkpoint.every=0")
+    both = start_two(tmp_path / "run", tmp_path / "cache", flags, flags)
+    wait_for_steps(tmp_path / "run", 2, both)
+    both[0].send_signal(number)
+    codes = [finish(process) for process in both]
+    assert [code for code, _ in codes] == [75, 75], codes
+    assert "Traceback" not in "".join(err for _, err in codes)
+    (saved,) = tmp_path.glob("run/checkpoints/*/MANIFEST.json")
+    assert int(saved.parent.name) == max(losses(tmp_path / "run")[0])
+    both = start_two(tmp_path / "run", tmp_path / "cache", flags, flags)
+    wait_for_steps(tmp_path / "run", int(saved.parent.name) + 2, both)
+    both[1].send_signal(signal.SIGSTOP)  # so that no step ends, and the main thread hangs
+    time.sleep(3)
+    both[0].send_signal(number)
+    time.sleep(1)
+    both[0].send_signal(number)
+    assert finish(both[0])[0] == 75
+    both[1].kill()
+    finish(both[1])
+
+
+@pytest.mark.slow
+def test_a_data_error_of_one_ends_both_with_65(tmp_path):
+    """Its copy of the tokens is cut, first while it reads them, then before it starts."""
+    flags = ("--config.steps=4000", "--config.evaluation.every=0")
+    caches = tmp_path / "mine", tmp_path / "yours"
+    both = start_two(tmp_path / "run", caches, flags, flags)
+    wait_for_steps(tmp_path / "run", 2, both)
+    (tokens,) = caches[1].glob("data/*/train/tokens.bin")
+    os.truncate(tokens, 20)
+    for started, other in ((both, "process 1: "), (None, "set-up: process 1 cannot go on")):
+        both = started or start_two(tmp_path / "run", caches, flags, flags)
+        (code, err), (own_code, own_err) = (finish(process) for process in both)
+        assert own_code == 65 and str(tokens) in own_err and "Traceback" not in own_err, own_err
+        assert code == 65 and other in err, err
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """1, then 2, then 4 on the same four devices, with the same losses as one has. The
+    evaluations of the steps where they stop are made up for."""
+    more = ("--config.evaluation.every=1", "--config.steps=100")  # a stop takes about a second
+    base = (*RUN, "--config.mesh.data=4", "--config.mesh.expert=1", *more)
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    assert finish(start(tmp_path / "whole", cache, 4, base=base))[0] == 0
+    for count, fault in {1: "terminate:step:3", 2: "terminate:step:4", 4: ""}.items():
+        each = [(run, cache, 4 // count, *join) for join in joined(count)]
+        ends = [finish(p) for p in [start(*one, base=base, fault=fault) for one in each]]
+        assert [code for code, _ in ends] == [75 if fault else 0] * count, ends
+    ours, theirs = losses(run), losses(tmp_path / "whole")
+    assert [rows.keys() for rows in ours] == [rows.keys() for rows in theirs]
+    for one, other in zip(ours, theirs):
+        np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -126,8 +207,3 @@ def test_a_process_that_cannot_go_on_takes_the_others_with_it(tmp_path):
     code, err = finish(alone[0])
     finish(alone[1])
     assert code == 70 and "did not come together within 4 s" in err, err
-
-
-def test_half_of_the_process_flags_are_refused(tmp_path):
-    code, err = finish(start(tmp_path, tmp_path, 1, "--num_processes=2"))
-    assert code == 2 and "--coordinator_address: is needed together with --num_processes" in err

@@ -99,6 +99,14 @@ def test_a_second_signal_leaves_at_once(golden, cache, tmp_path):
     assert_same_end(tmp_path, golden())
 
 
+# ---------------------------------------------------------------- row 3: a run that hangs
+def test_a_step_that_hangs_shows_all_stacks_and_is_70(cache, tmp_path):
+    code, _, err = finish(start(cache, tmp_path, "--config.hang_timeout=6", fault="hang:step:17"))
+    assert code == 70 and "in _hang" in err and "no end of step 17 within 6 s" in err, err
+    assert err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    assert [int(p.parent.name) for p in manifests(tmp_path)] == [15]
+
+
 # ---------------------------------------------------------------- row 4: the disk is full
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["save:30", "save:60", "arrays_written:60"])

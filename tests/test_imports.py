@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "config": 0,
     "faults": 0,
+    "watchdog": 0,
     "ops": 0,
     "sharding": 0,
     "parameters": 0.5,  # the base of all modules: config and ops.norm

@@ -106,32 +106,6 @@ def test_one_writer_per_run_folder(cache, tmp_path):
     first.wait()
 
 
-BAD = [
-    ("--config.stepz=3", "config.stepz: is not a known field; did you mean 'steps'?"),
-    ("--config.model.attention.valeu.kind=mlp", "did you mean 'value'?"),
-    ("--config.steps=many", "config.steps: expected int, found 'many'"),
-    ("--config.model.attention.projection.kv_heads=3", "must divide query_heads=8, found 3"),
-    ("--config.model.attention.value.kind=mpl", "did you mean 'mlp'?"),
-    ("--config.batch_size=-4", "config.batch_size: must be at least 1, found -4"),
-    ("--config.data.source=python", "did you mean 'python_source'?"),
-    ("--config.mesh.data=3", "does not make 1 devices"),
-    ("--config=configs/none.py", "no file configs/none.py"),
-    ("--config=configs/kha_tiny.py:mlpp", "config variant 'mlpp' is not known"),
-    (
-        "--config.model.attention.kernel=cudnn",
-        "config.model.attention.kernel: 'cudnn' runs on a gpu, found cpu",
-    ),
-    ("--workdirs=x", "did you mean 'workdir'?"),
-]
-
-
-@pytest.mark.parametrize(("flag", "message"), BAD)
-def test_bad_flags_are_one_line_and_exit_2(cache, tmp_path, flag, message):
-    code, out, err = finish(start(cache, tmp_path / "run", flag))
-    assert code == 2 and message in err
-    assert len(err.strip().splitlines()) == 1 and not out
-
-
 def test_print_config_shows_the_resolved_config(cache, tmp_path):
     """Two kinds are switched; the file's kv_heads, which latents do not have, is dropped."""
     kinds = ("value.kind=linear", "projection.kind=latent")

@@ -44,6 +44,10 @@ class PythonSource(DataConfig):
             0 < self.held_out < 1, "held_out", f"must be between 0 and 1, found {self.held_out}"
         )
 
+        remote = self.cache_dir is not None and "://" in self.cache_dir
+        problem = f"object stores are not supported; name a folder, found {self.cache_dir}"
+        self.require(not remote, "cache_dir", problem)
+
     def vocabulary_size(self) -> int:
         return ByteTokenizer.vocabulary_size
 

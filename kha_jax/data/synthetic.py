@@ -26,6 +26,9 @@ class MultiQueryAssociativeRecall(DataConfig):
 
     def validate(self):
         self.at_least(1, "pairs", "examples", "validation_examples")
+        for field in ("examples", "validation_examples"):
+            count = getattr(self, field)
+            self.require(count <= 10**18, field, f"must be at most 10^18, found {count}")
         problem = (
             f"must be even and hold pairs={self.pairs} distinct keys besides id 0, so at least "
             f"{2 * self.pairs + 2}, "

@@ -74,9 +74,12 @@ class Run:
             found or self.folder / "checkpoints" / f"{self.step:08d}" / "state"
         )
         config = self.folder / "config.json"
-        self.config: dict[str, Any] | None = (
-            json.loads(config.read_text()) if config.exists() else None
-        )
+        try:
+            self.config: dict[str, Any] | None = (
+                dict(json.loads(config.read_text())) if config.exists() else None
+            )
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{config}: is damaged ({error})") from None
 
     def metrics(self) -> list[dict[str, Any]]:
         """See `read_metrics`."""

@@ -39,7 +39,8 @@ class GroupedQuery(Projection):
 
     def validate(self):
         self.at_least(1, "query_heads", "kv_heads", "head_dim", "rope_theta")
-        fitting = [k for k in range(1, self.query_heads + 1) if self.query_heads % k == 0]
+        few = range(1, min(self.query_heads, 256) + 1)
+        fitting = [k for k in few if self.query_heads % k == 0]
         problem = (
             f"must divide query_heads={self.query_heads}, found {self.kv_heads}; use one of "
             f"{fitting}"

@@ -1,0 +1,58 @@
+"""Notices that a run does not go on: what waits for a device, a disk or another process may wait
+for ever, and nothing else would tell."""
+
+import threading
+import time
+from typing import Any, Callable
+
+ALLOWANCE = 3600.0  # seconds for what is no step: compilation, an evaluation, a checkpoint
+LOOKS = 60.0  # seconds between two looks at the clock, at most
+
+
+class Watchdog:
+    """Calls `hung` with a message, from a thread of its own, when what the run is at takes longer
+    than it may. Within a `with` block only.
+
+    seconds: that a step may take; ALLOWANCE is added for what is none. hung: must end the process.
+    """
+
+    def __init__(self, seconds: float, hung: Callable[[str], Any]):
+        self.seconds, self.hung = seconds, hung
+        self.changed, self.done = threading.Condition(), False
+        self.allow("the start")
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def step(self, number: int) -> None:
+        """The run is at this step from now on."""
+        self._expect(f"step {number}", self.seconds)
+
+    def allow(self, what: str) -> None:
+        """The run is at something that takes longer than a step from now on."""
+        self._expect(what, self.seconds + ALLOWANCE)
+
+    def _expect(self, what: str, seconds: float) -> None:
+        # The thread looks at these when it wakes; a step that begins need not wake it.
+        self.expected = what, seconds, time.monotonic() + seconds
+
+    def _watch(self) -> None:
+        with self.changed:
+            while not self.done:
+                what, seconds, deadline = self.expected
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self.changed.wait(min(left, self.seconds / 4, LOOKS))
+        if not self.done:
+            self.hung(
+                f"no end of {what} within {seconds:g} s (config.hang_timeout={self.seconds:g}); "
+                "the stacks of all threads are above"
+            )
+
+    def __enter__(self) -> "Watchdog":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with self.changed:
+            self.done = True
+            self.changed.notify()

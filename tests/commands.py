@@ -1,0 +1,91 @@
+"""Many command lines in little more than the time of one: a process imports what takes seconds,
+then forks for each of them. What is left to a fork is all that a command does by itself.
+
+    python -m tests.commands < cases.json > results.json
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 60.0  # seconds after which a command hangs
+SLOW_IMPORTS = (
+    "kha_jax.decoding",
+    "kha_jax.inspect",
+    "experiments.reporter",
+    "experiments.replay",
+    "configs.base",
+)
+
+
+class Result(NamedTuple):
+    """What a command left with and said, and its seconds of computing after the imports."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def run_all(cases: list[tuple[str, list[str]]], cache: Path) -> list[Result]:
+    """Runs (command, arguments) one after another; a command such as `train` is experiments.train.
+    Arguments may hold bytes that are no UTF-8, as sys.argv does."""
+    environment = {**os.environ, "KHA_JAX_CACHE": str(cache), "XLA_FLAGS": ""}
+    made = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.commands"],
+        input=json.dumps(cases),
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    return [Result(*result) for result in json.loads(made.stdout)]
+
+
+def one(command: str, arguments: list[str]) -> tuple[int, str, str, float]:
+    """Runs one in a fork of this process."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            _become(command, arguments, out, err)
+        began = time.monotonic()
+        while not (ended := os.wait4(child, os.WNOHANG))[0]:
+            if time.monotonic() - began > LIMIT:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.005)
+        out.seek(0), err.seek(0)
+        said = (stream.read().decode(errors="replace") for stream in (out, err))
+        return os.waitstatus_to_exitcode(ended[1]), *said, ended[2].ru_utime
+
+
+def _become(command: str, arguments: list[str], out: Any, err: Any) -> None:
+    for number, file in ((0, open(os.devnull)), (1, out), (2, err)):
+        os.dup2(file.fileno(), number)
+    sys.argv, code = [f"experiments/{command}.py", *arguments], 0
+    try:
+        runpy.run_module(f"experiments.{command}", run_name="__main__")
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    for name in SLOW_IMPORTS:
+        __import__(name)
+    json.dump([one(*case) for case in json.load(sys.stdin)], sys.stdout)

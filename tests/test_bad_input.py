@@ -1,0 +1,462 @@
+"""What cannot work ends with one line on stderr, the contract's exit code, nothing compiled and no
+traceback: the command line, config files, run folders, data, prompts.
+
+Every row is a command as a user types it (see tests.commands); all of them are run once.
+"""
+
+import importlib.util
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.commands import ROOT, run_all
+from tests.runs import SMALL
+
+TINY = (
+    *SMALL,
+    "--config.steps=2",
+    "--config.model.layers=1",
+    "--config.evaluation.every=0",
+    "--config.checkpoint.every=1",
+)
+HEADS = "--config.model.attention.projection"
+MOE = "--config=configs/kha_moe_tiny.py"
+
+# ---------------------------------------------------------------- the command line of train
+# flags: what the line on stderr says; all of them are 2
+FLAGS = {
+    "--config.stepz=3": "config.stepz: is not a known field; did you mean 'steps'?",
+    "--config.model.attention.valeu.kind=mlp": "did you mean 'value'?",
+    "--config.model.attention.value.kind=mpl": "did you mean 'mlp'?",
+    "--config.data.source=python": "did you mean 'python_source'?",
+    "--config.steps=many": "config.steps: expected int, found 'many'",
+    "--config.steps many": "config.steps",
+    "--config.steps=2.5": "config.steps: expected int, found '2.5'",
+    "--config.steps=0": "config.steps: must be at least 1, found 0",
+    "--config.steps=1000000000": "config.steps: must be below 10^9",
+    "--config.steps=9999999999999999999999": "config.steps: must fit in 64 bits",
+    "--config.steps=": "config.steps: expected int, found ''",
+    "--config.steps.more=1": "config.steps is a single value",
+    "--config.model=3": "config.model: is a group of fields",
+    "--config.batch_size=-4": "config.batch_size: must be at least 1, found -4",
+    "--config.seed=-1": "config.seed: must be in [0, 2^32), found -1",
+    "--config.accumulation=3": "config.accumulation: must divide batch_size=16, found 3",
+    "--config.hang_timeout=0": "config.hang_timeout: must be at least 1",
+    "--config.checkpoint.keep=0": "config.checkpoint.keep: must be at least 1",
+    "--config.evaluation.batches=0": "config.evaluation.batches: must be at least 1",
+    "--config.profile.start=3 --config.profile.stop=2": "must be greater than start=3",
+    "--config.optimizer.learning_rate=inf": "learning_rate: must be finite",
+    "--config.optimizer.weight_decay=1e39": "weight_decay: must be finite",
+    "--config.optimizer.eps=nan": "eps: must be finite",
+    "--config.optimizer.b1=1.5": "config.optimizer.b1: must be in [0, 1), found 1.5",
+    "--config.data.held_out=inf": "held_out: must be finite",
+    "--config.data.held_out=2": "held_out: must be between 0 and 1",
+    "--config.data.cache_dir=gs://bucket/data": "object stores are not supported",
+    "--config.data.source=mqar --config.data.gap_power=inf": "gap_power: must be finite",
+    "--config.data.source=mqar --config.data.pairs=99": "config.seq_len: must be at least 396",
+    "--config.data.source=mqar --config.data.examples=9223372036854775807": "data.examples: must",
+    "--config.model.width=1000000000": "config.model: has ",
+    "--config.model.layers=1000000000": "config.model: has ",
+    "--config.model.vocabulary_size=1000000000000": "config.model: has ",
+    "--config.model.feed_forward.width=1000000000": "config.model: has ",
+    f"{HEADS}.query_heads=1000000000": "config.model: has ",
+    f"{HEADS}.head_dim=1000000000": "config.model: has ",
+    "--config.seq_len=1000000000": "config.seq_len: with batch_size / accumulation makes",
+    "--config.batch_size=1000000000": "config.seq_len: with batch_size / accumulation makes",
+    f"{HEADS}.kv_heads=3": "must divide query_heads=8, found 3",
+    f"{HEADS}.head_dim=7": "head_dim: must be even",
+    f"{HEADS}.kind=latent": "value.kind: KnockingMLP cannot stand here",
+    "--config.model.attention.kernel=cudnn": "kernel: 'cudnn' runs on a gpu, found cpu",
+    "--config.model.numerics.dtype=float99": "config.model.numerics.dtype: 'float99'",
+    "--config.model.later.kind=from --config.model.later.layer=9": "must be below layers=4",
+    "--config.model.loss.chunk_tokens=0": "chunk_tokens: must be at least 1",
+    f"{MOE} --config.model.feed_forward.top_k=99": "feed_forward.top_k: must",
+    "--config.mesh.data=3": "does not make 1 devices",
+    "--config.mesh.preset=nowhere": "config.mesh.preset: 'nowhere' is not known",
+    "--config=configs/none.py": "no file configs/none.py",
+    "--config configs/none.py": "no file configs/none.py",
+    "--config=configs": "no file configs",
+    "--config": "--config: names no file",
+    "--config=": "--config: names no file",
+    "--config=configs/kha_tiny.py:mlpp": "config variant 'mlpp' is not known",
+    "--config configs/kha_tiny.py --config.stepz=3": "did you mean 'steps'?",
+    "--flagfile=/etc/hostname": "--flagfile and --undefok: are not read",
+    "--undefok=x --x=3": "--flagfile and --undefok: are not read",
+    "--workdirs=x": "did you mean 'workdir'?",
+    "again": "'again' is not understood",
+    "--workdir=gs://bucket/run": "--workdir=gs://bucket/run: object stores are not supported yet",
+    "--workdir=file:///tmp/run": "object stores are not supported yet",
+    "--workdir={here}/text": "cannot be written: ",
+    "--workdir={here}/" + "n" * 300: "cannot be written: File name too long",
+    "--workdir={here}/\udcff": "the name is not UTF-8",
+    "--allow_changes=stepz": "--allow_changes=stepz: is no field; did you mean 'steps'?",
+    "--num_processes=2": "--coordinator_address: is needed together with --num_processes",
+    "--num_processes=2 --process_id=2 --coordinator_address=h:1": "must be below --num_processes=2",
+    "--num_processes=2 --process_id=0 --coordinator_address=h": "must be HOST:PORT",
+    "--num_processes=2 --process_id=0 --coordinator_address=localhost:{port}": "process 0 cannot "
+    "listen there: Address already in use",
+    "--num_processes=2 --process_id=0 --coordinator_address=h:99999": "h:99999: process 0 cannot",
+    "--replay_step=0": "replay_step",
+    "--replay_step=1 --workdir={here}/none": "no run there",
+}
+
+# ---------------------------------------------------------------- config files
+FILES = {
+    "def get_config(:\n": "line 1: SyntaxError",
+    "import nothing_of_that_name\n": "line 1: ModuleNotFoundError: No module named",
+    "\n1 / 0\n": "line 2: ZeroDivisionError: division by zero",
+    "def get_config():\n    return {}['steps']\n": "line 2: KeyError: 'steps'",
+    "def get_config():\n    return None\n": "get_config returns a NoneType, expected a ConfigDict",
+    "get_config = 3\n": "TypeError: 'int' object is not callable",
+    "import sys\nsys.exit()\n": "line 2: SystemExit",
+    "raise OSError('two\\nlines')\n": "line 1: OSError: two lines",
+    "steps = 3\n": "defines no get_config(variant)",
+    "": "defines no get_config(variant)",
+    "\x00\x01\udcff": "null bytes",
+    "seulement du français\udcff": "SyntaxError",
+    "import ml_collections\ndef get_config():\n"
+    "    return ml_collections.ConfigDict({'model': 3})\n": "config.model: expected fields of",
+    "import ml_collections\ndef get_config():\n"
+    "    return ml_collections.ConfigDict({'steps': 'many'})\n": "config.steps: expected int",
+}
+
+
+# ---------------------------------------------------------------- a run's folder, and what reads it
+def write(name, content):
+    def damage(run):
+        path = run / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode(errors="surrogateescape"))
+
+    return damage
+
+
+def manifest(change):
+    def damage(run):
+        path = run / "checkpoints" / "00000002" / "MANIFEST.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        shutil.rmtree(run / "checkpoints" / "00000001")
+
+    return damage
+
+
+def foreseen(batch):
+    """The run has one more step to go."""
+
+    def damage(run):
+        shutil.rmtree(run / "checkpoints" / "00000002")
+        path = run / "checkpoints" / "00000001" / "MANIFEST.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "next_batch": batch}))
+
+    return damage
+
+
+def no_damage(run):
+    pass
+
+
+def remove(pattern):
+    def damage(run):
+        for path in run.glob(pattern):
+            path.unlink()
+
+    return damage
+
+
+def of_the_cache(name, content):
+    """Damages the tokens, of which each such row has its own copy."""
+
+    def damage(run):
+        (folder,) = run.glob("tokens/python_source-*/train")
+        path = folder / name
+        path.write_bytes(content(path.read_bytes()))
+
+    return damage
+
+
+GENERATE = ("generate", "--workdir={run}", "--prompt=def ")
+TRAIN = ("train", *TINY, "--workdir={run}")
+OWN_DATA = (
+    *TRAIN,
+    "--config.steps=3",
+    "--allow_changes=steps",
+    "--config.data.cache_dir={run}/tokens",
+)
+# name: what is done to the run, the command, its exit code, what it says
+INPUTS = {
+    "no workdir": (no_damage, ("generate", "--prompt=a"), 2, "--workdir: is required"),
+    "no such run": (no_damage, ("generate", "--prompt=a", "--workdir=none"), 2, "no run there"),
+    "a bucket": (no_damage, ("generate", "--prompt=a", "--workdir=gs://b/run"), 2, "object stores"),
+    "a name too long": (no_damage, (*GENERATE, f"--workdir={'n' * 300}"), 2, "no run there"),
+    "no prompt": (no_damage, GENERATE[:2], 2, "--prompt: is required"),
+    "an empty prompt": (no_damage, (*GENERATE, "--prompt="), 2, "--prompt: is empty"),
+    "a long prompt": (no_damage, (*GENERATE, f"--prompt={'x' * 100_000}"), 2, "64 times the 64"),
+    "many tokens": (no_damage, (*GENERATE, "--tokens=1000000000"), 2, "64 times the 64"),
+    "no tokens": (no_damage, (*GENERATE, "--tokens=0"), 2, "tokens"),
+    "a cold start": (no_damage, (*GENERATE, "--temperature=-1"), 2, "--temperature"),
+    "no top": (no_damage, (*GENERATE, "--temperature=1", "--top_k=0"), 2, "--top_k"),
+    "no nucleus": (no_damage, (*GENERATE, "--temperature=1", "--top_p=0"), 2, "--top_p"),
+    "a step that is not kept": (no_damage, (*GENERATE, "--step=9"), 2, "not kept"),
+    "a negative seed": (no_damage, (*GENERATE, "--seed=-1"), 2, "seed"),
+    **{
+        f"config.json is {content[:9]!r}, {command[0]}": (
+            write("config.json", content),
+            command,
+            2,
+            "config.json: is damaged",
+        )
+        for content in ("[]", "3", "null", "", "\udcff", "[" * 10_000, '{"model": null}')
+        for command in ((GENERATE, TRAIN) if content == "[]" else (GENERATE,))
+    },
+    "lineage.json is a number": (
+        write("lineage.json", "3"),
+        GENERATE,
+        2,
+        "lineage.json: is damaged",
+    ),
+    **{
+        f"the manifest is {str(value)[:20]}": (
+            manifest(lambda _, value=value: value),
+            GENERATE,
+            74,
+            "none of the checkpoints [2] is intact",
+        )
+        for value in ([], 3, None, {"files": []}, {"files": {"a": 1}}, {"files": {}}, {"step": 2})
+    },
+    "the manifest's step is a list": (manifest(lambda m: {**m, "step": [2]}), TRAIN, 74, "intact"),
+    "another config's manifest": (manifest(lambda m: {**m, "config": 3}), TRAIN, 74, "intact"),
+    "no manifest": (remove("checkpoints/*/MANIFEST.json"), TRAIN, 74, "no manifest is left"),
+    "a foreseen batch of the wrong kind": (
+        foreseen(3),
+        TRAIN,
+        65,
+        "is not the checkpoint's 3",
+    ),
+    **{
+        f"meta.json is {content[:9]!r}": (
+            of_the_cache("meta.json", lambda _, content=content: content),
+            OWN_DATA,
+            65,
+            "is not a token stream",
+        )
+        for content in (b"[]", b"{}", b"[" * 10_000)
+    },
+    "tokens are cut": (of_the_cache("tokens.bin", lambda b: b[:99]), OWN_DATA, 65, "tokens.bin"),
+    "tokens are reversed": (
+        of_the_cache("tokens.bin", lambda b: b[::-1]),
+        OWN_DATA,
+        65,
+        "tokens.bin",
+    ),
+    "documents.npy is a pickle": (
+        of_the_cache("documents.npy", lambda _: b"\x80\x04."),
+        OWN_DATA,
+        65,
+        "is not a token stream",
+    ),
+    "checkpoints of no run": (no_damage, ("checkpoints", "--workdir={here}"), 2, "no run there"),
+    "checkpoints of a bucket": (no_damage, ("checkpoints", "--workdir=gs://b"), 2, "object stores"),
+    "one step to compare": (
+        no_damage,
+        ("checkpoints", "--workdir={run}", "--diff=1"),
+        2,
+        "two steps",
+    ),
+    "words to compare": (
+        no_damage,
+        ("checkpoints", "--workdir={run}", "--diff=a,b"),
+        2,
+        "is no checkp",
+    ),
+    "all to remove": (
+        no_damage,
+        ("checkpoints", "--workdir={run}", "--prune=1,2"),
+        2,
+        "no good check",
+    ),
+    "report of nothing": (no_damage, ("report",), 2, "--workdirs: name at least one"),
+    "report of no run": (no_damage, ("report", "--workdirs={here}/none"), 2, "metrics.jsonl: "),
+    "report of a bucket": (no_damage, ("report", "--workdirs=gs://b"), 2, "object stores"),
+    "empty metrics": (
+        write("metrics.jsonl", ""),
+        ("report", "--workdirs={run}"),
+        2,
+        "holds no loss",
+    ),
+    "cut metrics": (
+        write("metrics.jsonl", '{"step": 1, "lo'),
+        ("report", "--workdirs={run}"),
+        2,
+        "holds no loss",
+    ),
+    "metrics of the wrong kind": (
+        write("metrics.jsonl", '[1]\n{"step": 1, "loss": "low"}\n'),
+        ("report", "--workdirs={run}"),
+        2,
+        "holds no loss",
+    ),
+    "an unknown figure": (
+        no_damage,
+        ("report", "--workdirs={run}", "--out={run}/a.xyz"),
+        2,
+        "must end",
+    ),
+    "a figure in a file": (
+        no_damage,
+        ("report", "--workdirs={run}", "--out={here}/text/a.png"),
+        2,
+        "cannot be written",
+    ),
+    "no command": (no_damage, ("convert",), 2, "'no command': is not a command"),
+    "another command": (no_damage, ("convert", "absorbe"), 2, "did you mean 'absorb'?"),
+    "no place to convert to": (
+        no_damage,
+        ("convert", "absorb", "--workdir={run}"),
+        2,
+        "--out: is req",
+    ),
+    "a bucket to convert to": (
+        no_damage,
+        ("convert", "absorb", "--workdir={run}", "--out=gs://b"),
+        2,
+        "object stores",
+    ),
+    "a run to convert to": (
+        no_damage,
+        ("convert", "absorb", "--workdir={run}", "--out={run}"),
+        2,
+        "already holds check",
+    ),
+    "inspect of nothing": (no_damage, ("inspect",), 2, "--workdir: is required"),
+    "inspect of no folder": (no_damage, ("inspect", "--workdir={here}/none"), 2, "no such folder"),
+    "a plan of no slice": (no_damage, ("plan", "--topology=v9:1x1"), 2, "v9:1x1"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder that holds a good `run` and the file `text`; the cache."""
+    here, cache = tmp_path_factory.mktemp("bad"), tmp_path_factory.mktemp("cache")
+    (here / "text").write_text("no folder")
+    ((code, _, err, _),) = run_all([("train", [*TINY, f"--workdir={here / 'run'}"])], cache)
+    assert code == 0, err
+    return here, cache
+
+
+@pytest.fixture(scope="module")
+def results(trained):
+    """What each command of the tables left with, by name."""
+    (here, cache), cases = trained, {}
+    taken = socket.create_server(("", 0))
+    for flags in FLAGS:
+        arguments = flags.replace("{here}", str(here)).split(" ")
+        arguments = [a.replace("{port}", str(taken.getsockname()[1])) for a in arguments]
+        place = [] if "--workdir" in flags else [f"--workdir={here / 'new'}"]
+        cases[flags] = "train", [*arguments, *place][:: -1 if flags == "--config" else 1]
+    for number, content in enumerate(FILES):
+        path = here / f"config_{number}.py"
+        path.write_bytes(content.encode(errors="surrogateescape"))
+        cases[content] = "train", [f"--config={path}", f"--workdir={here / 'new'}"]
+    for number, (name, (damage, command, _, _)) in enumerate(INPUTS.items()):
+        run = here / f"run_{number}"
+        if damage is not no_damage:
+            shutil.copytree(here / "run", run)
+            if command is OWN_DATA:
+                shutil.copytree(cache / "data", run / "tokens")
+            damage(run)
+        else:
+            run = here / "run"
+        told = [part.replace("{run}", str(run)).replace("{here}", str(here)) for part in command]
+        cases[name] = told[0], told[1:]
+    found = dict(zip(cases, run_all(list(cases.values()), cache)))
+    taken.close()
+    assert not (here / "new" / "checkpoints").exists()
+    return found
+
+
+def refused(result, code, said):
+    assert result.code == code and said in result.err and result.seconds < 3, result
+    lines = result.err.strip().splitlines()
+    assert "Traceback" not in result.err and lines[-1].startswith("error: "), result.err
+    assert len(lines) == 1 or all(line.startswith("passed over") for line in lines[:-1]), lines
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=ascii)
+def test_bad_flags(results, flags):
+    refused(results[flags], 2, FLAGS[flags])
+
+
+@pytest.mark.parametrize("content", FILES, ids=ascii)
+def test_bad_config_files(results, content):
+    refused(results[content], 2, FILES[content])
+
+
+@pytest.mark.parametrize("name", INPUTS, ids=ascii)
+def test_bad_inputs(results, name):
+    if name not in ("report of nothing",) and INPUTS[name][1][0] == "report":
+        pytest.importorskip("matplotlib")
+    refused(results[name], *INPUTS[name][2:])
+
+
+# ---------------------------------------------------------------- by itself
+def begin(command, *arguments, **streams):
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    line = [sys.executable, "-m", f"experiments.{command}", *arguments]
+    return subprocess.Popen(line, cwd=ROOT, text=True, **streams)
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_leaves_without_a_word(tmp_path, command, number):
+    process = begin(command, f"--workdir={tmp_path / 'run'}", "--prompt=a")
+    maps = f"/proc/{process.pid}/maps"
+    while "multiarray" not in open(maps).read():  # numpy is there, jax is on its way
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == -number and not out and not err
+
+
+@pytest.mark.slow
+def test_odd_names_of_folders_are_names(tmp_path):
+    """Rich's markup, a URL's and a shell's special characters, other alphabets."""
+    names = "a b", "[red]x[/blue]", "50%41", "a?b#c", "knöcking", "*", "-x", "[a-b]"
+    cases = [("train", [*TINY, f"--workdir={tmp_path / name}"]) for name in names]
+    for name, result in zip(names, run_all(cases, tmp_path / "cache")):
+        assert result.code == 0 and str(tmp_path / name) in result.out, result
+    cases = [("checkpoints", [f"--workdir={tmp_path / name}", "--verify"]) for name in names]
+    for result in run_all(cases, tmp_path / "cache"):
+        assert result.code == 0 and result.out.count("yes") == 2, result
+
+
+@pytest.mark.slow
+def test_odd_prompts_and_unevaluated_runs_are_no_errors(trained):
+    """Escapes are understood, bytes that are no UTF-8 taken as they are."""
+    here, cache = trained
+    prompts = "--prompt=a\\n\\tb", "--prompt=a\\\\n", "--prompt=\udcff", "--prompt=knöcking"
+    cases = [("generate", [f"--workdir={here / 'run'}", "--tokens=2", *prompts])]
+    cases += [("report", [f"--workdirs={here / 'run'}", f"--out={here / 'figure.png'}"])]
+    told, drawn = run_all(cases, cache)
+    assert told.code == 0 and "Traceback" not in told.err, told.err
+    for shown in (r"--- 'a\n\tb'", r"--- 'a\\n'", "--- '\ufffd'", "--- 'knöcking'"):
+        assert shown in told.out, told.out
+    if importlib.util.find_spec("matplotlib"):
+        assert drawn.code == 0 and (here / "figure.svg").exists(), drawn.err
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_the_text(trained):
+    here, _ = trained
+    flags = f"--workdir={here / 'run'}", "--prompt=def main(", "--tokens=4000", "--temperature=1"
+    process = begin("generate", *flags)
+    assert process.stdout.read(1) == "d"
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=120) == 0 and "Traceback" not in err and "Exception" not in err, err
