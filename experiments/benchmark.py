@@ -1,5 +1,7 @@
-"""Measures this machine: python -m experiments.benchmark
-[--suite=dense|moe|decode|variants|startup|saving]
+"""Measures this machine.
+
+    python -m experiments.benchmark --suite=dense
+    python -m experiments.benchmark --suite=variants --json=figures.json
 
 dense: one training step of the peer shape (4 layers, D 256, 8 query and 4 key/value heads of 64,
 SwiGLU 768, vocabulary 4096, tied, float32, batch 8 x 256, AdamW) here and in transformers on

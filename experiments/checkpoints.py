@@ -1,4 +1,7 @@
-"""Looks after the checkpoints of a run: python -m experiments.checkpoints --workdir=runs/kha_tiny
+"""Looks after the checkpoints of a run.
+
+    python -m experiments.checkpoints --workdir=runs/kha_tiny --verify
+    python -m experiments.checkpoints --workdir=runs/kha_tiny --diff=500,600
 
 Without another flag it lists them: step, whether they belong to the run and have their sizes, size
 on disk, age, config. --verify also compares every checksum, and leaves with 74 when one is not

@@ -17,6 +17,8 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict
 
+import experiments
+from experiments import help_text
 from experiments.terminal import Terminal
 from kha_jax.config import ConfigError, from_dict, near
 
@@ -37,11 +39,20 @@ def define_config(default: str = DEFAULT_CONFIG) -> Any:
     config_flags already reads the command line when the flag is defined, so the overrides are
     checked here.
     """
+    arguments = [a for a in sys.argv if not re.match(r"--?(no)?config\.help(=|$)", a)]
     try:
-        _check_config_arguments(sys.argv[1:], default)
-        return config_flags.DEFINE_config_file(
-            "config", default, "Run config, FILE.py or FILE.py:VARIANT.", lock_config=True
+        if help_text.wanted():
+            arguments = arguments[:1]
+        _check_config_arguments(arguments[1:], default)
+        holder = config_flags.DEFINE_config_file(
+            "config",
+            default,
+            "Run config, FILE.py or FILE.py:VARIANT; --config.FIELD=VALUE sets a field of it.",
+            lock_config=True,
+            sys_argv=arguments,
         )
+        flags.DEFINE_bool("config.help", False, "List the config's fields with their meaning.")
+        return holder
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USAGE)
@@ -125,15 +136,22 @@ def check_override(config: Any, path: str, text: str | None) -> None:
 
 
 def parse_config(cls: type, holder: Any) -> Any:
-    """The frozen config of type `cls` from the parsed flag.
+    """The frozen config of type `cls` from the parsed flag; --config.help lists it and ends the
+    program.
 
     Raises:
         UsageError: names the field, what was found and what would work.
     """
+    typed = config_flags.get_override_values(flags.FLAGS["config"])
     try:
-        return from_dict(cls, holder.value)
+        config = from_dict(cls, holder.value, typed={f"config.{path}" for path in typed})
     except ConfigError as error:
         raise UsageError(str(error)) from None
+    if flags.FLAGS["config.help"].value:
+        print("\n".join(help_text.of_fields(config, "config")))
+        print("To see the fields of another kind, name it beside --config.help.")
+        sys.exit(DONE)
+    return config
 
 
 def load_variant(cls: type, path: str, variant: str) -> Any:
@@ -156,9 +174,9 @@ def _parse_flags(argv: list[str], words: int) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        known = [flag.name for flag in flags.FLAGS.get_flags_for_module(sys.argv[0])]
+        known = [flag.name for flag in own_flags()]
         raise UsageError(
-            f"--{error.flagname} is not a known flag; {near(error.flagname, ['config', *known])}"
+            f"--{error.flagname} is not a known flag; {near(error.flagname, known)}"
         ) from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from None
@@ -293,6 +311,22 @@ def code_of(error: BaseException) -> int | None:
     return next((code for kinds, code in codes.items() if isinstance(error, kinds)), None)
 
 
+def own_flags() -> list[flags.Flag]:
+    """The flags of this program, without those that absl has for all."""
+    modules = (__name__, sys.argv[0])
+    return [flag for module in modules for flag in flags.FLAGS.get_flags_for_module(module)]
+
+
+def _quiet_libtpu() -> None:
+    """jax tries every platform that is installed. Where it found no TPU when it was imported,
+    libtpu would complain that nothing names its slice, and any name will do."""
+    import jax  # noqa: F401
+
+    if os.environ.get(experiments.NO_TPU) == "1" and not experiments.TOLD_OF_NO_TPU:
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
 def _report(kind: type, error: BaseException, trace: Any) -> None:
     """Shows an error that nobody caught, but not that of the threads which still write a save that
     failed."""
@@ -311,6 +345,11 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no text ends a program
     sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
+    if help_text.wanted():
+        about = sys.modules["__main__"].__doc__
+        print("\n".join(help_text.of_program(about, own_flags(), REPOSITORY)))
+        sys.exit(DONE)
+    _quiet_libtpu()
     log = logging.getLogger("kha_jax")
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -1,5 +1,6 @@
-"""Turns one run folder into another: python -m experiments.convert absorb --workdir=runs/linear
---out=runs/linear_absorbed
+"""Turns one run folder into another.
+
+    python -m experiments.convert absorb --workdir=runs/linear --out=runs/linear_absorbed
 
 absorb: folds linear mixers into the weights around them in float32, compares the logits with those
 of the mixers applied to the activations, on random tokens, prints the largest change, and writes a

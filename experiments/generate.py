@@ -1,5 +1,7 @@
-"""Continues text with a trained model: python -m experiments.generate --workdir=runs/kha_tiny
---prompt='def main('
+"""Continues text with a trained model.
+
+    python -m experiments.generate --workdir=runs/kha_tiny --prompt='def main('
+    python -m experiments.generate --workdir=runs/kha_tiny --prompt='class A' --temperature=0.8
 
 Reads the run's newest checkpoint, folds linear mixers into the weights and samples. One prompt is
 streamed to the terminal; several, of any lengths, are decoded as one batch and printed one after
@@ -23,9 +25,7 @@ from kha_jax.training import RunConfig
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
 PROMPT = flags.DEFINE_multi_string(
-    "prompt",
-    [],
-    "Text to continue; repeat the flag for a batch. \\n, \\t and \\\\ are understood.",
+    "prompt", [], "Text to continue, where \\n, \\t and \\\\ are understood"
 )
 TOKENS = flags.DEFINE_integer("tokens", 200, "New tokens at most.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
@@ -60,12 +60,12 @@ def main() -> None:
         raise UsageError("--prompt: is empty; give at least one character")
     folder = command_line.run_folder("workdir", WORKDIR.value)
     config = command_line.read_config(folder / "config.json", RunConfig)
-    if not hasattr(config.data, "tokenizer"):
+    tokenizer = config.data.tokenizer()
+    if tokenizer is None:
         raise UsageError(
             f"--workdir={WORKDIR.value}: was trained on {type(config.data).__name__}, which is "
             "not text"
         )
-    tokenizer = config.data.tokenizer()
     prompts = [tokenizer.encode(encoded(text)).tolist() for text in PROMPT.value]
     longest = max(map(len, prompts)) + TOKENS.value
     if longest > FARTHEST * config.seq_len:

@@ -1,5 +1,7 @@
-"""What the heads of trained models learnt: python -m experiments.inspect --workdir=runs/kha_tiny
---out=figures/
+"""What the heads of trained models learnt.
+
+    python -m experiments.inspect --workdir=runs/kha_tiny --out=figures/
+    python -m experiments.inspect --workdir=runs/linear,runs/kha_tiny --watch=30
 
 Reads the mixer matrices of the newest checkpoint (not the rest of it), prints a table, and writes
 each figure as SVG and PNG and all of them as one page, OUT/index.html, that needs nothing else.

@@ -1,5 +1,8 @@
-"""Decides on a laptop whether a run fits a pod: python -m experiments.plan
---config=configs/kha_moe_6b.py --topology=v5p:4x4x4
+"""Decides on a laptop whether a run fits a pod.
+
+    python -m experiments.plan --config=configs/kha_moe_6b.py --topology=v5p:4x4x4
+    python -m experiments.plan --compare=baseline,linear,mlp --sequences_per_device=4
+    python -m experiments.plan --sweep_topologies=v5e-64,v5p-64,v6e-64 --nocompile --json
 
 Compiles the real train step for the slice, without a TPU, through libtpu (extra: plan), and prints
 memory per device, FLOPs, bytes moved, a roofline of the step, and days and chip-hours for the whole
@@ -10,33 +13,18 @@ import json
 import os
 import sys
 
-# Before jax is imported: this process computes on the CPU, and libtpu must not look for chips.
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_WORKER_HOSTNAMES="localhost",
-)
-# read by libtpu, which would complain; the slice is what --topology says
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-for quiet, level in (
-    ("TPU_MIN_LOG_LEVEL", "3"),
-    ("TF_CPP_MIN_LOG_LEVEL", "3"),
-    ("TPU_STDERR_LOG_LEVEL", "3"),
-):
-    os.environ.setdefault(quiet, level)
+import jax
+from absl import flags
+from rich.console import Console
+from rich.table import Table
 
-from absl import flags  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from experiments import command_line  # noqa: E402
-from experiments.command_line import UsageError  # noqa: E402
-from kha_jax import planning  # noqa: E402
-from kha_jax.config import ConfigError, under  # noqa: E402
-from kha_jax.planning import EFFICIENCY, Plan  # noqa: E402
-from kha_jax.sharding import SLICES  # noqa: E402
-from kha_jax.training import RunConfig  # noqa: E402
+from experiments import command_line
+from experiments.command_line import UsageError
+from kha_jax import planning
+from kha_jax.config import ConfigError, under
+from kha_jax.planning import EFFICIENCY, Plan
+from kha_jax.sharding import SLICES
+from kha_jax.training import RunConfig
 
 CONFIG = command_line.define_config(str(command_line.REPOSITORY / "configs" / "kha_moe_6b.py"))
 TOPOLOGY = flags.DEFINE_string(
@@ -61,6 +49,18 @@ COMPILE = flags.DEFINE_bool("compile", True, "Compile for the slice; off: estima
 JSON = flags.DEFINE_bool("json", False, "Print the plans as JSON.")
 
 GIB = 2**30
+
+
+def leave_chips_alone() -> None:
+    """This process computes on the CPU; libtpu compiles for chips that it must not look for."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost"
+    )
+    # read by libtpu, which would complain; the slice is what --topology says
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    for quiet in ("TPU_MIN_LOG_LEVEL", "TF_CPP_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
+        os.environ.setdefault(quiet, "3")
 
 
 def plans() -> dict[str, Plan]:
@@ -201,6 +201,7 @@ def main() -> None:
         raise UsageError(
             "--topology: does nothing beside --sweep_topologies; leave out one of them"
         )
+    leave_chips_alone()
     try:
         found = plans()
     except planning.SliceError as error:

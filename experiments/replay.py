@@ -60,6 +60,7 @@ def token_losses(config: RunConfig, variables: dict[str, Any], example: data.Exa
 
 
 def _begin(config: RunConfig, ids: np.ndarray) -> Any:
-    if hasattr(config.data, "tokenizer"):
-        return repr(config.data.tokenizer().decode(ids[: 4 * SHOWN].tolist())[:SHOWN])
+    tokenizer = config.data.tokenizer()
+    if tokenizer is not None:
+        return repr(tokenizer.decode(ids[: 4 * SHOWN].tolist())[:SHOWN])
     return ids[: SHOWN // 4].tolist()

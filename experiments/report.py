@@ -1,5 +1,10 @@
-"""Draws the curves of runs: python -m experiments.report --workdirs=runs/kha_tiny,runs/baseline
---out=curves.png (extra: plots)."""
+"""Draws the curves of runs (extra: plots).
+
+    python -m experiments.report --workdirs=runs/kha_tiny,runs/baseline --out=curves.png
+
+Training loss, smoothed; validation bits per byte (or loss, for data without bytes); for mixtures
+the worst layer's MaxVio.
+"""
 
 from pathlib import Path
 
@@ -26,8 +31,7 @@ def _name(folder: Path, folders: list[Path]) -> str:
 
 
 def main() -> None:
-    """Training loss, smoothed; validation bits per byte (or loss, for data without bytes); for
-    mixtures the worst layer's MaxVio."""
+    """See the module's docstring."""
     if not WORKDIRS.value:
         raise UsageError("--workdirs: name at least one run folder")
     folders = [command_line.local_folder("workdirs", name) for name in WORKDIRS.value]

@@ -23,7 +23,7 @@ from experiments import command_line
 from experiments.command_line import UsageError
 from kha_jax import __version__
 from kha_jax.checkpoint import Checkpoints, state_bytes
-from kha_jax.config import near, to_dict
+from kha_jax.config import departures, near, to_dict
 from kha_jax.data import DataError, Source, batch_hash
 from kha_jax.data.tokens import cache_folder
 from kha_jax.manifest import CheckpointError, read_manifest, write_json
@@ -72,13 +72,14 @@ def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def config_hash(config: RunConfig) -> str:
     """Of the fields that decide what is learnt."""
-    fields = {k: v for k, v in flat(to_dict(config)).items() if not k.startswith(FREE)}
+    fields = {k: v for k, v in flat(departures(config)).items() if not k.startswith(FREE)}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_hash(config: RunConfig) -> str:
     """Which ids stand for which text; empty where there is no text."""
-    return config.data.tokenizer().fingerprint if hasattr(config.data, "tokenizer") else ""
+    tokenizer = config.data.tokenizer()
+    return "" if tokenizer is None else tokenizer.fingerprint
 
 
 def read_lineage(folder: Path, config: RunConfig) -> list[dict[str, Any]]:

@@ -1,4 +1,8 @@
-"""Trains a model: python -m experiments.train --config=configs/kha_tiny.py --workdir=runs/kha_tiny
+"""Trains a model.
+
+    python -m experiments.train --config=configs/kha_tiny.py --workdir=runs/kha_tiny
+    python -m experiments.train --config.model.attention.key.kind=linear --workdir=runs/key_linear
+    python -m experiments.train --config=configs/kha_moe_tiny.py --config.help
 
 The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or config, 65 data, 70
 a step hangs, or another process did not come, is gone or cannot go on, 74 checkpoint storage, 75

@@ -4,7 +4,8 @@ A config derives from `Config`, which makes it a keyword-only frozen dataclass. 
 it is made: field types first, then its own `validate`. A slot that one of several configs may fill
 is declared with `choice`; on the command line the slot's `kind` (or another word) selects the
 config and the fields of all its members are known, so that switching the kind never needs another
-file. A field set for a kind that does not have it is an error.
+file. A field set for a kind that does not have it is an error, but for what a config file had set
+for the kind that a command line switched away from.
 """
 
 import contextlib
@@ -152,6 +153,22 @@ def to_dict(config: Config) -> dict[str, Any]:
     return out
 
 
+def departures(config: Config) -> dict[str, Any]:
+    """What differs from the defaults, nested, choices with their kind: a field that a later version
+    adds does not show in it."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "choices" in field.metadata:
+            if value != field.default:
+                out[field.name] = {field.metadata["by"]: kind_of(field, value), **departures(value)}
+        elif isinstance(value, Config):
+            out[field.name] = departures(value)
+        elif value != field.default:
+            out[field.name] = value
+    return out
+
+
 def to_config_dict(config: Config) -> config_dict.ConfigDict:
     """The command line's form. In a choice, None stands for the chosen kind's default, so that
     kinds can be switched."""
@@ -217,8 +234,16 @@ def _plain_type(hint: Any) -> type:
     return origin or hint
 
 
-def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
+def from_dict(
+    cls: type,
+    values: Mapping[str, Any],
+    path: str = "config",
+    typed: typing.Collection[str] = (),
+) -> Any:
     """Builds and validates a config from nested mappings (a ConfigDict, or config.json read back).
+
+    typed: full paths of the values that a person has just set over the others. Where a kind is
+    among them, fields that the new kind does not have are dropped, unless they are too.
 
     Raises:
         ConfigError: with the full path of the offending field.
@@ -231,18 +256,20 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
             raise ConfigError(f"{path}.{name}", f"is not a known field; {near(name, fields)}")
         where = f"{path}.{name}"
         if "choices" in fields[name].metadata:
-            arguments[name] = _choice_from_dict(fields[name], value, where)
+            arguments[name] = _choice_from_dict(fields[name], value, where, typed)
         elif isinstance(hints[name], type) and issubclass(hints[name], Config):
             if not _is_group(value):
                 expected = f"expected fields of {hints[name].__name__}, found {value!r}"
                 raise ConfigError(where, expected)
-            arguments[name] = from_dict(hints[name], value, where)
+            arguments[name] = from_dict(hints[name], value, where, typed)
         elif value is not None or not unset:
             arguments[name] = value
     return _construct(cls, arguments, path)
 
 
-def _choice_from_dict(field: dataclasses.Field, value: Any, path: str) -> Config:
+def _choice_from_dict(
+    field: dataclasses.Field, value: Any, path: str, typed: typing.Collection[str]
+) -> Config:
     choices, by = field.metadata["choices"], field.metadata["by"]
     if not _is_group(value) or by not in value:
         raise ConfigError(path, f"expected fields with {by!r} among them, found {value!r}")
@@ -250,19 +277,23 @@ def _choice_from_dict(field: dataclasses.Field, value: Any, path: str) -> Config
     kind = values.pop(by) or kind_of(field, field.default)
     if kind not in choices:
         raise ConfigError(f"{path}.{by}", f"{kind!r} is not known; {near(kind, choices)}")
+
+    def was_typed(name: str) -> bool:
+        return any(f"{where}.".startswith(f"{path}.{name}.") for where in typed)
+
     own = {f.name for f in dataclasses.fields(choices[kind])}
-    for name in values.keys() - own:
+    for name in [n for n in values if n not in own]:
         owners = [
             k for k, cls in choices.items() if name in {f.name for f in dataclasses.fields(cls)}
         ]
         if not owners:
             known = near(name, own) if own else "it has none"
             raise ConfigError(f"{path}.{name}", f"is not a known field; {known}")
-        if _is_set(values[name]):
+        if _is_set(values[name]) and (was_typed(name) or not was_typed(by)):
             belongs = f"it belongs to {' and '.join(owners)}"
             raise ConfigError(f"{path}.{name}", f"does nothing with {by}={kind!r}; {belongs}")
-    given = {name: values[name] for name in own & values.keys() if _is_set(values[name])}
-    return from_dict(choices[kind], given, path)
+    given = {name: item for name, item in values.items() if name in own and _is_set(item)}
+    return from_dict(choices[kind], given, path, typed)
 
 
 def _construct(cls: type, arguments: dict[str, Any], path: str) -> Any:

@@ -39,6 +39,11 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def plain_row(values: dict[str, Any]) -> dict[str, Any]:
+    """See plain."""
+    return {name: plain(value) for name, value in values.items()}
+
+
 class MetricsFile:
     """`metrics.jsonl`: one object a line with its step, null for what is not finite. Opening it at
     a step cuts it back to the lines up to that step; `last` is the last line that was kept.
@@ -70,11 +75,6 @@ class MetricsFile:
 
     def close(self) -> None:
         self.file.close()
-
-
-def plain_row(values: dict[str, Any]) -> dict[str, Any]:
-    """See plain."""
-    return {name: plain(value) for name, value in values.items()}
 
 
 class TensorBoard:

@@ -18,13 +18,17 @@ import numpy as np
 from kha_jax import accounting, sharding
 from kha_jax.accounting import PEAK_FLOPS
 from kha_jax.config import ConfigError, near, to_dict, under
-from kha_jax.model import ModelConfig, Segment
+from kha_jax.model import Segment
 from kha_jax.ops.attention import ROWS
 from kha_jax.sharding import SLICES, ways_of
 from kha_jax.training import RunConfig, TrainState, make_trainer
 
 # Of the peak, in the matrix products and the attention kernel: an assumption, not a measurement.
 EFFICIENCY = 0.75
+# By rematerialisation: forward passes that are run again (the backward pass costs two of them), and
+# what each layer keeps for its gradient in units of its input, an estimate.
+AGAIN = {"none": 0.0, "dots": 0.05, "full": 1.0}
+SAVED = {"none": 12.0, "dots": 5.0, "full": 1.0}
 
 
 class Chip(NamedTuple):
@@ -222,11 +226,27 @@ def _needed(message: str) -> float | None:
     return max(sizes) if "HBM" in message and "RESOURCE_EXHAUSTED" in message and sizes else None
 
 
-def _abstract_state(config: RunConfig, chips: int) -> tuple[TrainState, dict[str, int]]:
-    """The run's state as it is laid out on this many devices, and the mesh's sizes."""
+class Layout(NamedTuple):
+    """How a run lies on the devices: its abstract state, the mesh's sizes, the devices that split a
+    batch and a layer, the tokens that a device has at once, and the weights that it computes
+    with."""
+
+    state: TrainState
+    sizes: dict[str, int]
+    batch_ways: int
+    model_ways: int
+    local_tokens: float
+    weights: float
+
+
+def _layout(config: RunConfig, chips: int) -> Layout:
     sizes = config.mesh.sizes(chips)
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    return make_trainer(config, mesh).abstract, sizes
+    state, ways = make_trainer(config, mesh).abstract, ways_of(sizes, "batch")
+    leaves = jax.tree.leaves(state.params)
+    weights = sum(_held(leaf) * sharding.gathered_ways(leaf.sharding) for leaf in leaves)
+    tokens = config.tokens_per_step / config.accumulation / ways
+    return Layout(state, sizes, ways, ways_of(sizes, "heads"), tokens, weights)
 
 
 def _held(leaf: jax.ShapeDtypeStruct) -> int:
@@ -241,59 +261,37 @@ def _held_bytes(tree: Any) -> float:
 def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     """Plans a run that `placed` has put on the slice. compiled: memory from XLA; otherwise
     estimated from the sizes."""
-    chips, chip, model = slice_.chips, slice_.chip, config.model
-    tokens = config.tokens_per_step
-    cost = accounting.account(model, config.seq_len, tokens=tokens)
-    state, sizes = _abstract_state(config, chips)
-    apart, model_ways = ways_of(sizes, "batch"), ways_of(sizes, "heads")
-    local_tokens = tokens / config.accumulation / apart
-    # that a device computes with
-    weights = sum(
-        _held(leaf) * sharding.gathered_ways(leaf.sharding)
-        for leaf in jax.tree.leaves(state.params)
-    )
-    params_bytes, optimizer_bytes = (
-        _held_bytes(state.params),
-        _held_bytes((state.optimizer, state.balance)),
-    )
-    activations = (
-        local_tokens * model.width * model.layers * np.dtype(model.numerics.dtype).itemsize
-    )
+    chips, chip, tokens = slice_.chips, slice_.chip, config.tokens_per_step
+    cost = accounting.account(config.model, config.seq_len, tokens=tokens)
+    layout = _layout(config, chips)
+    params_bytes = _held_bytes(layout.state.params)
+    optimizer_bytes = _held_bytes((layout.state.optimizer, layout.state.balance))
     if compiled:
         peak, temporaries = compiled_memory(config, slice_)
     else:
-        temporaries = _estimated_temporaries(
-            config, local_tokens, weights, model_ways, params_bytes, activations
-        )
+        temporaries = params_bytes + _estimated_temporaries(config, layout)
         peak = params_bytes + optimizer_bytes + temporaries
-
-    # The backward pass costs two forward ones; full rematerialisation runs the layers forward once
-    # more.
-    again = {"none": 0.0, "dots": 0.05, "full": 1.0}[model.remat]
-    executed = cost.training_flops * (3 + again) / 3 * tokens
-    moved = _moved(config, state.params, sizes)
-    passes = 3 + again
-    layers = _pass_bytes(config, local_tokens, weights, model_ways)
-    hbm = passes * config.accumulation * layers + 3 * (params_bytes + optimizer_bytes)
+    moved = _moved(config, layout.state.params, layout.sizes)
+    passes = 3 + AGAIN[config.model.remat]
+    hbm = passes * config.accumulation * _pass_bytes(config, layout)
     times = {
-        "compute": executed / chips / chip.flops / EFFICIENCY,
-        "HBM": hbm / chip.hbm_bandwidth,
+        "compute": cost.training_flops * passes / 3 * tokens / chips / chip.flops / EFFICIENCY,
+        "HBM": (hbm + 3 * (params_bytes + optimizer_bytes)) / chip.hbm_bandwidth,
         "links": sum(moved.values()) / chip.link_bandwidth,
     }
     bound = max(times, key=times.get)
     step = times[bound]
-    seconds = step * config.steps
     return Plan(
         topology=slice_.name,
         chips=chips,
         batch_size=config.batch_size,
-        sequences_per_device=config.batch_size // config.accumulation // apart,
+        sequences_per_device=config.batch_size // config.accumulation // layout.batch_ways,
         accumulation=config.accumulation,
         params_total=cost.parameters,
         params_active=cost.active,
         params_bytes_per_device=params_bytes,
         optimizer_bytes_per_device=optimizer_bytes,
-        activation_bytes_per_device=activations,
+        activation_bytes_per_device=_activation_bytes(config, layout),
         temporary_bytes_per_device=temporaries,
         peak_bytes_per_device=peak,
         hbm_bytes_per_device=chip.hbm_bytes,
@@ -307,9 +305,17 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
         bound=bound,
         mfu=cost.training_flops * tokens / chips / chip.flops / step,
         tokens_per_second=tokens / step,
-        days=seconds / 86400,
-        chip_hours=seconds / 3600 * chips,
+        days=step * config.steps / 86400,
+        chip_hours=step * config.steps / 3600 * chips,
         source="compiled" if compiled else "analytic",
+    )
+
+
+def _activation_bytes(config: RunConfig, layout: Layout) -> float:
+    """The inputs of all layers for the tokens that a device has at once."""
+    model = config.model
+    return (
+        layout.local_tokens * model.width * model.layers * np.dtype(model.numerics.dtype).itemsize
     )
 
 
@@ -342,47 +348,39 @@ def _moved(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[str, f
     return {kind: size for kind, size in moved.items() if size}
 
 
-def _pass_bytes(config: RunConfig, local_tokens: float, weights: float, model_ways: int) -> float:
+def _pass_bytes(config: RunConfig, layout: Layout) -> float:
     """HBM traffic of one pass over the layers, roughly: weights once, and each stream of a token
     and each score that exists outside of a kernel written and read once."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
     per_token = item * 8 * model.width * model.layers
     for segment in model.segments():
-        streams = item * _stream_floats(model, segment, model_ways)
-        scores = 4 * segment.attention.score_floats(config.seq_len) / model_ways
-        per_token += segment.layers * (streams + scores)
-    return item * weights + 2 * per_token * local_tokens
+        heads, value_width = segment.attention.projection.output_shape()
+        streams = 6 * heads * value_width + segment.feed_forward.stream_floats(model.width)
+        scores = segment.attention.score_floats(config.seq_len)
+        per_token += segment.layers * (item * streams + 4 * scores) / layout.model_ways
+    return item * layout.weights + 2 * per_token * layout.local_tokens
 
 
-def _stream_floats(model: ModelConfig, segment: Segment, model_ways: int) -> float:
-    """Numbers per token of the inner streams of a layer on one device."""
-    heads, value_width = segment.attention.projection.output_shape()
-    feed_forward = segment.feed_forward.stream_floats(model.width)
-    return (6 * heads * value_width + feed_forward) / model_ways
-
-
-def _estimated_temporaries(
-    config, local_tokens, weights, model_ways, params_bytes, activations
-) -> float:
-    """Gradients, saved activations, one layer's gathered weights with their gradients, its streams,
-    and the loss's table and logits."""
+def _estimated_temporaries(config: RunConfig, layout: Layout) -> float:
+    """Saved activations, one layer's gathered weights with their gradients, its streams, and the
+    loss's table and logits; the gradients of the parameters are not among them."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
-    saved = {"none": 12.0, "dots": 5.0, "full": 1.0}[model.remat] * activations
-    table = model.vocabulary_size * model.width / model_ways
-    layer = 2 * item * (weights - table) / model.layers
-    streams = max(_layer_bytes(config, s, local_tokens, model_ways) for s in model.segments())
+    saved = SAVED[model.remat] * _activation_bytes(config, layout)
+    table = model.vocabulary_size * model.width / layout.model_ways
+    layer = 2 * item * (layout.weights - table) / model.layers
+    streams = max(_layer_bytes(config, segment, layout) for segment in model.segments())
     output = (item + 4) * model.vocabulary_size * model.width
-    return params_bytes + saved + max(layer + streams, output)
+    return saved + max(layer + streams, output)
 
 
-def _layer_bytes(config, segment, local_tokens, model_ways) -> float:
+def _layer_bytes(config: RunConfig, segment: Segment, layout: Layout) -> float:
     """What a layer of this segment holds between its input and its output, with its gradients:
     streams, and four times the float32 scores of the queries whose heads meet at a time."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
     heads, value_width = segment.attention.projection.output_shape()
-    streams = item * local_tokens * (8 * model.width + 8 * heads * value_width / model_ways)
-    tokens = segment.feed_forward.tokens_at_once(local_tokens)
-    between = 2 * item * tokens * segment.feed_forward.stream_floats(model.width) / model_ways
-    at_once = local_tokens * min(1, ROWS / config.seq_len)
+    attention = 8 * model.width + 8 * heads * value_width / layout.model_ways
+    tokens = segment.feed_forward.tokens_at_once(layout.local_tokens)
+    between = 2 * tokens * segment.feed_forward.stream_floats(model.width) / layout.model_ways
+    at_once = layout.local_tokens * min(1, ROWS / config.seq_len)
     scores = 4 * 4 * at_once * segment.attention.score_floats(config.seq_len)
-    return streams + between + scores
+    return item * (layout.local_tokens * attention + between) + scores

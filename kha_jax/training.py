@@ -13,6 +13,7 @@ import optax
 
 from kha_jax import data, moe, optimizer
 from kha_jax.config import Config, choice, under
+from kha_jax.data import DataConfig
 from kha_jax.model import Batch, ModelConfig, Transformer
 from kha_jax.ops.attention import refusal
 from kha_jax.ops.losses import TokenSums
@@ -90,7 +91,7 @@ class RunConfig(Config):
     hang_timeout: float = 600.0
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    data: Config = choice(data.SOURCES, data.PythonSource(), by="source")
+    data: DataConfig = choice(data.SOURCES, data.PythonSource(), by="source")
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
@@ -106,7 +107,7 @@ class RunConfig(Config):
         needed, have = self.data.vocabulary_size(), self.model.vocabulary_size
         problem = f"must be at least the data's {needed}, found {have}"
         self.require(have >= needed, "model.vocabulary_size", problem)
-        shortest = self.data.minimum_seq_len() if hasattr(self.data, "minimum_seq_len") else 1
+        shortest = self.data.minimum_seq_len()
         self.require(
             self.seq_len >= shortest,
             "seq_len",

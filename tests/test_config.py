@@ -19,7 +19,16 @@ from kha_jax.attention.mixers import (
     NoMixer,
 )
 from kha_jax.attention.projections import GroupedQuery
-from kha_jax.config import Config, ConfigError, choice, from_dict, near, to_config_dict, to_dict
+from kha_jax.config import (
+    Config,
+    ConfigError,
+    choice,
+    departures,
+    from_dict,
+    near,
+    to_config_dict,
+    to_dict,
+)
 from kha_jax.data import MultiQueryAssociativeRecall
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import AttentionFrom, LossConfig, ModelConfig, SameAttention
@@ -255,6 +264,18 @@ def test_the_command_line_itself(parsed):
         from_dict(Drawing, parsed(drawing(), "shape.corners=5"))
 
 
+def test_a_kind_switched_by_hand_drops_what_the_file_set_for_another():
+    values = to_config_dict(drawing(shape=Polygon(corners=3), backdrop=Polygon(corners=5)))
+    values.shape.kind = "circle"
+    refused = r"^config\.shape\.corners: does nothing with kind='circle'"
+    by_hand = {"config.shape.kind"}
+    for typed in ((), {"config.shape.corners"}, {*by_hand, "config.shape.corners"}):
+        with pytest.raises(ConfigError, match=refused):
+            from_dict(Drawing, values, typed=typed)
+    switched = from_dict(Drawing, values, typed=by_hand)
+    assert switched == drawing(shape=Circle(), backdrop=Polygon(corners=5))
+
+
 @pytest.mark.parametrize(
     "slot, given, problem",
     [
@@ -478,5 +499,17 @@ def test_layers_that_differ_are_said_on_the_command_line():
     again = from_dict(ModelConfig, to_config_dict(ModelConfig(layers=4, later=later)))
     assert again.later == later == from_dict(ModelConfig, to_dict(again)).later
     slot.later.kind = "same"
-    with pytest.raises(ConfigError, match="later.layer: does nothing with kind='same'"):
+    with pytest.raises(ConfigError, match="later.attention: does nothing with kind='same'"):
         from_dict(ModelConfig, slot)
+
+
+def test_departures_are_what_a_new_default_leaves_alone():
+    plain = RunConfig(model=ModelConfig(layers=4))
+    assert departures(plain) == {"model": {"attention": {}, "loss": {}, "numerics": {}}} | {
+        name: {} for name in ("optimizer", "evaluation", "checkpoint", "mesh", "profile")
+    } | {"optimizer": {"knocking": {}}}
+    linear = plain.model.attention.replace(key=KnockingLinear(diag_init=0.5))
+    changed = plain.replace(model=plain.model.replace(attention=linear, layers=5))
+    model = departures(changed)["model"]
+    assert model["layers"] == 5
+    assert model["attention"] == {"key": {"kind": "linear", "diag_init": 0.5}}

@@ -19,12 +19,13 @@ from kha_jax.attention.outputs import MixtureOfHeads
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
 from kha_jax.feed_forward import SwiGLU
-from kha_jax.model import AttentionFrom
+from kha_jax.model import AttentionFrom, in_order
 from kha_jax.moe import MoE, load_metrics, update_bias
 from kha_jax.ops import experts_cpu
 from kha_jax.ops.experts import KERNELS, experts
 from kha_jax.parameters import Aux, Numerics, no_aux
 from kha_jax.sharding import MeshConfig
+from kha_jax.training import make_trainer
 from tests import reference
 from tests.test_training import RUN, begun, random_batch, trained
 
@@ -267,10 +268,10 @@ def test_evaluation_and_a_non_finite_step_leave_the_bias_and_a_checkpoint_keeps_
     )
     after, metrics = step(broken, random_batch(3))
     assert metrics["nonfinite"] == 1 and np.array_equal(before, bias_of(after))
-    store = checkpoint.Checkpoints(tmp_path / "checkpoints", 2, {})
+    store = checkpoint.Checkpoints(tmp_path / "checkpoints", 2)
     store.save(3, state)
     store.close()
-    restored = checkpoint.Checkpoints(tmp_path / "checkpoints", 2, {}).restore(3, trainer.abstract)
+    restored = checkpoint.Checkpoints(tmp_path / "checkpoints", 2).restore(3, trainer.abstract)
     np.testing.assert_array_equal(bias_of(restored), before)
     assert np.abs(before).max() > 0
 
@@ -311,10 +312,15 @@ def test_layers_that_differ_are_segments_of_their_own_and_none_loses_what_it_rep
     assert params["layers_2"]["feed_forward"]["up"].shape == (2, 8, 32, 16)
     assert "output_mixer" in params["layers"]["attention"]
     assert params["layers_2"]["attention"]["logits_mixer"]["kernel"].shape == (2, 4, 4)
-    state, metrics = one_step(MIXTURE.replace(model=SEGMENTED))
+    run = MIXTURE.replace(model=SEGMENTED)
+    trainer = make_trainer(run, sharding.make_mesh(run.mesh, jax.devices()[:1]))
+    state, metrics = jax.eval_shape(trainer.train_step, trainer.abstract, random_batch(0))
     assert metrics["max_violation"].shape == (3,) and metrics["head_max_violation"].shape == (2,)
-    moved = [np.abs(bias).max(axis=-1) for bias in jax.tree.leaves(state.balance)]
-    assert [bias.shape for bias in moved] == [(1,), (2,)] and min(map(np.min, moved)) > 0
+    assert [bias.shape for bias in jax.tree.leaves(state.balance)] == [(1, 8), (2, 8)]
+    one, two = (Aux(jnp.ones(n), {"e": jnp.ones(n)}, {"m": jnp.full(n, n)}) for n in (1, 2))
+    joined = in_order({"layers": one, "layers_2": two})
+    assert joined.loss == 3 and joined.metrics["m"].tolist() == [1, 2, 2]
+    assert set(joined.counts) == {"layers", "layers_2"}
 
 
 def test_two_sources_of_one_metric_are_refused():

@@ -41,6 +41,25 @@ def test_the_main_run_reaches_half_of_the_peak_and_knocking_costs_next_to_nothin
     assert round(mlp.params_total / 1e9, 1) == 6.1 and mlp.fits
 
 
+def test_scores_of_all_heads_are_planned_for_where_heads_meet():
+    """Talking heads hold and move scores that fused kernels never write, and multiply them."""
+    talking, plain = (
+        planned(variant, "v5e-64", 8, "dense_600m") for variant in ("talking", "baseline")
+    )
+    assert talking.temporary_bytes_per_device > 1.2 * plain.temporary_bytes_per_device
+    assert talking.hbm_seconds > 2 * plain.hbm_seconds
+    added = talking.flops_per_step - plain.flops_per_step
+    maps, layers, heads, tokens = 2, 24, 32, 512 * 4096
+    assert added == 3 * maps * layers * 2 * heads**2 * (4096 + 1) / 2 * tokens
+
+
+@pytest.mark.parametrize("variant", ["mea", "mixture", "differential", "collaborative"])
+def test_every_mechanism_has_a_plan(variant):
+    plan = planned(variant, "v5e-64", 1, "dense_600m")
+    plain = planned("baseline", "v5e-64", 1, "dense_600m")
+    assert plan.params_total != plain.params_total and plan.step_seconds > 0
+
+
 def test_state_shrinks_with_the_chips_and_moves_with_the_micro_batches():
     small, large = planned(where="v5p-64"), planned(where="v5p-128")
     assert abs(small.params_bytes_per_device / large.params_bytes_per_device - 2) < 0.02

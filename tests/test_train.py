@@ -107,11 +107,15 @@ def test_one_writer_per_run_folder(cache, tmp_path):
 
 
 def test_print_config_shows_the_resolved_config(cache, tmp_path):
-    code, out, _ = finish(
-        start(cache, tmp_path, "--print_config", "--config.model.attention.value.kind=linear")
-    )
-    assert code == 0
-    assert json.loads(out)["model"]["attention"]["value"] == {
+    """Two kinds are switched; the file's kv_heads, which latents do not have, is dropped."""
+    kinds = ("value.kind=linear", "projection.kind=latent")
+    switched = (f"--config.model.attention.{kind}" for kind in kinds)
+    line = ("--config=configs/mqar_tiny.py", "--print_config", *switched)
+    code, out, err = finish(start(cache, tmp_path, base=line))
+    assert code == 0, err
+    attention = json.loads(out)["model"]["attention"]
+    assert attention["projection"]["kind"] == "latent" and "kv_heads" not in attention["projection"]
+    assert attention["value"] == {
         "kind": "linear",
         "diag_init": 1.0,
         "parameterization": "direct",

@@ -2,6 +2,7 @@
 step) alone."""
 
 from kha_jax.data.loader import (
+    DataConfig,
     DataError,
     Example,
     Source,
@@ -19,6 +20,7 @@ SOURCES = {"python_source": PythonSource, "mqar": MultiQueryAssociativeRecall}
 
 __all__ = [
     "SOURCES",
+    "DataConfig",
     "DataError",
     "Example",
     "MultiQueryAssociativeRecall",

@@ -10,6 +10,8 @@ import grain
 import jax
 import numpy as np
 
+from kha_jax.config import Config
+
 Example = dict[str, np.ndarray]
 
 
@@ -35,6 +37,26 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+class DataConfig(Config):
+    """Base of the configs of sources."""
+
+    def vocabulary_size(self) -> int:
+        """Ids are below this."""
+        raise NotImplementedError
+
+    def minimum_seq_len(self) -> int:
+        """Tokens of the shortest row that an example fits in."""
+        return 1
+
+    def tokenizer(self) -> Any | None:
+        """Between text and ids; None where the data is not text."""
+        return None
+
+    def open(self, split: str, seq_len: int, seed: int) -> Source:
+        """The examples of the `train` or `validation` split."""
+        raise NotImplementedError
 
 
 def window_order(length: int, seed: int, shuffle: bool = True) -> grain.MapDataset:

@@ -6,8 +6,7 @@ import sysconfig
 from pathlib import Path
 from typing import Iterator
 
-from kha_jax.config import Config
-from kha_jax.data.loader import DataError
+from kha_jax.data.loader import DataConfig, DataError
 from kha_jax.data.tokens import ByteTokenizer, TokenWindows, cache_folder, write_stream
 
 LEFT_OUT = {
@@ -29,7 +28,7 @@ def _modules(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
-class PythonSource(Config):
+class PythonSource(DataConfig):
     """One document a module of the standard library, as bytes.
 
     A module is held out for validation when the hash of its path says so (`held_out` of them,
@@ -50,11 +49,9 @@ class PythonSource(Config):
         self.require(not remote, "cache_dir", problem)
 
     def vocabulary_size(self) -> int:
-        """Ids are below this."""
         return ByteTokenizer.vocabulary_size
 
     def tokenizer(self) -> ByteTokenizer:
-        """Between text and ids; data that is not text has none."""
         return ByteTokenizer()
 
     def open(self, split: str, seq_len: int, seed: int) -> TokenWindows:

@@ -4,11 +4,10 @@ import hashlib
 
 import numpy as np
 
-from kha_jax.config import Config
-from kha_jax.data.loader import Example
+from kha_jax.data.loader import DataConfig, Example
 
 
-class MultiQueryAssociativeRecall(Config):
+class MultiQueryAssociativeRecall(DataConfig):
     """Key-value pairs, then queries that must be answered with the value last seen (MQAR; Arora et
     al., arXiv 2312.04927).
 
@@ -39,7 +38,6 @@ class MultiQueryAssociativeRecall(Config):
         self.require(self.gap_power > 0, "gap_power", f"must be positive, found {self.gap_power}")
 
     def vocabulary_size(self) -> int:
-        """Ids are below this."""
         return self.vocabulary
 
     def minimum_seq_len(self) -> int:

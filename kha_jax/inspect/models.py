@@ -101,8 +101,7 @@ def variants(runs: list[Run]) -> list[Variant]:
 
 def _variant(run: Run) -> Variant:
     config, rows = config_of(run), run.metrics()
-    tokens = config.batch_size * config.seq_len
-    cost = accounting.account(config.model, config.seq_len, tokens=tokens)
+    cost = accounting.account(config.model, config.seq_len, tokens=config.tokens_per_step)
     last: dict[str, Any] = {}
     for row in rows:
         last |= row
@@ -112,7 +111,7 @@ def _variant(run: Run) -> Variant:
         mixing=cost.mixing,
         training_flops=cost.training_flops,
         cache_floats=cost.cache_floats,
-        tokens=last.get("step", 0) * tokens,
+        tokens=last.get("step", 0) * config.tokens_per_step,
         loss=last.get("val_loss", math.nan),
         bits_per_byte=last.get("val_bits_per_byte", math.nan),
     )

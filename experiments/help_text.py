@@ -1,0 +1,71 @@
+"""What --help and --config.help print."""
+
+import dataclasses
+import inspect
+import sys
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any, Iterator
+
+from absl import flags
+
+from kha_jax.config import Config, kind_of, type_hints
+
+
+def of_fields(config: Config, path: str) -> Iterator[str]:
+    """What a config and those in it are, and their fields with values and types."""
+    yield f"{path} ({type(config).__name__})"
+    yield textwrap.indent(inspect.getdoc(type(config)), "    ")
+    rows, inner = {}, {}
+    for field in dataclasses.fields(config):
+        value, where = getattr(config, field.name), f"{path}.{field.name}"
+        if isinstance(value, Config):
+            inner[where] = value
+        else:
+            rows[f"--{where}={value}"] = _type_name(type_hints(type(config))[field.name])
+        if "choices" in field.metadata:
+            kinds = ", ".join(field.metadata["choices"])
+            rows[f"--{where}.{field.metadata['by']}={kind_of(field, value)}"] = f"one of {kinds}"
+    yield from _columns(rows)
+    yield ""
+    for where, value in inner.items():
+        yield from of_fields(value, where)
+
+
+def _type_name(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if type(None) in arguments:
+        return f"{_type_name(arguments[0])} or None"
+    return f"tuple of {_type_name(arguments[0])}" if arguments else hint.__name__
+
+
+def wanted() -> bool:
+    """Whether the command line asks for help."""
+    return any(argument in ("-h", "-help", "--help", "--helpfull") for argument in sys.argv[1:])
+
+
+def of_program(about: str, own: list[flags.Flag], home: Path) -> Iterator[str]:
+    """What the program does, with examples, and its flags with their defaults, where files below
+    `home` are named from there."""
+    yield f"{about.strip()}\n\nFlags:"
+    rows = {}
+    for flag in own:
+        if flag.boolean:
+            rows[f"--[no]{flag.name}" if flag.default else f"--{flag.name}"] = flag.help
+        elif flag.default_unparsed in (None, []):
+            rows[f"--{flag.name}"] = flag.help
+        else:
+            default = str(flag.default_unparsed).removeprefix(f"{home}/")
+            rows[f"--{flag.name}={default}"] = flag.help
+    yield from _columns(rows)
+
+
+def _columns(rows: dict[str, str]) -> Iterator[str]:
+    """Indented terms and their meanings, one beside the other."""
+    width = min(max(map(len, rows), default=0), 58) + 6
+    for term, meaning in rows.items():
+        first, others = f"  {term}  ".ljust(width), " " * width
+        yield textwrap.fill(meaning, 100, initial_indent=first, subsequent_indent=others)

@@ -1,0 +1,93 @@
+"""What every command takes and says: its flags, frozen, its help, and quiet libraries."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import help_text
+from kha_jax.config import to_dict
+from kha_jax.training import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "flags.txt"
+COMMANDS = sorted(
+    path.stem
+    for path in (ROOT / "experiments").glob("*.py")
+    if "command_line.run(main" in path.read_text()
+)
+
+
+def defined(name: str) -> set[str]:
+    """The flags that a module of experiments/ defines, read from its source."""
+    source = (ROOT / "experiments" / f"{name}.py").read_text()
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    names = {
+        call.args[0].value
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr.startswith("DEFINE_")
+    }
+    return names | (defined("command_line") if "command_line.define_config(" in source else set())
+
+
+def test_commands_have_the_flags_of_the_golden_list():
+    """Flags are a promise: one that appears or goes away is meant."""
+    text = "".join(f"{name}: {' '.join(sorted(defined(name)))}\n" for name in COMMANDS)
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text(), "if that is meant, rewrite the list with UPDATE_GOLDEN=1"
+
+
+def run(*line: str, **environment: str | None) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a Python started on this line; None takes a variable away."""
+    settings = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    done = subprocess.run(
+        [sys.executable, *line], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "train" else pytest.param(n, marks=pytest.mark.slow) for n in COMMANDS]
+)
+def test_help_says_what_a_command_does_and_lists_its_flags(name):
+    code, out, err = run("-m", f"experiments.{name}", "--config=nowhere.py", "--help")
+    assert (code, err) == (0, "")
+    assert f"    python -m experiments.{name} " in out and str(ROOT) not in out
+    shown = re.findall(r"^  --(?:\[no\])?([\w.]+)", out.split("Flags:")[1], re.M)
+    assert sorted(shown) == sorted(defined(name))
+
+
+def test_help_on_a_config_shows_every_field_with_its_value_and_the_docstrings():
+    config = RunConfig()
+    text = "\n".join(help_text.of_fields(config, "config"))
+
+    def leaves(values, path):
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{path}.{name}")
+            else:
+                yield f"--{path}.{name}={value}"
+
+    shown = re.findall(r"^  (--\S+)", text, re.M)
+    assert sorted(shown) == sorted(leaves(to_dict(config), "config"))
+    assert "steps: optimiser steps." in text and "one of none, linear, gate, mlp" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_libtpu_is_quiet_where_there_is_no_tpu():
+    """jax starts every platform that is installed; nothing keeps it from a TPU that is there."""
+    pytest.importorskip("libtpu", reason="needs the extra: pip install -e '.[plan]'")
+    program = (
+        "from experiments import command_line; import jax; "
+        "command_line.run(lambda: print(jax.default_backend(), jax.config.jax_platforms))"
+    )
+    alone = {name: None for name in ("JAX_PLATFORMS", *(n for n in os.environ if "TPU" in n))}
+    code, out, err = run("-c", program, XLA_FLAGS="", **alone)
+    if out.startswith("tpu"):
+        pytest.skip("there is a TPU")
+    assert (code, err, out.split()[1]) == (0, "", "None")
