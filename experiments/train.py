@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import command_line, replay
+from experiments import command_line, replay, stored
 from experiments.command_line import UsageError
 from experiments.progress import farewell
 from experiments.reporter import Profile, Reporter
@@ -113,7 +113,7 @@ def workdir() -> Path:
         else "run"
     )
     runs = command_line.REPOSITORY / "runs"
-    return command_line.local_folder("workdir", WORKDIR.value or str(runs / name))
+    return stored.local_folder("workdir", WORKDIR.value or str(runs / name))
 
 
 def open_sources(config: RunConfig) -> tuple[data.Source, data.Source]:

@@ -155,11 +155,10 @@ def test_a_data_error_of_one_ends_both_with_65(tmp_path):
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """1, then 2, then 4 on the same four devices, with the same losses as one has. The
     evaluations of the steps where they stop are made up for."""
-    more = ("--config.evaluation.every=1", "--config.steps=100")  # a stop takes about a second
-    base = (*RUN, "--config.mesh.data=4", "--config.mesh.expert=1", *more)
+    base = (*RUN, "--config.mesh.data=4", "--config.mesh.expert=1", "--config.evaluation.every=1")
     cache, run = tmp_path / "cache", tmp_path / "run"
     assert finish(start(tmp_path / "whole", cache, 4, base=base))[0] == 0
-    for count, fault in {1: "terminate:step:3", 2: "terminate:step:4", 4: ""}.items():
+    for count, fault in {1: "terminate:step:3", 2: "terminate:step:6,rest:step:7", 4: ""}.items():
         each = [(run, cache, 4 // count, *join) for join in joined(count)]
         ends = [finish(p) for p in [start(*one, base=base, fault=fault) for one in each]]
         assert [code for code, _ in ends] == [75 if fault else 0] * count, ends
