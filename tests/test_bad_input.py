@@ -333,6 +333,12 @@ INPUTS = {
         2,
         "already holds check",
     ),
+    "inspect of a damaged config": (
+        write("config.json", "[3]"),
+        ("inspect", "--workdir={run}", "--list"),
+        74,
+        "config.json: is damaged",
+    ),
     "inspect of nothing": (no_damage, ("inspect",), 2, "--workdir: is required"),
     "inspect of no folder": (no_damage, ("inspect", "--workdir={here}/none"), 2, "no such folder"),
     "a plan of no slice": (no_damage, ("plan", "--topology=v9:1x1"), 2, "v9:1x1"),
