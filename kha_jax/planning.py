@@ -354,11 +354,18 @@ def _pass_bytes(config: RunConfig, local_tokens: float, weights: float, model_wa
     return item * weights + 2 * per_token * local_tokens
 
 
+def _head_floats(segment: Segment) -> int:
+    """Numbers per token of the queries and the outputs of all heads together: the keys of
+    collaborative heads are wider than their values."""
+    projection = segment.attention.projection
+    heads, value_width = projection.output_shape()
+    return heads * (projection.key_width() + value_width)
+
+
 def _stream_floats(model: ModelConfig, segment: Segment, model_ways: int) -> float:
     """Numbers per token of the inner streams of a layer on one device."""
-    heads, value_width = segment.attention.projection.output_shape()
     feed_forward = segment.feed_forward.stream_floats(model.width)
-    return (6 * heads * value_width + feed_forward) / model_ways
+    return (3 * _head_floats(segment) + feed_forward) / model_ways
 
 
 def _estimated_temporaries(
@@ -379,8 +386,7 @@ def _layer_bytes(config, segment, local_tokens, model_ways) -> float:
     """What a layer of this segment holds between its input and its output, with its gradients:
     streams, and four times the float32 scores of the queries whose heads meet at a time."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
-    heads, value_width = segment.attention.projection.output_shape()
-    streams = item * local_tokens * (8 * model.width + 8 * heads * value_width / model_ways)
+    streams = item * local_tokens * (8 * model.width + 4 * _head_floats(segment) / model_ways)
     tokens = segment.feed_forward.tokens_at_once(local_tokens)
     between = 2 * item * tokens * segment.feed_forward.stream_floats(model.width) / model_ways
     at_once = local_tokens * min(1, ROWS / config.seq_len)
