@@ -21,6 +21,7 @@ test-slow: setup
 
 soak: setup
 	$(RUN) -m tests.soak
+	$(RUN) -m tests.soak --processes=2 --kills=10
 
 lint: setup
 	$(RUN) -m ruff format --check .

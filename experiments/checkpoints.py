@@ -23,7 +23,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line
+from experiments import command_line, stored
 from experiments.command_line import UsageError
 from experiments.run_folder import read_lineage
 from kha_jax.checkpoint import Checkpoints, leaves
@@ -120,11 +120,11 @@ def diff(checkpoints: Checkpoints, first: int, second: int) -> None:
 
 def main() -> int:
     """See the module's docstring."""
-    workdir = command_line.run_folder("workdir", WORKDIR.value)
+    workdir = stored.run_folder("workdir", WORKDIR.value)
     if len(DIFF.value) not in (0, 2):
         raise UsageError(f"--diff={','.join(DIFF.value)}: name two steps, such as --diff=100,200")
     jax.config.update("jax_platforms", "cpu")
-    accepts = read_lineage(workdir, command_line.read_config(workdir / "config.json", RunConfig))
+    accepts = read_lineage(workdir, stored.read_config(workdir / "config.json", RunConfig))
     with Checkpoints(workdir / "checkpoints", accepts=accepts) as checkpoints:
         folders = checkpoints.folders()
         known = [int(folder.name) for folder in folders]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import command_line
+from experiments import command_line, stored
 from experiments.command_line import UsageError
 from experiments.run_folder import config_hash
 from kha_jax import sharding
@@ -88,10 +88,10 @@ def on_activations(attention: AttentionConfig) -> AttentionConfig:
 
 def absorb() -> None:
     """See the module's docstring."""
-    out = command_line.local_folder("out", OUT.value)
+    out = stored.local_folder("out", OUT.value)
     if any((out / "checkpoints").glob("*")):
         raise UsageError(f"--out={out}: already holds checkpoints; name another folder")
-    config, step, variables = command_line.read_run(WORKDIR.value, STEP.value)
+    config, step, variables = stored.read_run(WORKDIR.value, STEP.value)
     try:
         slots = foldable_slots(config.model)
     except ConfigError as error:

@@ -15,7 +15,7 @@ import time
 
 from absl import flags
 
-from experiments import command_line
+from experiments import command_line, stored
 from experiments.command_line import UsageError
 from experiments.run_folder import use_compilation_cache
 from kha_jax.config import ConfigError
@@ -58,8 +58,8 @@ def main() -> None:
         raise UsageError("--prompt: is required; write --prompt='text to continue'")
     if not all(PROMPT.value):
         raise UsageError("--prompt: is empty; give at least one character")
-    folder = command_line.run_folder("workdir", WORKDIR.value)
-    config = command_line.read_config(folder / "config.json", RunConfig)
+    folder = stored.run_folder("workdir", WORKDIR.value)
+    config = stored.read_config(folder / "config.json", RunConfig)
     tokenizer = config.data.tokenizer()
     if tokenizer is None:
         raise UsageError(
@@ -74,7 +74,7 @@ def main() -> None:
             f"{FARTHEST} times the {config.seq_len} that the model was trained on"
         )
 
-    config, step, variables = command_line.read_run(WORKDIR.value, STEP.value)
+    config, step, variables = stored.read_run(WORKDIR.value, STEP.value)
     if longest > config.seq_len:
         log.warning(
             "up to %d tokens with the prompt; the model was trained on %d", longest, config.seq_len

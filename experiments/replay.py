@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import command_line
+from experiments import stored
 from kha_jax import data
 from kha_jax.checkpoint import Checkpoints
 from kha_jax.training import RunConfig
@@ -28,7 +28,7 @@ def show(workdir: Path, step: int) -> None:
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         kept = checkpoints.steps()
     used = max((s for s in kept if s < step), default=kept[0] if kept else None)
-    config, used, variables = command_line.read_run(str(workdir), used)
+    config, used, variables = stored.read_run(str(workdir), used)
     source = config.data.open("train", config.seq_len, config.seed)
     print(f"batch of step {step}, losses of the checkpoint of step {used}")
     order = data.window_order(len(source), config.seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import command_line
+from experiments import command_line, stored
 from experiments.command_line import UsageError
 from kha_jax import inspect
 from kha_jax.checkpoint import CheckpointError
@@ -34,8 +34,8 @@ def main() -> None:
     """See the module's docstring."""
     if not WORKDIRS.value:
         raise UsageError("--workdirs: name at least one run folder")
-    folders = [command_line.local_folder("workdirs", name) for name in WORKDIRS.value]
-    out = command_line.local_folder("out", OUT.value)
+    folders = [stored.local_folder("workdirs", name) for name in WORKDIRS.value]
+    out = stored.local_folder("out", OUT.value)
     if out.suffix not in (".png", ".svg"):
         raise UsageError(f"--out={out}: must end in .png or .svg; both are written")
     try:

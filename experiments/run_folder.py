@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from experiments import command_line
+from experiments import stored
 from experiments.command_line import UsageError
 from kha_jax import __version__
 from kha_jax.checkpoint import Checkpoints, state_bytes
@@ -190,9 +190,9 @@ class RunFolder:
         if not path.exists():
             self.lineage = read_lineage(self.path, self.config)
             return
-        old = command_line.read_config(path, RunConfig)
+        old = stored.read_config(path, RunConfig)
         self.lineage = read_lineage(self.path, old)
-        differing = command_line.differences(to_dict(old), to_dict(self.config))
+        differing = stored.differences(to_dict(old), to_dict(self.config))
         for field, (before, after) in differing.items():
             if field.startswith(FREE):
                 continue

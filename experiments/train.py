@@ -14,25 +14,20 @@ import functools
 import importlib.util
 import json
 import logging
-import os
 import re
-import signal
-import socket
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 
-from experiments import command_line, replay
+from experiments import command_line, replay, stored
 from experiments.command_line import UsageError
 from experiments.progress import farewell
 from experiments.reporter import Profile, Reporter
 from experiments.run_folder import RunFolder, use_compilation_cache
+from experiments.stop import Stop
 from kha_jax import accounting, data, faults, processes, sharding
 from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
@@ -110,46 +105,6 @@ def join_processes(hang_timeout: float) -> None:
     processes.join(**given, seconds=WAIT.value, silence=hang_timeout, give_up=command_line.give_up)
 
 
-class Stop:
-    """SIGTERM, Ctrl-C and a terminal that is closed: the first asks the loop to save and leave, the
-    second leaves at once. Where there are several processes it is enough to tell one of them.
-
-    A handler in Python waits until the main thread comes back from the runtime, which may hang;
-    what counts the signals is therefore a thread.
-    """
-
-    def __init__(self):
-        self.asked = False
-        self.numbers, writing = socket.socketpair()
-        writing.setblocking(False)
-        signal.set_wakeup_fd(writing.detach(), warn_on_full_buffer=False)
-        self.runtime = processes.handler_of(signal.SIGTERM)
-        under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[: 2 if under_nohup else 3]:
-            signal.signal(number, self._ask)
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-
-    def _listen(self) -> None:
-        (number,) = self.numbers.recv(1)
-        self.asked = True
-        self.runtime(signal.SIGTERM)
-        log.info(
-            "%s: saving after this step; once more leaves at once", signal.Signals(number).name
-        )
-        self.numbers.recv(1)
-        os._exit(command_line.PREEMPTED)
-
-    def now(self, step: int) -> bool:
-        return (
-            self.asked
-            if jax.process_count() == 1
-            else multihost_utils.reached_preemption_sync_point(step)
-        )
-
-
 def workdir() -> Path:
     """The run folder that the flags name."""
     name = (
@@ -158,7 +113,7 @@ def workdir() -> Path:
         else "run"
     )
     runs = command_line.REPOSITORY / "runs"
-    return command_line.local_folder("workdir", WORKDIR.value or str(runs / name))
+    return stored.local_folder("workdir", WORKDIR.value or str(runs / name))
 
 
 def open_sources(config: RunConfig) -> tuple[data.Source, data.Source]:

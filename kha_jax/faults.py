@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+REST = 8.0  # seconds; JAX looks every five whether another process was told to stop
 SMALL_DISK = 2**30  # bytes of the largest file system that a test may fill
 
 
@@ -37,6 +38,10 @@ def _hang(_: Any) -> None:
         time.sleep(1)
 
 
+def _rest(_: Any) -> None:
+    time.sleep(REST)
+
+
 def _poison(batch: dict[str, Any]) -> None:
     batch["weights"][...] = float("nan")
 
@@ -53,6 +58,7 @@ ACTIONS = {
     "terminate": _send(signal.SIGTERM),
     "stop": _send(signal.SIGSTOP),
     "hang": _hang,
+    "rest": _rest,
     "fill": _fill,
     "fail": _fail,
     "poison": _poison,

@@ -4,6 +4,7 @@ it leaves."""
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,15 @@ def start(cache, workdir, *flags, base=SMALL, fault="", devices=1, **streams):
     command = [sys.executable, "-m", "experiments.train", *base, f"--workdir={workdir}", *flags]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **streams)
+
+
+def joined(count):
+    """The flags of each of so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    where = f"--coordinator_address={address}", f"--num_processes={count}"
+    return [(*where, f"--process_id={i}") for i in range(count) if count > 1] or [()]
 
 
 def finish(process):

@@ -1,28 +1,43 @@
-"""A long run in small: python -m tests.soak [--kills=30] [--seed=0]
+"""A long run in small: python -m tests.soak [--kills=30] [--processes=1] [--seed=0]
 
-A tiny run is killed at random moments and started again by a supervisor until it is done; its last
-state is then compared, leaf by leaf by hash, with that of a run that nothing happened to. Prints
-one line for each kill and a last one with the counts; exit code 1 when they differ.
+A tiny run is killed at random moments and started again by a supervisor until it is done; of
+several processes one is killed, and the others have to leave by themselves. The last state is then
+compared, leaf by leaf by hash, with that of a run that nothing happened to. Prints one line for
+each kill and a last one with the counts; exit code 1 when they differ.
 """
 
 import argparse
 import random
 import shutil
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-from tests.runs import SMALL, finish, leaf_hashes, lines, manifests, start, steps_done
+from tests.runs import SMALL, finish, joined, leaf_hashes, lines, manifests, start, steps_done
 
 STEPS = 3000
-RUN = (*SMALL, f"--config.steps={STEPS}", "--config.evaluation.every=500")
+RUN = (
+    *SMALL,
+    f"--config.steps={STEPS}",
+    "--config.evaluation.every=500",
+    "--config.hang_timeout=20",
+)
 
 
-def disturbed(cache: Path, workdir: Path, kills: int, chance: random.Random) -> list[int]:
+def begin(cache: Path, workdir: Path, processes: int) -> list[subprocess.Popen]:
+    """The run, as so many processes."""
+    return [start(cache, workdir, *flags, base=RUN) for flags in joined(processes)]
+
+
+def disturbed(
+    cache: Path, workdir: Path, kills: int, processes: int, chance: random.Random
+) -> list[int]:
     """Runs to the end; the steps that had been done at each kill."""
     at = []
     while True:
-        process = start(cache, workdir, base=RUN)
+        started = begin(cache, workdir, processes)
+        process = chance.choice(started)
         begun = steps_done(workdir)
         # Anywhere from the imports on; most fall into the steps, some into start-up and saves.
         wanted = begun + chance.randrange(STEPS // max(kills, 1) + 1)
@@ -32,11 +47,13 @@ def disturbed(cache: Path, workdir: Path, kills: int, chance: random.Random) -> 
                 process.kill()
                 break
             time.sleep(chance.uniform(0, 0.02))
-        code, _, err = finish(process)
-        if code == 0:
+        ends = [finish(one) for one in started]
+        codes = [code for code, _, _ in ends]
+        if not any(codes):
             return at
-        if code != -9:
-            raise SystemExit(f"after {len(at)} kills the run left with {code}: {err}")
+        # a killed leader takes its peers with it: the runtime aborts them (-6) unless ours is first
+        if -9 not in codes or not set(codes) <= {-9, -6, 70}:
+            raise SystemExit(f"after {len(at)} kills the run left with {codes}: {ends}")
         at.append(steps_done(workdir))
         count = len(manifests(workdir))
         print(f"kill {len(at):3d}: {at[-1]} steps told of, {count} checkpoints", flush=True)
@@ -46,15 +63,18 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
-        code, _, err = finish(start(place / "cache", place / "whole", base=RUN))
-        assert code == 0, err
+        for process in begin(place / "cache", place / "whole", wanted.processes):
+            code, _, err = finish(process)
+            assert code == 0, err
         began = time.monotonic()
         chance = random.Random(wanted.seed)
-        at = disturbed(place / "cache", place / "killed", wanted.kills, chance)
+        place_of = place / "cache", place / "killed"
+        at = disturbed(*place_of, wanted.kills, wanted.processes, chance)
         ours, theirs = leaf_hashes(place / "killed"), leaf_hashes(place / "whole")
         losses = [
             [(row["step"], row["loss"]) for row in lines(place / name) if "loss" in row]

@@ -4,7 +4,6 @@ a stop and a resume."""
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.runs import joined
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 16
@@ -42,15 +43,6 @@ def start(workdir, cache, devices, *flags, base=RUN, fault=""):
     return subprocess.Popen(
         line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def joined(count):
-    """The flags of each of so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    where = f"--coordinator_address={address}", f"--num_processes={count}"
-    return [(*where, f"--process_id={i}") for i in range(count) if count > 1] or [()]
 
 
 def start_two(workdir, cache, *flags_of_each):
@@ -100,18 +92,20 @@ def wait_for_steps(workdir, count, both):
 
 
 @pytest.mark.slow
-def test_a_stuck_process_ends_the_others_with_stacks_and_70(tmp_path):
-    """Alive but stopped: nothing but the watchdog notices. A restart goes on."""
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_is_stuck_or_killed_ends_the_other_with_70(tmp_path, number):
+    """Where it is alive but stopped, nothing but the watchdog notices. A restart goes on."""
     flags = ("--config.hang_timeout=8", "--config.steps=400", "--config.evaluation.every=0")
     both = start_two(tmp_path / "run", tmp_path / "cache", flags, flags)
     wait_for_steps(tmp_path / "run", 2, both)
-    both[1].send_signal(signal.SIGSTOP)
+    both[1].send_signal(number)
     began = time.monotonic()
     code, err = finish(both[0])
     both[1].kill()
     finish(both[1])
     assert code == 70 and time.monotonic() - began < 60, err
-    assert "most recent call first" in err and "within 8 s (config.hang_timeout=8)" in err
+    stuck = "within 8 s (config.hang_timeout=8)" in err and "most recent call first" in err
+    assert stuck or number == signal.SIGKILL and "another process of the run is gone" in err, err
     again = ("--config.steps=8", "--allow_changes=steps")
     codes = [finish(p) for p in start_two(tmp_path / "run", tmp_path / "cache", again, again)]
     assert [code for code, _ in codes] == [0, 0], codes
@@ -161,11 +155,10 @@ def test_a_data_error_of_one_ends_both_with_65(tmp_path):
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """1, then 2, then 4 on the same four devices, with the same losses as one has. The
     evaluations of the steps where they stop are made up for."""
-    more = ("--config.evaluation.every=1", "--config.steps=100")  # a stop takes about a second
-    base = (*RUN, "--config.mesh.data=4", "--config.mesh.expert=1", *more)
+    base = (*RUN, "--config.mesh.data=4", "--config.mesh.expert=1", "--config.evaluation.every=1")
     cache, run = tmp_path / "cache", tmp_path / "run"
     assert finish(start(tmp_path / "whole", cache, 4, base=base))[0] == 0
-    for count, fault in {1: "terminate:step:3", 2: "terminate:step:4", 4: ""}.items():
+    for count, fault in {1: "terminate:step:3", 2: "terminate:step:6,rest:step:7", 4: ""}.items():
         each = [(run, cache, 4 // count, *join) for join in joined(count)]
         ends = [finish(p) for p in [start(*one, base=base, fault=fault) for one in each]]
         assert [code for code, _ in ends] == [75 if fault else 0] * count, ends

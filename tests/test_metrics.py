@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from experiments.command_line import Terminal
+from experiments.terminal import Terminal
 from kha_jax import metrics
 from kha_jax.checkpoint import CheckpointError
 from kha_jax.inspect.reading import read_metrics
