@@ -5,7 +5,8 @@ CPU cores.
     python -m experiments.train --config=configs/kha_tiny.py:baseline --workdir=runs/baseline
 
 Variants: mlp (default: KHA-MLP on values, the paper's main setting), linear (KHA-Linear on q, k,
-v), gate, baseline. Expect about 2 bits per byte on held-out modules from 8 at the start.
+v), gate, baseline, and all others of configs.base.variants. Expect about 2 bits per byte on
+held-out modules from 8 at the start.
 """
 
 from configs import base

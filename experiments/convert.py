@@ -95,9 +95,9 @@ def absorb() -> None:
     try:
         slots = foldable_slots(config.model)
     except ConfigError as error:
-        raise UsageError(str(error.under("config.model.attention"))) from None
+        raise UsageError(str(error.under("config.model"))) from None
     if not slots:
-        raise UsageError(f"--workdir={WORKDIR.value}: nothing to fold; the model has no mixers")
+        raise UsageError(f"--workdir={WORKDIR.value}: nothing to fold; no mixer of q, k or v")
     model, folded = absorb_model(config.model, variables)
     unfolded = config.model.with_attention(on_activations)
     change, largest = logit_change((unfolded, variables), (model, folded), config.seq_len)

@@ -18,7 +18,7 @@ import numpy as np
 from kha_jax.attention.absorb import absorb, absorbed, foldable
 from kha_jax.attention.attention import SLOTS
 from kha_jax.attention.projections import State
-from kha_jax.config import Config, ConfigError
+from kha_jax.config import Config, ConfigError, under
 from kha_jax.model import Block, ModelConfig, block_fields
 from kha_jax.ops.attention import MASKED
 
@@ -109,7 +109,10 @@ def foldable_slots(model: ModelConfig) -> list[str]:
     Raises:
         ConfigError: names a slot whose mixer no weights can stand for, with the reason.
     """
-    found = {slot for segment in model.segments() for slot in foldable(segment.attention)}
+    found: set[str] = set()
+    for name, attention in model.attentions().items():
+        with under(name):
+            found |= set(foldable(attention))
     return [slot for slot in SLOTS if slot in found]
 
 

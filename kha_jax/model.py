@@ -99,6 +99,13 @@ class ModelConfig(Config):
             problem = f"must be below layers={self.layers}, found {self.later.layer}"
             self.require(self.later.layer < self.layers, "later.layer", problem)
 
+    def attentions(self) -> dict[str, AttentionConfig]:
+        """The attention of the first layers, and of later ones that differ, by its field."""
+        later = isinstance(self.later, AttentionFrom)
+        return {"attention": self.attention} | (
+            {"later.attention": self.later.attention} if later else {}
+        )
+
     def with_attention(self, change: Callable[[AttentionConfig], AttentionConfig]) -> "ModelConfig":
         """The model with every layer's attention changed."""
         changed = self.replace(attention=change(self.attention))

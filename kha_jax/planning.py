@@ -354,11 +354,19 @@ def _pass_bytes(config: RunConfig, layout: Layout) -> float:
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
     per_token = item * 8 * model.width * model.layers
     for segment in model.segments():
-        heads, value_width = segment.attention.projection.output_shape()
-        streams = 6 * heads * value_width + segment.feed_forward.stream_floats(model.width)
+        feed_forward = segment.feed_forward.stream_floats(model.width)
+        streams = 3 * _head_floats(segment) + feed_forward
         scores = segment.attention.score_floats(config.seq_len)
         per_token += segment.layers * (item * streams + 4 * scores) / layout.model_ways
     return item * layout.weights + 2 * per_token * layout.local_tokens
+
+
+def _head_floats(segment: Segment) -> int:
+    """Numbers per token of the queries and the outputs of all heads together: the keys of
+    collaborative heads are wider than their values."""
+    projection = segment.attention.projection
+    heads, value_width = projection.output_shape()
+    return heads * (projection.key_width() + value_width)
 
 
 def _estimated_temporaries(config: RunConfig, layout: Layout) -> float:
@@ -377,8 +385,7 @@ def _layer_bytes(config: RunConfig, segment: Segment, layout: Layout) -> float:
     """What a layer of this segment holds between its input and its output, with its gradients:
     streams, and four times the float32 scores of the queries whose heads meet at a time."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
-    heads, value_width = segment.attention.projection.output_shape()
-    attention = 8 * model.width + 8 * heads * value_width / layout.model_ways
+    attention = 8 * model.width + 4 * _head_floats(segment) / layout.model_ways
     tokens = segment.feed_forward.tokens_at_once(layout.local_tokens)
     between = 2 * tokens * segment.feed_forward.stream_floats(model.width) / layout.model_ways
     at_once = layout.local_tokens * min(1, ROWS / config.seq_len)

@@ -134,10 +134,10 @@ class RunConfig(Config):
         (axis,) = mesh_axes("loss_length")
         problem = f"must divide by mesh.{axis}={sizes[axis]}, found {self.seq_len}"
         self.require(self.seq_len % sizes[axis] == 0, "seq_len", problem)
-        for segment in self.model.segments():
-            attention, dtype = segment.attention, self.model.numerics.dtype
-            problem = refusal(attention.kernel, attention.case(platform, dtype, self.seq_len))
-            self.require(problem is None, "model.attention.kernel", str(problem))
+        for name, attention in self.model.attentions().items():
+            case = attention.case(platform, self.model.numerics.dtype, self.seq_len)
+            problem = refusal(attention.kernel, case)
+            self.require(problem is None, f"model.{name}.kernel", str(problem))
 
 
 class TrainState(NamedTuple):

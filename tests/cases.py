@@ -22,6 +22,7 @@ from kha_jax.attention.mixers import (
 )
 from kha_jax.attention.outputs import (
     DifferentialOutput,
+    ExclusiveOutput,
     GatedOutput,
     HeadGroupNorm,
     MixtureOfHeads,
@@ -140,6 +141,9 @@ ROWS = {
     "differential": Row(
         {"output": DifferentialOutput()}, ("gqa", "gta"), None,
         oracle=output("differential", kernel="gate"),
+    ),
+    "exclusive": Row(
+        {"output": ExclusiveOutput()}, ("gqa", "gta"), None, oracle=output("exclusive")
     ),
     "mixture": Row(
         {"output": MixtureOfHeads(shared_heads=1, top_k=2)}, ("gqa", "gla"), None, True,

@@ -285,7 +285,7 @@ def test_an_absorbed_run_is_a_baseline_that_generates_the_same(runs):
     for arguments, message in (
         (
             ("absorb", f"--workdir={runs / 'absorbed'}", f"--out={runs / 'other'}"),
-            "nothing to fold",
+            "nothing to fold; no mixer of q, k or v",
         ),
         (
             ("absorb", f"--workdir={runs / 'linear'}", f"--out={runs / 'absorbed'}"),

@@ -60,6 +60,16 @@ def test_every_mechanism_has_a_plan(variant):
     assert plan.params_total != plain.params_total and plan.step_seconds > 0
 
 
+def test_queries_and_keys_that_are_wider_than_values_take_their_room():
+    """Collaborative heads: 32 weighed copies of a shared query and key of 4096, per token."""
+    baseline, wide = (
+        planned(variant, sequences=1, name="dense_600m")
+        for variant in ("baseline", "collaborative")
+    )
+    more = wide.temporary_bytes_per_device - baseline.temporary_bytes_per_device
+    assert more > 4096 * 2 * 32 * 4096 * 2  # tokens, q and k, heads, width, bytes
+
+
 def test_state_shrinks_with_the_chips_and_moves_with_the_micro_batches():
     small, large = planned(where="v5p-64"), planned(where="v5p-128")
     assert abs(small.params_bytes_per_device / large.params_bytes_per_device - 2) < 0.02

@@ -11,13 +11,15 @@ import pytest
 
 from kha_jax import data, sharding
 from kha_jax.attention import AttentionConfig
-from kha_jax.attention.mixers import KnockingLinear, KnockingMLP
+from kha_jax.attention.mixers import KnockingLinear, KnockingMLP, NoMixer
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.checkpoint import CheckpointError, Checkpoints
+from kha_jax.config import ConfigError
 from kha_jax.data.loader import to_device
+from kha_jax.decoding import foldable_slots
 from kha_jax.feed_forward import SwiGLU
-from kha_jax.model import LossConfig, ModelConfig
+from kha_jax.model import AttentionFrom, LossConfig, ModelConfig
 from kha_jax.moe import MoE
 from kha_jax.optimizer import (
     KnockingOptimizerConfig,
@@ -190,6 +192,17 @@ def test_a_kernel_that_needs_long_rows_still_makes_its_parameters():
     chex.assert_trees_all_equal_shapes_and_dtypes(
         trainer.abstract.params, trained(RUN)[0].abstract.params
     )
+
+
+def test_what_is_wrong_with_later_layers_is_said_of_their_fields():
+    later = AttentionFrom(layer=1, attention=ATTENTION.replace(kernel="splash"))
+    run = RUN.replace(
+        model=MODEL.replace(attention=ATTENTION.replace(value=NoMixer()), later=later)
+    )
+    with pytest.raises(ConfigError, match=r"^model\.later\.attention\.kernel: 'splash' runs on"):
+        run.check_on({"data": 1, "expert": 1, "model": 1}, "cpu")
+    with pytest.raises(ConfigError, match=r"^later\.attention\.value\.kind: KnockingMLP is not"):
+        foldable_slots(run.model)
 
 
 def test_a_non_finite_step_changes_nothing_but_the_step():
