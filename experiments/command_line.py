@@ -273,5 +273,5 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
             )
         if code is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(code)

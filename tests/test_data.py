@@ -154,7 +154,10 @@ HARM = {
     "meta lacks": (rewritten("meta.json", lambda b: b"{}"), "is not a token stream"),
     "meta of another kind": (meta(tokens="many"), "meta.json holds no usable tokens"),
     "wider ids": (meta(dtype="uint32"), "meta.json holds no usable dtype"),
-    "another tokenizer": (meta(tokenizer="bpe"), "made by the tokenizer bpe, this run's is bytes"),
+    "another tokenizer": (
+        meta(tokenizer="bpe"),
+        "made by the tokenizer 'bpe', this run's is 'bytes",
+    ),
 }
 
 

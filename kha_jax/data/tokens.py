@@ -149,8 +149,8 @@ class TokenWindows:
             raise self._changed("meta.json", f"holds no usable {wrong or 'dtype'}")
         if self.meta["tokenizer"] != tokenizer:
             raise DataError(
-                f"{self.folder} was made by the tokenizer {self.meta['tokenizer']}, this run's is "
-                f"{tokenizer}"
+                f"{self.folder} was made by the tokenizer {self.meta['tokenizer']!r}, this run's "
+                f"is {tokenizer!r}"
             )
         self.length = os.fstat(self.file.fileno()).st_size // ID.itemsize
         self._check()
