@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 
 import numpy as np
 
@@ -121,6 +121,11 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
             temporary.rename(folder)
 
 
+def _usable(value: Any, kind: type) -> bool:
+    """Whether an entry of meta.json is a text, or a count."""
+    return isinstance(value, kind) and (kind is str or 0 <= value < 2**63)
+
+
 class TokenWindows:
     """Fixed-length windows over a token stream; a `loader.Source`.
 
@@ -142,7 +147,7 @@ class TokenWindows:
             self.meta = json.loads((self.folder / "meta.json").read_text())
             self.starts = np.load(self.folder / "documents.npy", allow_pickle=False)
             self.file = open(self.path, "rb")
-            wrong = next((k for k, t in META.items() if not isinstance(self.meta[k], t)), None)
+            wrong = next((k for k, t in META.items() if not _usable(self.meta[k], t)), None)
         except Exception as error:  # files of any content raise whatever their parsers do
             raise DataError(f"{self.folder} is not a token stream: {error!r}") from None
         if wrong or self.meta["dtype"] != "uint16":
