@@ -49,10 +49,17 @@ def near(word: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
 
 
-def choice(choices: Mapping[str, type], default: "Config", by: str = "kind") -> Any:
+def choice(
+    choices: Mapping[str, type],
+    default: "Config",
+    by: str = "kind",
+    like: Mapping[str, str] = types.MappingProxyType({}),
+) -> Any:
     """A dataclass field that holds one of the configs in `choices`, selected by name under the key
-    `by`."""
-    return dataclasses.field(default=default, metadata={"choices": choices, "by": by})
+    `by`. like: fields of the chosen config that are, where the command line leaves them unset, as
+    the named siblings of the choice."""
+    metadata = {"choices": choices, "by": by, "like": like}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -256,7 +263,7 @@ def from_dict(
             raise ConfigError(f"{path}.{name}", f"is not a known field; {near(name, fields)}")
         where = f"{path}.{name}"
         if "choices" in fields[name].metadata:
-            arguments[name] = _choice_from_dict(fields[name], value, where, typed)
+            arguments[name] = _choice_from_dict(fields[name], value, where, typed, values)
         elif isinstance(hints[name], type) and issubclass(hints[name], Config):
             if not _is_group(value):
                 expected = f"expected fields of {hints[name].__name__}, found {value!r}"
@@ -268,7 +275,11 @@ def from_dict(
 
 
 def _choice_from_dict(
-    field: dataclasses.Field, value: Any, path: str, typed: typing.Collection[str]
+    field: dataclasses.Field,
+    value: Any,
+    path: str,
+    typed: typing.Collection[str],
+    siblings: Mapping[str, Any],
 ) -> Config:
     choices, by = field.metadata["choices"], field.metadata["by"]
     if not _is_group(value) or by not in value:
@@ -292,8 +303,26 @@ def _choice_from_dict(
         if _is_set(values[name]) and (was_typed(name) or not was_typed(by)):
             belongs = f"it belongs to {' and '.join(owners)}"
             raise ConfigError(f"{path}.{name}", f"does nothing with {by}={kind!r}; {belongs}")
+    for name in own & field.metadata["like"].keys() & values.keys():
+        sibling = siblings.get(field.metadata["like"][name])
+        if isinstance(sibling, config_dict.ConfigDict):
+            values[name] = config_dict.ConfigDict(_overlaid(sibling, values[name]))
     given = {name: item for name, item in values.items() if name in own and _is_set(item)}
     return from_dict(choices[kind], given, path, typed)
+
+
+def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `over` and, where they are not set, those of `base`; another kind takes none of
+    them."""
+    if over.get("kind") not in (None, base.get("kind")):
+        return dict(over)
+    out = {}
+    for name, item in over.items():
+        if _is_group(item):
+            out[name] = _overlaid(base[name], item)
+        else:
+            out[name] = base[name] if item is None else item
+    return out
 
 
 def _construct(cls: type, arguments: dict[str, Any], path: str) -> Any:

@@ -46,7 +46,8 @@ class SameAttention(Config):
 
 
 class AttentionFrom(Config):
-    """Layers from number `layer` on, counted from 0, have `attention` instead of the model's."""
+    """Layers from number `layer` on, counted from 0, have `attention` instead of the model's; on
+    the command line what is not set of it is as the model's."""
 
     layer: int = 1
     attention: AttentionConfig = AttentionConfig()
@@ -83,7 +84,9 @@ class ModelConfig(Config):
     stack: Literal["scan", "unroll"] = "scan"
     remat: Literal["none", "dots", "full"] = "none"
     attention: AttentionConfig = AttentionConfig()
-    later: SameAttention | AttentionFrom = choice(LATER, SameAttention())
+    later: SameAttention | AttentionFrom = choice(
+        LATER, SameAttention(), like={"attention": "attention"}
+    )
     feed_forward: FeedForward = choice(FEED_FORWARDS, SwiGLU())
     loss: LossConfig = LossConfig()
     numerics: Numerics = Numerics()

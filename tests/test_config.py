@@ -498,6 +498,11 @@ def test_layers_that_differ_are_said_on_the_command_line():
     assert later == AttentionFrom(layer=2, attention=AttentionConfig(key=key))
     again = from_dict(ModelConfig, to_config_dict(ModelConfig(layers=4, later=later)))
     assert again.later == later == from_dict(ModelConfig, to_dict(again)).later
+    slot.attention.projection.head_dim = 32
+    slot.attention.value.kind = "mlp"
+    likewise = from_dict(ModelConfig, slot).later.attention
+    assert likewise.projection.head_dim == 32 and likewise.value == KnockingMLP()
+    assert likewise.key == key
     slot.later.kind = "same"
     with pytest.raises(ConfigError, match="later.attention: does nothing with kind='same'"):
         from_dict(ModelConfig, slot)
