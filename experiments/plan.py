@@ -71,6 +71,9 @@ def plans() -> dict[str, Plan]:
     if COMPARE.value:
         path = holder.config_filename.partition(":")[0]
         runs = {name: command_line.load_variant(RunConfig, path, name) for name in COMPARE.value}
+    meant = config.mesh.preset if config.mesh.preset in SLICES else "v5p-128"
+    named = SWEEP.value or [TOPOLOGY.value or meant]
+    slices = {name: planning.topology(name) for name in named}
     compiled = COMPILE.value and planning.has_libtpu()
     if COMPILE.value and not compiled:
         print(
@@ -79,9 +82,7 @@ def plans() -> dict[str, Plan]:
             file=sys.stderr,
         )
     out = {}
-    meant = config.mesh.preset if config.mesh.preset in SLICES else "v5p-128"
-    for slice_name in SWEEP.value or [TOPOLOGY.value or meant]:
-        slice_ = planning.topology(slice_name)
+    for slice_name, slice_ in slices.items():
         for name, run in runs.items():
             run = (
                 run
