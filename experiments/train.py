@@ -17,6 +17,7 @@ import logging
 import re
 import time
 from pathlib import Path
+from typing import Iterator, NamedTuple
 
 import jax
 import numpy as np
@@ -29,10 +30,11 @@ from experiments.reporter import Profile, Reporter
 from experiments.run_folder import RunFolder, use_compilation_cache
 from experiments.stop import Stop
 from kha_jax import accounting, data, faults, processes, sharding
+from kha_jax.checkpoint import Checkpoints
 from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
 from kha_jax.metrics import bits_per_byte
-from kha_jax.training import RunConfig, make_trainer
+from kha_jax.training import RunConfig, Trainer, TrainState, make_trainer
 from kha_jax.watchdog import Watchdog
 
 CONFIG = command_line.define_config()
@@ -211,18 +213,9 @@ def main() -> int:
                 folder.check_next_batch(checkpoints, first_step)
             folder.keep(first_step)
         try:
-            code = train(
-                config,
-                mesh,
-                trainer,
-                state,
-                train_source,
-                validation_source,
-                checkpoints,
-                stop,
-                watchdog,
-                started,
-            )
+            sources = train_source, validation_source
+            run = Run(config, mesh, trainer, *sources, checkpoints, stop, watchdog, started)
+            code = train(run, state)
         finally:
             watchdog.allow("the last checkpoint")
     if code == command_line.DONE and jax.process_index() == 0:
@@ -230,33 +223,42 @@ def main() -> int:
     return code
 
 
-def train(
-    config,
-    mesh,
-    trainer,
-    state,
-    train_source,
-    validation_source,
-    checkpoints,
-    stop,
-    watchdog,
-    started,
-) -> int:
-    """The steps that are left; the contract's exit code."""
-    workdir, first_step = checkpoints.folder.parent, int(state.step)
-    rows, placement = sharding.local_rows(mesh, config.batch_size), sharding.batch_sharding(mesh)
-    where = {
-        "batch_size": config.batch_size,
-        "rows": rows,
-        "seed": config.seed,
-        "start": first_step,
-        "stop": config.steps,
-    }
-    reader = data.batches(train_source, **where)
+class Run(NamedTuple):
+    """What the loop works with; started: when the command was, by time.perf_counter."""
 
-    def windows(step: int) -> list[int]:
-        order = data.window_order(len(train_source), config.seed)
-        return [order[(step - 1) * config.batch_size + row] for row in range(config.batch_size)]
+    config: RunConfig
+    mesh: jax.sharding.Mesh
+    trainer: Trainer
+    train_source: data.Source
+    validation_source: data.Source
+    checkpoints: Checkpoints
+    stop: Stop
+    watchdog: Watchdog
+    started: float
+
+    def windows(self, step: int) -> list[int]:
+        """The numbers of the windows that a step trains on."""
+        order = data.window_order(len(self.train_source), self.config.seed)
+        size = self.config.batch_size
+        return [order[(step - 1) * size + row] for row in range(size)]
+
+    def reader(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of the batches after that step."""
+        return data.batches(
+            self.train_source,
+            batch_size=self.config.batch_size,
+            rows=sharding.local_rows(self.mesh, self.config.batch_size),
+            seed=self.config.seed,
+            start=first_step,
+            stop=self.config.steps,
+        )
+
+
+def train(run: Run, state: TrainState) -> int:
+    """The steps that are left; the contract's exit code."""
+    config, trainer, watchdog = run.config, run.trainer, run.watchdog
+    workdir, first_step = run.checkpoints.folder.parent, int(state.step)
+    reader, placement = run.reader(first_step), sharding.batch_sharding(run.mesh)
 
     def evaluation_due(step: int) -> bool:
         return config.evaluation.every > 0 and (
@@ -266,11 +268,10 @@ def train(
     def evaluate_and_report(step: int) -> None:
         watchdog.allow(f"the evaluation after step {step}")
         faults.at("evaluation", step)
-        reporter.now(
-            step, evaluate(trainer.evaluation_step, state, validation_source, config, mesh)
-        )
+        step_function, source = trainer.evaluation_step, run.validation_source
+        reporter.now(step, evaluate(step_function, state, source, config, run.mesh))
 
-    reporter = Reporter(config, mesh, workdir, first_step, windows, TENSORBOARD.value)
+    reporter = Reporter(config, run.mesh, workdir, first_step, run.windows, TENSORBOARD.value)
     profile = Profile(config, workdir / "profile")
     with contextlib.closing(reporter):
         missing = processes.from_leader(
@@ -292,10 +293,10 @@ def train(
             faults.at("step", step)
             if step == first_step + 1:
                 jax.block_until_ready(metrics)
-                took = time.perf_counter() - started
+                took = time.perf_counter() - run.started
                 log.info("first step after %.1f s (imports not counted)", took)
 
-            last, stopping = step == config.steps, stop.now(step)
+            last, stopping = step == config.steps, run.stop.now(step)
             every = config.checkpoint.every
             save_now = last or stopping or (every and step % every == 0)
             evaluate_now = evaluation_due(step) and (last or not stopping)
@@ -314,7 +315,7 @@ def train(
             # the state is finite whatever the step was: a non-finite one is never applied
             if save_now:
                 watchdog.allow(f"the checkpoint of step {step}")
-                checkpoints.save(step, state)
+                run.checkpoints.save(step, state)
             reporter.meter.pause(time.perf_counter() - paused)
             if stopping and not last:
                 log.info("stopped at step %d; the same command goes on from here", step)
