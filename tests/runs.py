@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from kha_jax.inspect.leaves import Checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 60
 SMALL = (
@@ -52,9 +54,9 @@ def joined(count):
     return [(*where, f"--process_id={i}") for i in range(count) if count > 1] or [()]
 
 
-def finish(process):
-    """(exit code, stdout, stderr)."""
-    out, err = process.communicate(timeout=240)
+def finish(process, seconds=240):
+    """(exit code, stdout, stderr) of a process that ends within so many seconds."""
+    out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
 
 
@@ -90,12 +92,12 @@ def final_state(workdir):
 
 
 def leaf_hashes(workdir):
-    """The hash of each leaf of the newest checkpoint, by path, with its dtype and shape."""
-    step, state = final_state(workdir)
-    found = {"checkpoint": step}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    """The hash of each leaf of the newest checkpoint, by path, with its dtype and shape; however
+    many processes have saved it."""
+    folder = manifests(workdir)[-1].parent
+    stored, found = Checkpoint(folder / "state"), {"checkpoint": int(folder.name)}
+    for name, leaf in stored.read(stored.leaves).items():
         content = hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
         found[name] = f"{leaf.dtype}{leaf.shape} {content}"
     return found
 

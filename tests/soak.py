@@ -16,13 +16,19 @@ from pathlib import Path
 
 from tests.runs import SMALL, finish, joined, leaf_hashes, lines, manifests, start, steps_done
 
-STEPS = 100  # for each kill
+STEPS, STEPS_TOGETHER = 100, 20  # for each kill; several processes take many times as long
+LONGEST = 3600  # seconds of one start
 RUN = (*SMALL, "--config.evaluation.every=500", "--config.hang_timeout=20")
+
+
+def steps(wanted: argparse.Namespace) -> int:
+    """Of the run, for each kill."""
+    return STEPS if wanted.processes == 1 else STEPS_TOGETHER
 
 
 def begin(cache: Path, workdir: Path, wanted: argparse.Namespace) -> list[subprocess.Popen]:
     """The run, as so many processes."""
-    base = (*RUN, f"--config.steps={STEPS * wanted.kills}", "--wait_seconds=60")
+    base = (*RUN, f"--config.steps={steps(wanted) * wanted.kills}", "--wait_seconds=60")
     return [start(cache, workdir, *flags, base=base) for flags in joined(wanted.processes)]
 
 
@@ -34,14 +40,14 @@ def disturbed(cache: Path, workdir: Path, wanted: argparse.Namespace) -> list[in
         process = chance.choice(started)
         begun = steps_done(workdir)
         # Anywhere from the imports on; most fall into the steps, some into start-up and saves.
-        enough = begun + chance.randrange(STEPS + 1)
+        enough = begun + chance.randrange(steps(wanted) + 1)
         deadline = time.monotonic() + chance.choice([chance.uniform(0, 8), 600.0])
         while process.poll() is None and len(at) < wanted.kills:
             if time.monotonic() > deadline or steps_done(workdir) > enough:
                 process.kill()
                 break
             time.sleep(chance.uniform(0, 0.02))
-        ends = [finish(one) for one in started]
+        ends = [finish(one, LONGEST) for one in started]
         codes = [code for code, _, _ in ends]
         if not any(codes):
             return at
@@ -63,7 +69,7 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
         for process in begin(place / "cache", place / "whole", wanted):
-            code, _, err = finish(process)
+            code, _, err = finish(process, LONGEST)
             assert code == 0, err
         began = time.monotonic()
         at = disturbed(place / "cache", place / "killed", wanted)
