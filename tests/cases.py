@@ -230,7 +230,9 @@ def permuted(config: AttentionConfig, params: dict[str, Any]) -> dict[str, Any]:
                 leaf = jnp.take(leaf, order if leaf.shape[axis] == N else kv_order, axis)
         return leaf
 
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    def is_box(leaf):
+        return isinstance(leaf, nn.LogicallyPartitioned)
+
     return jax.tree.map(one, boxed(config), params, is_leaf=is_box)
 
 

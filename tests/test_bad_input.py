@@ -386,7 +386,7 @@ def results(trained):
     return found
 
 
-def refused(result, code, said):
+def assert_refused(result, code, said):
     assert result.code == code and said in result.err and result.seconds < 3, result
     lines = result.err.strip().splitlines()
     assert "Traceback" not in result.err and lines[-1].startswith("error: "), result.err
@@ -395,19 +395,19 @@ def refused(result, code, said):
 
 @pytest.mark.parametrize("flags", FLAGS, ids=ascii)
 def test_bad_flags(results, flags):
-    refused(results[flags], 2, FLAGS[flags])
+    assert_refused(results[flags], 2, FLAGS[flags])
 
 
 @pytest.mark.parametrize("content", FILES, ids=ascii)
 def test_bad_config_files(results, content):
-    refused(results[content], 2, FILES[content])
+    assert_refused(results[content], 2, FILES[content])
 
 
 @pytest.mark.parametrize("name", INPUTS, ids=ascii)
 def test_bad_inputs(results, name):
     if name not in ("report of nothing",) and INPUTS[name][1][0] == "report":
         pytest.importorskip("matplotlib")
-    refused(results[name], *INPUTS[name][2:])
+    assert_refused(results[name], *INPUTS[name][2:])
 
 
 # ---------------------------------------------------------------- by itself
