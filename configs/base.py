@@ -18,9 +18,12 @@ from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import to_config_dict
 from kha_jax.feed_forward import FeedForward
 from kha_jax.model import LossConfig, ModelConfig
+from kha_jax.moe import MoE
 from kha_jax.optimizer import OptimizerConfig
 from kha_jax.parameters import Numerics
 from kha_jax.training import CheckpointConfig, EvaluationConfig, RunConfig
+
+PAPER_ATTENTION = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_heads=4, head_dim=128))
 
 
 def variants(attention: AttentionConfig) -> dict[str, dict[str, Any]]:
@@ -56,42 +59,55 @@ def varied(attention: AttentionConfig, variant: str) -> AttentionConfig:
     return attention.replace(**known[variant])
 
 
-def pretraining(
+def paper_run(
     *,
     layers: int,
     width: int,
     feed_forward: FeedForward,
     tokens: int,
+    attention: AttentionConfig,
     batch_size: int = 512,
     seq_len: int = 4096,
     learning_rate: float = 7.5e-4,
-) -> Callable[..., ConfigDict]:
-    """get_config(variant) of a run of the paper (section 4.1): GQA 32/4 with heads of 128, tied
-    vocabulary of 157,184, 2.1M tokens a step by default; `variant` is a name of `variants`.
+) -> RunConfig:
+    """A run of the paper (section 4.1): tied vocabulary of 157,184, 2.1M tokens a step by default.
 
     For accelerators: FSDP over all of them, full rematerialisation, bfloat16 over float32 AdamW.
     `data` names the embedded text until a corpus is given.
     """
-    attention = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_heads=4, head_dim=128))
+    return RunConfig(
+        steps=tokens // (batch_size * seq_len),
+        batch_size=batch_size,
+        seq_len=seq_len,
+        model=ModelConfig(
+            layers=layers,
+            width=width,
+            vocabulary_size=157184,
+            attention=attention,
+            feed_forward=feed_forward,
+            numerics=Numerics(init_std=0.006),
+            remat="full",
+            loss=LossConfig(chunk_tokens=16384),
+        ),
+        optimizer=OptimizerConfig(learning_rate=learning_rate),
+        evaluation=EvaluationConfig(every=2000, batches=4),
+        checkpoint=CheckpointConfig(every=1000, keep=3),
+    )
 
-    def run(variant):
-        return RunConfig(
-            steps=tokens // (batch_size * seq_len),
-            batch_size=batch_size,
-            seq_len=seq_len,
-            model=ModelConfig(
-                layers=layers,
-                width=width,
-                vocabulary_size=157184,
-                attention=varied(attention, variant),
-                feed_forward=feed_forward,
-                numerics=Numerics(init_std=0.006),
-                remat="full",
-                loss=LossConfig(chunk_tokens=16384),
-            ),
-            optimizer=OptimizerConfig(learning_rate=learning_rate),
-            evaluation=EvaluationConfig(every=2000, batches=4),
-            checkpoint=CheckpointConfig(every=1000, keep=3),
-        )
 
-    return lambda variant="mlp": to_config_dict(run(variant))
+def pretraining(**sizes: Any) -> Callable[..., ConfigDict]:
+    """get_config(variant) of a `paper_run` with PAPER_ATTENTION; `variant` is a name of
+    `variants`."""
+
+    def get_config(variant: str = "mlp") -> ConfigDict:
+        return to_config_dict(paper_run(attention=varied(PAPER_ATTENTION, variant), **sizes))
+
+    return get_config
+
+
+def moe_7b(attention: AttentionConfig, tokens: int = 75 * 10**9) -> RunConfig:
+    """The A0.8B-6.6B mixture in which the paper compares attentions (tables 1 to 3)."""
+    experts = MoE(experts=64, top_k=4, width=1152, chunk_tokens=8192)
+    return paper_run(
+        layers=18, width=1536, feed_forward=experts, tokens=tokens, attention=attention
+    )
