@@ -36,7 +36,12 @@ def mixers(name: str) -> dict:
 TABLE = tables.Table(
     "Table 2: type and place of what knocks",
     {
-        name: tables.Row(base.moe_7b(base.PAPER_ATTENTION.replace(**mixers(name))), loss=loss)
+        name: tables.Row(
+            base.paper_run(
+                "moe_7b", tables.EXPLORED_TOKENS, base.PAPER_ATTENTION.replace(**mixers(name))
+            ),
+            loss=loss,
+        )
         for name, loss in LOSSES.items()
     },
 )

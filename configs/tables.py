@@ -1,6 +1,7 @@
 """What the paper's tables share: rows that are runs, at three scales."""
 
 import dataclasses
+import importlib
 from typing import Mapping, NamedTuple
 
 from ml_collections.config_dict import ConfigDict
@@ -16,16 +17,16 @@ class Row(NamedTuple):
     """A run at the size of the paper, and what the paper prints of it.
 
     baseline: the row it is compared with; its own name for one that is a baseline. loss: training
-    loss at the end, nats per token. active: parameters that a token passes through, in millions.
-    total: parameters, in millions. cache: numbers kept per token and layer. note: what the run
-    cannot have as it is printed, and why.
+    loss at the end, nats per token. active, total: parameters that a token passes through, and all
+    of them, such as 970M. cache: numbers kept per token and layer. note: what the run cannot have
+    as it is printed, and why.
     """
 
     run: RunConfig
     baseline: str = "baseline"
     loss: float | None = None
-    active: float | None = None
-    total: float | None = None
+    active: str | None = None
+    total: str | None = None
     cache: int | None = None
     note: str = ""
 
@@ -73,6 +74,7 @@ SCALES = {
         dtype="bfloat16",
     ),
 }
+EXPLORED_TOKENS = 75 * 10**9  # of tables 1 and 2
 WIDTHS = ("width", "head_dim", "value_dim", "rope_dim", "kv_lora", "q_lora")
 PAPER_LEARNING_RATE = 7.5e-4
 
@@ -146,3 +148,16 @@ class Table:
     def get_config(self, variant: str = "") -> ConfigDict:
         """What a config file must have; the last row by default."""
         return to_config_dict(self.run(variant or list(self.rows)[-1]))
+
+
+# name on command lines -> module of configs
+TABLES = {
+    **{str(number): f"table{number}" for number in range(1, 7)},
+    "controls": "controls",
+    "stress": "stress",
+}
+
+
+def load(name: str) -> Table:
+    """A table by its name in TABLES."""
+    return importlib.import_module(f"configs.{TABLES[name]}").TABLE

@@ -248,24 +248,22 @@ class Sweep:
             self.data[key] = source.fingerprint[:12]
         return self.data[key]
 
-    def train(self, run: Planned, watch: Callable[[], None]) -> int:
-        """Trains one run in a process of its own, or goes on with it; its exit code.
+    def train(self, run: Planned, watch: Callable[[], None]) -> int | None:
+        """Trains one run in a process of its own, or goes on with it; its exit code, None where
+        another process is training it.
 
         watch: called about every second meanwhile.
         """
         folder = self.folder / run.name
         folder.mkdir(exist_ok=True)
-        line = [sys.executable, "-m", "experiments.train", *run.arguments, f"--workdir={folder}"]
-        with open(folder / LOG, "ab") as log:
-            child = subprocess.Popen(
-                line, stdout=log, stderr=log, cwd=command_line.REPOSITORY, start_new_session=True
-            )
-            with _passed_on(child):
-                while True:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        code = child.wait(timeout=1)
-                        break
-                    watch()
+        # the run's own lock is not taken in its first seconds, and outlives a sweep that is killed
+        with _locked(folder / "claim") as claimed:
+            with _locked(folder / "lock") as free:
+                pass
+            if not claimed or not free:
+                return None
+            line = [sys.executable, "-m", "experiments.train", *run.arguments]
+            code = self._train([*line, f"--workdir={folder}"], folder / LOG, watch)
         result = summary(run, folder) if code == command_line.DONE else None
         if result:
             self.keep(result)
@@ -275,17 +273,16 @@ class Sweep:
             self.failed[run.name] = code
         return code
 
-    def elsewhere(self, run: Planned) -> bool:
-        """Whether another process is training it."""
-        path = self.folder / run.name / "lock"
-        if not path.exists():
-            return False
-        with open(path, "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+    def _train(self, line: list[str], path: Path, watch: Callable[[], None]) -> int:
+        with open(path, "ab") as log:
+            child = subprocess.Popen(
+                line, stdout=log, stderr=log, cwd=command_line.REPOSITORY, start_new_session=True
+            )
+        with _passed_on(child):
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return child.wait(timeout=1)
+                watch()
 
     def last_line(self, run: Planned) -> dict[str, Any]:
         """The newest metrics of a run; empty without any."""
@@ -308,6 +305,18 @@ class Sweep:
         path = self.folder / run.name / LOG
         lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
         return lines[-1] if lines else ""
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether nobody else has the file locked; it is locked for as long as this lasts."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ experiments.report --sweep=FOLDER` draws what came of it. Exit codes: 0 done, 75
 of the first run that failed.
 """
 
-import importlib
 import itertools
 import logging
 import sys
@@ -28,19 +27,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from configs.tables import SCALES
+from configs.tables import SCALES, TABLES, load
 from experiments import command_line, runner, stored
 from experiments.command_line import UsageError
 from experiments.runner import Planned, Sweep
 from kha_jax.accounting import account
 from kha_jax.config import near
-
-CONFIGS = command_line.REPOSITORY / "configs"
-TABLES = {
-    path.stem.removeprefix("table"): path.stem
-    for path in sorted(CONFIGS.glob("*.py"))
-    if "TABLE = " in path.read_text()
-}
 
 TABLE = flags.DEFINE_string("table", None, f"Rows of a table: {', '.join(TABLES)}.")
 SCALE = flags.DEFINE_enum("scale", "tiny", ["paper", *SCALES], "Size of the table's runs.")
@@ -81,15 +73,14 @@ def table_rows() -> tuple[str, list[Wanted]]:
     """(title, rows) of --table."""
     if TABLE.value not in TABLES:
         raise UsageError(f"--table={TABLE.value}: is not known; {near(TABLE.value, TABLES)}")
-    stem = TABLES[TABLE.value]
-    table = importlib.import_module(f"configs.{stem}").TABLE
+    file, table = TABLES[TABLE.value], load(TABLE.value)
     for name in ROWS.value:
         if name not in table.rows:
             raise UsageError(f"--rows={name}: is not in the table; {near(name, table.rows)}")
     scale = "" if SCALE.value == "paper" else f".{SCALE.value}"
     rows = [
         Wanted(
-            name, (f"--config=configs/{stem}.py:{name}{scale}",), row.baseline, row.loss, row.note
+            name, (f"--config=configs/{file}.py:{name}{scale}",), row.baseline, row.loss, row.note
         )
         for name, row in table.rows.items()
         if name in ROWS.value or not ROWS.value
@@ -290,13 +281,18 @@ class Board:
 
 def train(sweep: Sweep, board: Board) -> int:
     """All runs that are missing; the exit code."""
+    taken: set[str] = set()  # by others, when they were last looked at
     while left := [run for run in sweep.missing() if run.name not in sweep.failed]:
-        free = [run for run in left if not sweep.elsewhere(run)]
+        free = [run for run in left if run.name not in taken]
         if not free:
-            time.sleep(REFRESH)  # others are training them
+            time.sleep(REFRESH)
+            taken.clear()
             continue
         board.training, began = free[0], time.time()
         code = sweep.train(board.training, board.watch)
+        if code is None:
+            taken.add(board.training.name)
+            continue
         if code == command_line.PREEMPTED:
             board.say(f"stopped in {board.training.name}; the same command goes on from there")
             return code
