@@ -322,6 +322,8 @@ def test_the_trace_is_that_of_the_matrices(run):
         steps, values = logged[place]["diagonal_mean"]
         assert steps.tolist() == [10, 20, 30, 40] and values.shape == (4, 3)
         np.testing.assert_allclose(values[-1], measures.diagonal_mean(T), rtol=1e-5, atol=1e-6)
+        far = logged[place]["identity_distance"][1][-1]
+        np.testing.assert_allclose(far, measures.distance(T, np.eye(8)), rtol=1e-5, atol=1e-6)
         share = logged[place]["off_diagonal_share"][1][-1]
         np.testing.assert_allclose(share, measures.off_diagonal_share(T), rtol=1e-5)
         norm = logged[place]["spectral_norm"][1][-1] / measures.spectrum(T)[:, 0]
@@ -335,7 +337,7 @@ def test_a_step_logs_the_trace_of_what_it_made(trainer):
     batch["weights"] = jax.ShapeDtypeStruct((4, 64), jnp.float32)
     metrics = jax.eval_shape(made.train_step, made.abstract, batch)[1]
     named = {name: z.shape for name, z in metrics.items() if name.startswith(optimizer.TRACE)}
-    assert len(named) == 3 * 2 * 4  # measures, segments, matrices
+    assert len(named) == 4 * 2 * 4  # measures, segments, matrices
     assert named["knocking/dense_layers/query/residual/diagonal_mean"] == (1,)
     assert named["knocking/layers/value/gate/spectral_norm"] == (2,)
 

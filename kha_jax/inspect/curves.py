@@ -17,7 +17,7 @@ VALIDATION = {
 STABILITY = {
     "loss": "training loss, nats",
     "grad_norm": "gradient norm",
-    "attention/logit": "attention logit",
+    "attention/largest_logit": "largest logit",
 }
 
 
