@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from kha_jax.attention.attention import LARGEST
 from kha_jax.inspect import style
 from kha_jax.inspect.models import Variant
 from kha_jax.metrics import SPIKING, column, find_spikes
@@ -17,7 +18,7 @@ VALIDATION = {
 STABILITY = {
     "loss": "training loss, nats",
     "grad_norm": "gradient norm",
-    "attention/largest_logit": "largest logit",
+    LARGEST: "largest logit",
 }
 
 
