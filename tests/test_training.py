@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kha_jax import data, sharding
-from kha_jax.attention import AttentionConfig
+from kha_jax.attention import Attention, AttentionConfig
+from kha_jax.attention.attention import LARGEST
 from kha_jax.attention.mixers import KnockingLinear, KnockingMLP, NoMixer
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
@@ -133,7 +134,27 @@ def test_eight_devices_train_as_one(mesh):
     _, eight, eight_metrics = trained(RUN.replace(mesh=MeshConfig(**sizes)), devices=8)
     for a, b in zip(one_metrics, eight_metrics):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+        assert a[LARGEST].shape == (2,)
+        np.testing.assert_allclose(a[LARGEST], b[LARGEST], rtol=1e-4)
     chex.assert_trees_all_close(jax.device_get(one.params), jax.device_get(eight.params), atol=2e-4)
+
+
+def test_the_largest_logit_changes_nothing_else(monkeypatch):
+    """Bit for bit, with micro-batches and rematerialisation; and it costs what it computes alone:
+    nothing in the backward pass."""
+    config = RUN.replace(accumulation=2, model=MODEL.replace(remat="dots"))
+    states, flops = [], []
+    for looks in (True, False):
+        if not looks:
+            monkeypatch.setattr(Attention, "_largest_logit", lambda *_: jnp.zeros(()))
+        trainer, state, step = begun.__wrapped__(config)
+        state, metrics = step(state, random_batch())
+        assert np.all(metrics[LARGEST] > 0) == looks
+        states.append(jax.device_get(state))
+        flops.append(trainer.lower().compile().cost_analysis()["flops"])
+    chex.assert_trees_all_equal(*states)
+    queries, keys, heads, width, layers = 16, 16, 4, 8, 2
+    assert flops[0] - flops[1] < 2 * layers * queries * keys * heads * (2 * width + 8)
 
 
 VARIANTS = {
@@ -173,6 +194,7 @@ def test_every_mechanism_trains_on_eight_devices_as_on_one(name, projection):
     for a, b in zip(one, eight[2], strict=True):
         assert a["nonfinite"] == 0
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+        np.testing.assert_allclose(a[LARGEST], b[LARGEST], rtol=1e-3)
 
 
 def test_parameters_and_optimiser_state_are_born_sharded():
