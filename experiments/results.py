@@ -13,8 +13,9 @@ from experiments.command_line import UsageError
 
 class Result(NamedTuple):
     """A line of runs.csv. Losses in nats per token: val_* of the last evaluation, train_loss the
-    mean over the last tenth of the steps. step_seconds: median. data: hash of the text. curve:
-    `step:val_loss`, joined by spaces. nonfinite: steps that were not applied."""
+    mean over the last tenth of the steps. step_seconds: median. data: hash of the text.
+    spike_share: see metrics.spike_score. nonfinite: steps that were not applied. curve:
+    `step:val_loss`, joined by spaces."""
 
     name: str
     row: str
@@ -30,6 +31,7 @@ class Result(NamedTuple):
     val_bits_per_byte: float | None
     train_loss: float
     step_seconds: float
+    spike_share: float
     nonfinite: int
     hardware: str
     commit: str

@@ -27,7 +27,7 @@ from experiments.run_folder import config_hash
 from kha_jax.accounting import account
 from kha_jax.config import to_dict
 from kha_jax.manifest import CheckpointError, read_manifest, write_json
-from kha_jax.metrics import read_lines
+from kha_jax.metrics import read_lines, spike_score
 from kha_jax.training import RunConfig
 
 RESULTS, PLAN, LOG = "runs.csv", "sweep.json", "log.txt"
@@ -102,6 +102,7 @@ def summary(run: Planned, folder: Path) -> Result | None:
         val_bits_per_byte=evaluated[-1].get("val_bits_per_byte"),
         train_loss=statistics.fmean(late or [losses[-1][1]]),
         step_seconds=round(config.tokens_per_step / statistics.median(rates), 5),
+        spike_share=spike_score(rows),
         nonfinite=sum(bool(row.get("nonfinite")) for row in rows),
         hardware=str(manifest.get("hardware", "")),
         commit=results.commit(),
