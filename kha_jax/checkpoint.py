@@ -149,13 +149,13 @@ class Checkpoints:
 
     def _failure(self, step: int, size: int, error: Exception) -> CheckpointError:
         """The error of a save, whose half-written files are removed."""
+        room = ""
         with contextlib.suppress(OSError):
             if jax.process_index() == 0:
                 shutil.rmtree(self.path(step), ignore_errors=True)
             free = shutil.disk_usage(self.folder).free
-            room = f"about {size:,} bytes are needed, {free:,} are free"
-            return CheckpointError(f"{self.path(step)} could not be written: {why(error)}; {room}")
-        return CheckpointError(f"{self.path(step)} could not be written: {why(error)}")
+            room = f"; about {size:,} bytes are needed, {free:,} are free"
+        return CheckpointError(f"{self.path(step)} could not be written: {why(error)}{room}")
 
     def _commit(self, step: int, size: int) -> None:
         """Waits for the arrays, then makes them count and removes what is too old."""
@@ -329,16 +329,14 @@ class Checkpoints:
         Raises:
             CheckpointError: the files cannot be read.
         """
+        path, here = self.path(step) / "state", jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+        def described(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
         try:
-            path, here = (
-                self.path(step) / "state",
-                jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-            )
             tree = self.checkpointer.metadata(path).item_metadata.tree
-            return self.checkpointer.restore(
-                path,
-                jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree),
-            )
+            return self.checkpointer.restore(path, jax.tree.map(described, tree))
         except Exception as error:
             raise CheckpointError(f"{self.path(step)} could not be read: {error}") from error
 
