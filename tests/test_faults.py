@@ -13,6 +13,7 @@ import subprocess
 
 import pytest
 
+from tests.commands import run_all
 from tests.runs import (
     ROOT,
     SMALL,
@@ -59,6 +60,25 @@ def small_disk(tmp_path):
         pytest.skip("a small file system can only be mounted as root")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """Makes a copy of a folder that cannot be written to: permissions do not bind root, a mount
+    does."""
+    place, root = tmp_path / "read_only", os.geteuid() == 0
+
+    def make(folder):
+        shutil.copytree(folder, place)
+        close = (
+            ["mount", "--bind", "-o", "ro", place, place] if root else ["chmod", "-R", "a-w", place]
+        )
+        if subprocess.run(close, capture_output=True).returncode:
+            pytest.skip("root can write to every folder, and cannot mount one read-only here")
+        return place
+
+    yield make
+    subprocess.run(["umount", "-l", place] if root else ["chmod", "-R", "u+w", place])
 
 
 def ends_as(process, expected, *said):
@@ -152,6 +172,27 @@ def test_a_run_whose_manifests_are_gone_is_74_and_not_step_0(golden, cache, tmp_
         manifest.unlink()
     ends_as(start(cache, run), FULL, "no manifest is left", "start again")
     assert len(list(run.glob("checkpoints/*/state"))) == 2 and lines(run) == lines(golden())
+
+
+@pytest.mark.slow
+def test_a_read_only_folder_is_refused_by_name_before_anything_compiles_and_still_read(
+    golden, cache, read_only
+):
+    """That of a run, and one that a run would be made in."""
+    place = read_only(golden())
+    flags = [f"--workdir={run}" for run in (place, place / "new")]
+    *refused, verified, told = run_all(
+        [
+            *(("train", [*SMALL, flag]) for flag in flags),
+            ("checkpoints", [flags[0], "--verify"]),
+            ("generate", [flags[0], "--tokens=2", "--prompt=a"]),
+        ],
+        cache,
+    )
+    for flag, result in zip(flags, refused):
+        assert result.code == 2 and result.err.startswith(f"error: {flag} cannot be written: ")
+        assert len(result.err.splitlines()) == 1
+    assert (verified.code, verified.out.count("yes"), told.code) == (0, 2, 0), (verified, told)
 
 
 @pytest.mark.slow
