@@ -158,14 +158,14 @@ def test_a_disk_that_is_full_at_the_start_is_74_before_anything_compiles(cache, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "file"])
-def test_a_cache_that_cannot_be_written_costs_only_time_or_one_line(small_disk, tmp_path, kind):
-    place = small_disk if kind == "full" else tmp_path / "cache"
-    (place / "fill" if kind == "full" else place).write_bytes(bytes(2**22 - 2**14))
+def test_a_cache_that_is_full_costs_only_time_or_one_line(small_disk, tmp_path):
+    """One that is a file: test_run_folder and test_data."""
+    (small_disk / "fill").write_bytes(bytes(2**22 - 2**14))
     short = ("--config.steps=2", "--config.evaluation.every=0")
     data = (f"--config.data.cache_dir={tmp_path / 'data'}",)
-    ends_as(start(place, tmp_path / "run", *short, *data), 0, "compiled programs are not kept")
-    err = ends_as(start(place, tmp_path / "other", *short), FULL, f"{place}/", "cannot be written")
+    ends_as(start(small_disk, tmp_path / "run", *short, *data), 0, "compiled programs are not kept")
+    said = f"{small_disk}/", "cannot be written"
+    err = ends_as(start(small_disk, tmp_path / "other", *short), FULL, *said)
     assert len([line for line in err.splitlines() if line.startswith("error")]) == 1
 
 
