@@ -99,10 +99,8 @@ class Reporter:
 
     def evaluated(self, step: int) -> bool:
         """Whether a resumed run's last line holds an evaluation; process 0 alone can tell."""
-        return not step or "val_loss" in self._last()
-
-    def _last(self) -> dict[str, Any]:
-        return self.sinks[0].inner.last if self.sinks[0].inner else {}
+        file = self.sinks[0].inner  # None where it cannot be written
+        return not step or (file is not None and "val_loss" in file.last)
 
     def close(self) -> None:
         for sink in self.sinks:

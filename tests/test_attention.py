@@ -188,6 +188,25 @@ def test_eight_devices_compute_what_one_does(name, projection):
     assert relative_error(ours, output(config, random(config))) < 1e-5
 
 
+@pytest.mark.slow
+@each_row
+def test_eight_devices_have_the_gradients_of_one(name, projection):
+    config = config_of(name, projection)
+    mesh = sharding.make_mesh(MeshConfig(data=2, model=4))
+    cotangent = np.asarray(jax.random.normal(jax.random.key(5), (B, T, D)))
+
+    def loss(params, x):
+        return jnp.vdot(layer(config, params, x), cotangent)
+
+    gradients = jax.grad(loss, argnums=(0, 1))
+    everywhere_whole = jax.NamedSharding(mesh, jax.P())
+    on_eight = jax.jit(sharding.on_mesh(mesh, gradients))
+    ours = on_eight(*jax.device_put((random(config), inputs()), everywhere_whole))
+    expected = jax.device_get(jax.jit(gradients)(random(config), inputs()))
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(jax.device_get(ours), expected, atol=2e-5 * scale)
+
+
 @each_case
 def test_the_accounting_counts_what_is_there(name, projection):
     config = config_of(name, projection)
