@@ -11,7 +11,6 @@ rate makes no spikes at tiny scale.
 
 from configs import base, tables
 
-
 PLAIN = base.PAPER_ATTENTION.replace(
     projection=base.PAPER_ATTENTION.projection.replace(qk_norm="none")
 )
