@@ -65,6 +65,8 @@ def table_rows() -> tuple[str, list[Wanted]]:
     for name in ROWS.value:
         if name not in table.rows:
             raise UsageError(f"--rows={name}: is not in the table; {near(name, table.rows)}")
+        if (baseline := table.rows[name].baseline) not in ROWS.value:
+            raise UsageError(f"--rows={name}: is compared with {baseline}; name that too")
     scale = "" if SCALE.value == "paper" else f".{SCALE.value}"
     rows = [
         Wanted(
