@@ -1,7 +1,7 @@
 """What the heads learnt: from a run folder to arrays (`leaves`, `reading`, `models`), numbers
 (`measures`) and figures (`figures` of matrices, `heads`, `curves` of runs, all in one `style`)."""
 
-from kha_jax.inspect import curves, figures, heads, measures, style
+from kha_jax.inspect import costs, curves, figures, heads, measures, style
 from kha_jax.inspect.leaves import Checkpoint, differences
 from kha_jax.inspect.models import streams, variants
 from kha_jax.inspect.reading import Run, read_metrics, trace
@@ -9,6 +9,7 @@ from kha_jax.inspect.reading import Run, read_metrics, trace
 __all__ = [
     "Checkpoint",
     "Run",
+    "costs",
     "curves",
     "differences",
     "figures",
