@@ -1,7 +1,7 @@
 """Pieces that run configs share. Sizes are the paper's (arXiv 2510.23052, tables 3 and 5)."""
 
 import functools
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from ml_collections.config_dict import ConfigDict
 
@@ -17,11 +17,14 @@ from kha_jax.attention.outputs import (
 from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import to_config_dict
-from kha_jax.feed_forward import FeedForward
+from kha_jax.feed_forward import FeedForward, SwiGLU
 from kha_jax.model import LossConfig, ModelConfig
+from kha_jax.moe import MoE
 from kha_jax.optimizer import OptimizerConfig
 from kha_jax.parameters import Numerics
 from kha_jax.training import CheckpointConfig, EvaluationConfig, RunConfig
+
+PAPER_ATTENTION = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_heads=4, head_dim=128))
 
 
 def variants(attention: AttentionConfig) -> dict[str, dict[str, Any]]:
@@ -84,42 +87,74 @@ def projections(attention: AttentionConfig) -> dict[str, Callable[[], AttentionC
     return {name: functools.partial(made, *of) for name, of in known.items()}
 
 
-def pretraining(
-    *,
-    layers: int,
-    width: int,
-    feed_forward: FeedForward,
-    tokens: int,
-    batch_size: int = 512,
-    seq_len: int = 4096,
-    learning_rate: float = 7.5e-4,
-) -> Callable[..., ConfigDict]:
-    """get_config(variant) of a run of the paper (section 4.1): GQA 32/4 with heads of 128, tied
-    vocabulary of 157,184, 2.1M tokens a step by default; `variant` is a name of `variants`.
+class Size(NamedTuple):
+    """A model of the paper, with what section 4.1 gives to runs of its kind."""
+
+    layers: int
+    width: int
+    feed_forward: FeedForward
+    seq_len: int = 4096
+    learning_rate: float = 7.5e-4
+
+
+def experts(width: int) -> MoE:
+    """4 of 64, as in the paper's exploration."""
+    return MoE(experts=64, top_k=4, width=width, chunk_tokens=8192)
+
+
+SIZES = {
+    "dense_600m": Size(24, 1024, SwiGLU(width=3072)),
+    "dense_2b": Size(24, 2048, SwiGLU(width=6144)),
+    "dense_4b": Size(36, 2560, SwiGLU(width=9728)),
+    "moe_2b": Size(12, 1152, experts(768)),
+    "moe_7b": Size(18, 1536, experts(1152)),
+    "moe_15b": Size(23, 2048, experts(1536)),
+    "kha_moe_6b": Size(
+        18,
+        2048,
+        MoE(experts=128, top_k=8, width=384, chunk_tokens=4096),
+        seq_len=8192,
+        learning_rate=4.78e-4,
+    ),
+}
+
+
+def paper_run(
+    size: str, tokens: int = 10**11, attention: AttentionConfig = PAPER_ATTENTION
+) -> RunConfig:
+    """A run of the paper (section 4.1) of a size in SIZES: tied vocabulary of 157,184, 512
+    sequences a step.
 
     For accelerators: FSDP over all of them, full rematerialisation, bfloat16 over float32 AdamW.
     `data` names the embedded text until a corpus is given.
     """
-    attention = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_heads=4, head_dim=128))
+    layers, width, feed_forward, seq_len, learning_rate = SIZES[size]
+    batch_size = 512
+    return RunConfig(
+        steps=tokens // (batch_size * seq_len),
+        batch_size=batch_size,
+        seq_len=seq_len,
+        model=ModelConfig(
+            layers=layers,
+            width=width,
+            vocabulary_size=157184,
+            attention=attention,
+            feed_forward=feed_forward,
+            numerics=Numerics(init_std=0.006),
+            remat="full",
+            loss=LossConfig(chunk_tokens=16384),
+        ),
+        optimizer=OptimizerConfig(learning_rate=learning_rate),
+        evaluation=EvaluationConfig(every=2000, batches=4),
+        checkpoint=CheckpointConfig(every=1000, keep=3),
+    )
 
-    def run(variant):
-        return RunConfig(
-            steps=tokens // (batch_size * seq_len),
-            batch_size=batch_size,
-            seq_len=seq_len,
-            model=ModelConfig(
-                layers=layers,
-                width=width,
-                vocabulary_size=157184,
-                attention=varied(attention, variant),
-                feed_forward=feed_forward,
-                numerics=Numerics(init_std=0.006),
-                remat="full",
-                loss=LossConfig(chunk_tokens=16384),
-            ),
-            optimizer=OptimizerConfig(learning_rate=learning_rate),
-            evaluation=EvaluationConfig(every=2000, batches=4),
-            checkpoint=CheckpointConfig(every=1000, keep=3),
-        )
 
-    return lambda variant="mlp": to_config_dict(run(variant))
+def pretraining(size: str, tokens: int = 10**11) -> Callable[..., ConfigDict]:
+    """get_config(variant) of a `paper_run`; `variant` is a name of `variants`."""
+
+    def get_config(variant: str = "mlp") -> ConfigDict:
+        attention = varied(PAPER_ATTENTION, variant)
+        return to_config_dict(paper_run(size, tokens, attention))
+
+    return get_config

@@ -7,6 +7,5 @@ Variants: mlp (default: KHA-MLP on values), linear (KHA-Linear on q, k, v), gate
 """
 
 from configs import base
-from kha_jax.feed_forward import SwiGLU
 
-get_config = base.pretraining(layers=36, width=2560, feed_forward=SwiGLU(width=9728), tokens=10**11)
+get_config = base.pretraining("dense_4b")

@@ -8,13 +8,5 @@ Variants: mlp (default: KHA-MLP on values), linear (KHA-Linear on q, k, v), gate
 """
 
 from configs import base
-from kha_jax.moe import MoE
 
-get_config = base.pretraining(
-    layers=18,
-    width=2048,
-    feed_forward=MoE(experts=128, top_k=8, width=384, chunk_tokens=4096),
-    tokens=10**12,
-    seq_len=8192,
-    learning_rate=4.78e-4,
-)
+get_config = base.pretraining("kha_moe_6b", tokens=10**12)

@@ -8,11 +8,5 @@ Variants: mlp (default: KHA-MLP on values), linear (KHA-Linear on q, k, v), gate
 """
 
 from configs import base
-from kha_jax.moe import MoE
 
-get_config = base.pretraining(
-    layers=12,
-    width=1152,
-    feed_forward=MoE(experts=64, top_k=4, width=768, chunk_tokens=8192),
-    tokens=10**11,
-)
+get_config = base.pretraining("moe_2b")

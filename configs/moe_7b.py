@@ -8,11 +8,5 @@ Variants: mlp (default: KHA-MLP on values), linear (KHA-Linear on q, k, v), gate
 """
 
 from configs import base
-from kha_jax.moe import MoE
 
-get_config = base.pretraining(
-    layers=18,
-    width=1536,
-    feed_forward=MoE(experts=64, top_k=4, width=1152, chunk_tokens=8192),
-    tokens=75 * 10**9,
-)
+get_config = base.pretraining("moe_7b", tokens=75 * 10**9)

@@ -20,7 +20,6 @@ name.
 import json
 import multiprocessing
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -418,16 +417,12 @@ def saving() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Processor, cores and versions that the figures belong to."""
+    """Hardware and version that the figures belong to."""
     import jax
 
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            name = next(
-                (line.split(":")[1].strip() for line in file if line.startswith("model name")), name
-            )
-    return f"{os.cpu_count()} cores of {name}, jax {jax.__version__}"
+    from kha_jax import accounting
+
+    return f"{accounting.hardware()}, jax {jax.__version__}"
 
 
 def moe() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 from absl import flags
 from ml_collections import config_flags
@@ -132,6 +132,26 @@ def check_override(config: Any, path: str, text: str | None) -> None:
             kind(text)
         except ValueError:
             raise UsageError(f"{walked}: expected {kind.__name__}, found {text!r}") from None
+
+
+def config_of(cls: type, arguments: Sequence[str]) -> Any:
+    """The frozen config that a command with these arguments has: --config=FILE.py[:VARIANT] and
+    --config.FIELD=VALUE.
+
+    Raises:
+        UsageError: names the field, what was found and what would work.
+    """
+    _check_config_arguments(list(arguments), DEFAULT_CONFIG)
+    values, line = flags.FlagValues(), ["", *arguments]
+    config_flags.DEFINE_config_file(
+        "config", DEFAULT_CONFIG, lock_config=True, flag_values=values, sys_argv=line
+    )
+    try:
+        values(line)
+        typed = config_flags.get_override_values(values["config"])
+        return from_dict(cls, values["config"].value, typed={f"config.{path}" for path in typed})
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
 
 
 def parse_config(cls: type, holder: Any) -> Any:

@@ -21,7 +21,7 @@ import jax
 
 from experiments import stored
 from experiments.command_line import UsageError
-from kha_jax import __version__
+from kha_jax import __version__, accounting
 from kha_jax.checkpoint import Checkpoints, state_bytes
 from kha_jax.config import departures, near, to_dict
 from kha_jax.data import DataError, Source, batch_hash
@@ -263,7 +263,13 @@ class RunFolder:
         """What a manifest says of the run; step s has used the batches 0 ... s - 1."""
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
         versions = {"python": platform.python_version(), "kha_jax": __version__, **versions}
-        return {**self.identity, "next_batch": self._next_batch(step), "versions": versions}
+        next_batch = self._next_batch(step)
+        return {
+            **self.identity,
+            "next_batch": next_batch,
+            "versions": versions,
+            "hardware": accounting.hardware(),
+        }
 
     def check_next_batch(self, checkpoints: Checkpoints, step: int) -> None:
         """Prints whether a resumed run goes on with the batch that the checkpoint foresaw.

@@ -7,6 +7,7 @@ are visible, (T + 1) / 2 on average.
 
 import math
 import os
+import platform
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -139,3 +140,14 @@ def peak_flops(device_kind: str) -> float:
     return next(
         (peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), math.nan
     )
+
+
+def hardware() -> str:
+    """What computes: so many accelerators of a kind, or the cores of a processor."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return f"{os.cpu_count()} cores of {next(named, platform.processor() or platform.machine())}"

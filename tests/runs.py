@@ -4,6 +4,7 @@ it leaves."""
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,11 @@ import orbax.checkpoint as ocp
 from kha_jax.inspect.leaves import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = [
+    path
+    for path in sorted((ROOT / "configs").glob("[!_]*.py"))
+    if re.search("^(def )?get_config", path.read_text(), re.MULTILINE)
+]
 STEPS = 60
 SMALL = (
     f"--config.steps={STEPS}",

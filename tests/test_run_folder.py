@@ -4,7 +4,6 @@ anything compiles."""
 import json
 import runpy
 import types
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,10 +18,10 @@ from kha_jax.data import DataError, MultiQueryAssociativeRecall, PythonSource
 from kha_jax.manifest import CheckpointError
 from kha_jax.ops.losses import TokenSums
 from kha_jax.training import RunConfig
+from tests.runs import CONFIGS
 
 RUN = RunConfig(batch_size=4, seq_len=64)
 SOURCE = types.SimpleNamespace(fingerprint="text")
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
 
 
 def begin(path, config=RUN, allowed=(), source=SOURCE):
@@ -185,9 +184,7 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if p.stem != "base"], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_has_the_data_that_its_steps_and_evaluations_need(path, cache):
     config = from_dict(RunConfig, runpy.run_path(str(path))["get_config"]())
     if isinstance(config.data, PythonSource):

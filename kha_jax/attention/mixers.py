@@ -113,19 +113,26 @@ class KnockingLinear(LinearMixer):
     """z T, T = diag_init * I at the start (paper, equations 5-7).
 
     diag_init: initial diagonal. parameterization: `direct` stores T; `residual` stores D in T =
-    diag_init * I + D, D = 0 at the start, which changes what weight decay pulls towards. apply: see
-    LinearMixer.
+    diag_init * I + D, D = 0 at the start, which changes what weight decay pulls towards. init:
+    `diagonal`, or `normal` with variance 1 / head_dim and no diagonal, a control that the paper
+    says fails (section 3.3). apply: see LinearMixer.
     """
 
     diag_init: float = 1.0
     parameterization: Literal["direct", "residual"] = "direct"
+    init: Literal["diagonal", "normal"] = "diagonal"
+
+    def validate(self):
+        plain = self.diag_init == 1.0 and self.parameterization == "direct"
+        problem = "'normal' knows no diag_init and no parameterization but 'direct'; leave them out"
+        self.require(self.init == "diagonal" or plain, "init", problem)
 
     @property
     def module(self):
         return Linear
 
     def identity_at_start(self, heads):
-        return self.diag_init == 1.0
+        return self.init == "diagonal" and self.diag_init == 1.0
 
     def parameters(self, heads, head_dim):
         return head_dim**2
@@ -250,6 +257,11 @@ def diagonal(value: float) -> Callable:
     return lambda key, shape, dtype: value * jnp.eye(*shape, dtype=dtype)
 
 
+def normal() -> Callable:
+    """An initialiser with variance 1 / rows."""
+    return nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
 def repetition(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
     """An initial W [heads, heads read]: each head repeated, or the mean of neighbouring ones."""
     heads, read = shape
@@ -292,7 +304,8 @@ class Linear(Mixer):
     def __call__(self, z: jax.Array) -> jax.Array:
         identity = diagonal(self.config.diag_init)
         if self.config.parameterization == "direct":
-            return transform(z, self.matrix("kernel", identity, self.head_dim))
+            init = identity if self.config.init == "diagonal" else normal()
+            return transform(z, self.matrix("kernel", init, self.head_dim))
         initial = identity(None, (self.head_dim, self.head_dim), z.dtype)
         return transform(z, initial + self.matrix("residual", nn.initializers.zeros, self.head_dim))
 
@@ -340,8 +353,7 @@ class Composition(Mixer):
     """See HeadComposition."""
 
     def setup(self):
-        normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        init = repetition if self.config.init == "identity" else normal
+        init = repetition if self.config.init == "identity" else normal()
         self.kernel = self.matrix("kernel", init, self.heads, self.config.heads(self.heads))
 
     def __call__(self, z: jax.Array) -> jax.Array:

@@ -1,0 +1,344 @@
+"""Trains the rows of a table, or a free ablation, over seeds, and sums them up.
+
+    python -m experiments.sweep --table=2 --scale=tiny --seeds=3 --out=runs/table2
+    python -m experiments.sweep --configs=configs/kha_tiny.py:baseline,configs/kha_tiny.py:mlp \
+        --set=config.optimizer.warmup_fraction=0.01,0.05 --set=config.steps=200 --out=runs/warmup
+    python -m experiments.sweep --table=2 --scale=small --index=$SLURM_ARRAY_TASK_ID
+
+Each run is a process of experiments.train with a folder of its own below --out. The same command
+goes on where it was stopped, skips what is finished, goes past a run that fails, and may be started
+several times at once. Runs of one seed have the same data in the same order and, wherever they have
+the same parameters, the same initial values: their differences are paired. `python -m
+experiments.report --sweep=FOLDER` draws what came of it. Exit codes: 0 done, 75 stopped, else that
+of the first run that failed.
+"""
+
+import itertools
+import logging
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from configs.tables import SCALES, TABLES, load
+from experiments import command_line, runner, stored
+from experiments.command_line import UsageError
+from experiments.runner import Planned, Sweep
+from kha_jax.accounting import account
+from kha_jax.config import near
+
+TABLE = flags.DEFINE_string("table", None, f"Rows of a table: {', '.join(TABLES)}.")
+SCALE = flags.DEFINE_enum("scale", "tiny", ["paper", *SCALES], "Size of the table's runs.")
+ROWS = flags.DEFINE_list("rows", [], "Some of the table's rows; all by default.")
+FILES = flags.DEFINE_list(
+    "configs", [], "Instead of a table: configs, FILE.py[:VARIANT]; the first is the baseline."
+)
+SET = flags.DEFINE_multi_string(
+    "set",
+    [],
+    "config.FIELD=VALUE for all runs, or config.FIELD=VALUE,VALUE,... for each; may be repeated.",
+)
+RATES = flags.DEFINE_list("learning_rates", [], "A grid for every row; the best one counts.")
+SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each row, with seeds 0, 1, ...", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "Folder of the sweep; runs/NAME-SCALE by default.")
+INDEX = flags.DEFINE_integer("index", None, "Train this run of the list alone.", lower_bound=0)
+KNOWN = flags.DEFINE_list("known", [], "Files runs.csv whose runs are not trained again.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs with their cost, and stop.")
+
+log = logging.getLogger("kha_jax")
+REFRESH = 2.0  # seconds between two looks at the run that trains
+SPOKEN = 60.0  # seconds between two lines where there is no terminal
+GUESSED_SHARE = 0.15  # of the matmul rate, which small models reach, until a run tells
+
+
+class Wanted(NamedTuple):
+    """A row before its seeds: arguments of experiments.train, the row that it is compared with, and
+    what the paper prints."""
+
+    name: str
+    arguments: tuple[str, ...]
+    baseline: str
+    printed: float | None = None
+    note: str = ""
+
+
+def table_rows() -> tuple[str, list[Wanted]]:
+    """(title, rows) of --table."""
+    if TABLE.value not in TABLES:
+        raise UsageError(f"--table={TABLE.value}: is not known; {near(TABLE.value, TABLES)}")
+    file, table = TABLES[TABLE.value], load(TABLE.value)
+    for name in ROWS.value:
+        if name not in table.rows:
+            raise UsageError(f"--rows={name}: is not in the table; {near(name, table.rows)}")
+    scale = "" if SCALE.value == "paper" else f".{SCALE.value}"
+    rows = [
+        Wanted(
+            name, (f"--config=configs/{file}.py:{name}{scale}",), row.baseline, row.loss, row.note
+        )
+        for name, row in table.rows.items()
+        if name in ROWS.value or not ROWS.value
+    ]
+    return table.title, rows
+
+
+def config_rows() -> tuple[str, list[Wanted]]:
+    """(title, rows) of --configs, named by the variant, or the file where that says more."""
+    short = [name.rpartition(":")[2] if ":" in name else stem(name) for name in FILES.value]
+    names = short if len({*short}) == len(short) else list(map(stem, FILES.value))
+    if len({*names}) < len(names):
+        raise UsageError("--configs: names the same config twice; vary it with --set")
+    rows = [Wanted(n, (f"--config={file}",), names[0]) for n, file in zip(names, FILES.value)]
+    return f"Ablation of {', '.join(FILES.value)}", rows
+
+
+def stem(name: str) -> str:
+    """FILE-VARIANT of FILE.py:VARIANT."""
+    path, _, variant = name.partition(":")
+    return "-".join(filter(None, (path.rpartition("/")[2].removesuffix(".py"), variant)))
+
+
+def varied(rows: list[Wanted]) -> list[Wanted]:
+    """The rows with every combination of --set."""
+    axes = []
+    for text in SET.value:
+        field, equals, values = text.partition("=")
+        if not equals or not field.startswith("config."):
+            raise UsageError(
+                f"--set={text}: must be config.FIELD=VALUE or config.FIELD=VALUE,VALUE"
+            )
+        axes.append([(field, value) for value in values.split(",")])
+    combinations = list(itertools.product(*axes))
+
+    def named(name: str, combination: tuple[tuple[str, str], ...]) -> str:
+        many = [pair for pair, axis in zip(combination, axes) if len(axis) > 1]
+        return "-".join([name, *(f"{field.rpartition('.')[2]}={value}" for field, value in many)])
+
+    alone = len(rows) == 1
+    return [
+        row._replace(
+            name=named(row.name, combination),
+            arguments=(*row.arguments, *(f"--{field}={value}" for field, value in combination)),
+            baseline=named(row.baseline, combinations[0] if alone else combination),
+            printed=row.printed if len(combinations) == 1 else None,
+        )
+        for row in rows
+        for combination in combinations
+    ]
+
+
+def wanted() -> tuple[str, list[Wanted]]:
+    """(title, rows) that the flags ask for."""
+    if bool(TABLE.value) == bool(FILES.value):
+        raise UsageError("--table or --configs: name one of them, such as --table=2")
+    title, rows = table_rows() if TABLE.value else config_rows()
+    return title, varied(rows)
+
+
+def planned(rows: list[Wanted]) -> list[Planned]:
+    """Every run, all rows of a seed before the next seed, so that a part of them is paired."""
+    rates = [(rate, f"-lr{rate}") for rate in RATES.value] or [(None, "")]
+    for rate, _ in rates:
+        try:
+            assert rate is None or float(rate) > 0
+        except (ValueError, AssertionError):
+            raise UsageError(f"--learning_rates={rate}: must be a positive number") from None
+    return [
+        runner.planned(
+            f"{row.name}{suffix}-seed{seed}",
+            row.name,
+            seed,
+            row.arguments,
+            None if rate is None else float(rate),
+        )
+        for seed in range(SEEDS.value)
+        for row in rows
+        for rate, suffix in rates
+    ]
+
+
+def measured_rate(sweep: Sweep) -> tuple[float, str]:
+    """(FLOP/s that training reaches here, how that is known)."""
+    told = [
+        run.flops() / run.config.steps / result.step_seconds
+        for run in sweep.runs
+        if (result := sweep.done().get(run.name))
+    ]
+    if told:
+        return sorted(told)[len(told) // 2], f"{len(told)} finished runs"
+    size = 2048
+    x, product = jnp.ones((size, size)), jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    began = time.perf_counter()
+    for _ in range(3):
+        product(x, x).block_until_ready()
+    rate = 3 * 2 * size**3 / (time.perf_counter() - began)
+    share = f"{GUESSED_SHARE:.0%} of {rate / 1e9:,.0f} GFLOP/s, the rate of a matrix product here"
+    return GUESSED_SHARE * rate, share
+
+
+def list_runs(sweep: Sweep) -> None:
+    """--dry_run."""
+    rate, source = measured_rate(sweep)
+    done, console = sweep.done(), Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("index", "run", "parameters", "active", "MFLOP/token", "tokens", "minutes", ""):
+        table.add_column(name, justify="left" if name in ("run", "") else "right", no_wrap=True)
+    total = 0.0
+    for index, run in enumerate(sweep.runs):
+        cost = account(run.config.model, run.config.seq_len, tokens=run.config.tokens_per_step)
+        seconds = run.flops() / rate
+        total += 0.0 if run.name in done else seconds
+        table.add_row(
+            str(index),
+            run.name,
+            f"{cost.parameters / 1e6:,.2f}M",
+            f"{cost.active / 1e6:,.2f}M",
+            f"{cost.training_flops / 1e6:,.1f}",
+            f"{run.tokens() / 1e6:,.1f}M",
+            f"{seconds / 60:,.1f}",
+            "done" if run.name in done else "",
+        )
+    console.print(table)
+    console.print(
+        f"{len(sweep.runs)} runs, {len(done)} done; about {total / 60:,.0f} minutes of training "
+        f"are left, at {rate / 1e9:,.1f} GFLOP/s ({source})",
+        soft_wrap=True,
+    )
+
+
+class Board:
+    """What a person watches: the rows by seeds on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, sweep: Sweep, rows: list[Wanted]):
+        self.sweep, self.rows, self.console = sweep, rows, Console(highlight=False)
+        self.live = None
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, auto_refresh=False)
+        self.looked, self.spoke, self.began = 0.0, 0.0, time.time()
+        self.training: Planned | None = None
+
+    def __enter__(self) -> "Board":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.live:
+            self.show()
+            self.live.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    def watch(self) -> None:
+        """Looks at the run that trains."""
+        now = time.time()
+        if self.live and now - self.looked > REFRESH:
+            self.looked = now
+            self.show()
+        elif not self.live and now - self.spoke > SPOKEN:
+            self.spoke = now
+            self.say(f"{self.training.name}: {self.where(self.training)}")
+
+    def where(self, run: Planned) -> str:
+        """How far a run is."""
+        row = self.sweep.last_line(run)
+        if not row:
+            return "begins"
+        return f"step {row['step']}/{run.config.steps}, loss {row['loss']:.3f}"
+
+    def show(self) -> None:
+        """The table of all runs."""
+        done, columns = self.sweep.done(), {}
+        for run in self.sweep.runs:
+            rate = "" if run.learning_rate is None else f" lr {run.learning_rate:g}"
+            columns.setdefault(f"seed {run.seed}{rate}", {})[run.row] = run
+        table = Table("row", *columns, box=box.SIMPLE_HEAD, title=str(self.sweep.folder))
+        for row in self.rows:
+            cells = [self.cell(by_row.get(row.name), done) for by_row in columns.values()]
+            table.add_row(row.name, *cells)
+        table.caption = f"{len(done)} of {len(self.sweep.runs)} runs done; cells: validation loss"
+        self.live.update(table, refresh=True)
+
+    def cell(self, run: Planned | None, done: dict[str, runner.Result]) -> str:
+        if run is None:
+            return ""
+        if run.name in done:
+            return f"{done[run.name].val_loss:.4f}"
+        if run.name in self.sweep.failed:
+            return f"failed ({self.sweep.failed[run.name]})"
+        if run is self.training:
+            return self.where(run).removeprefix("step ")
+        return "."
+
+
+def train(sweep: Sweep, board: Board) -> int:
+    """All runs that are missing; the exit code."""
+    taken: set[str] = set()  # by others, when they were last looked at
+    while left := [run for run in sweep.missing() if run.name not in sweep.failed]:
+        free = [run for run in left if run.name not in taken]
+        if not free:
+            time.sleep(REFRESH)
+            taken.clear()
+            continue
+        board.training, began = free[0], time.time()
+        code = sweep.train(board.training, board.watch)
+        if code is None:
+            taken.add(board.training.name)
+            continue
+        if code == command_line.PREEMPTED:
+            board.say(f"stopped in {board.training.name}; the same command goes on from there")
+            return code
+        done = sweep.done()
+        result = done.get(board.training.name)
+        said = f"validation loss {result.val_loss:.4f}" if result else f"failed with {code}"
+        board.say(
+            f"{len(done)}/{len(sweep.runs)} {board.training.name}: {said}, "
+            f"{time.time() - began:.0f} s"
+        )
+    for name, code in sweep.failed.items():
+        run = next(run for run in sweep.runs if run.name == name)
+        board.say(f"{name} failed with {code}: {sweep.why(run)}")
+    return next(iter(sweep.failed.values()), command_line.DONE)
+
+
+def main() -> int:
+    """See the module's docstring."""
+    title, rows = wanted()
+    runs = planned(rows)
+    name = TABLES.get(TABLE.value or "", "ablation")
+    default = command_line.REPOSITORY / "runs" / f"{name}-{SCALE.value}"
+    folder = stored.local_folder("out", OUT.value or str(default))
+    sweep = Sweep(folder, runs, runner.known_results(KNOWN.value))
+    if DRY_RUN.value:
+        list_runs(sweep)
+        return command_line.DONE
+    jax.config.update("jax_platforms", "cpu")  # the accelerators are for the runs
+    fields = ("name", "baseline", "printed", "note")
+    about = {
+        "title": title,
+        "command": " ".join(["python -m experiments.sweep", *sys.argv[1:]]),
+        "scale": SCALE.value if TABLE.value else None,
+        "rows": [{field: getattr(row, field) for field in fields} for row in rows],
+    }
+    sweep.begin(about)
+    taken = sweep.take_known()
+    if taken:
+        print(f"{taken} runs are known")
+    if INDEX.value is not None:
+        if INDEX.value >= len(runs):
+            raise UsageError(f"--index={INDEX.value}: there are {len(runs)} runs, from 0 on")
+        sweep.runs = [runs[INDEX.value]]
+    with Board(sweep, rows) as board:
+        return train(sweep, board)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
