@@ -34,7 +34,7 @@ from experiments.run_folder import config_hash
 from kha_jax import compression, sharding
 from kha_jax.accounting import cache_bytes
 from kha_jax.attention import AttentionConfig
-from kha_jax.attention.mixers import LinearMixer, NoMixer
+from kha_jax.attention.mixers import LinearMixer
 from kha_jax.checkpoint import Checkpoints
 from kha_jax.config import ConfigError, near, to_dict
 from kha_jax.decoding import absorb_model, foldable_slots
@@ -166,34 +166,12 @@ def compress() -> None:
         f"largest logit change {change:.3g} of {largest:.3g}, in float32; a token's cache takes "
         f"{after:,} bytes, before {before:,} ({after / before:.1%})"
     )
-    settings = " ".join(f"--config.model.{s}" for s in settings_of(config.model, model, first))
+    settings = " ".join(stored.settings(to_dict(config), to_dict(written)))
     print(f"{out} is compressed at step {step}; to train on, add --workdir={out} {settings}")
     try:
         style.save(lambda: costs.compression(profiles, KV_HEADS.value), out / "compression")
     except style.PlotsMissing as error:
         log.info("no figure: %s", error)
-
-
-def settings_of(before: ModelConfig, after: ModelConfig, first: int) -> list[str]:
-    """The fields that make the compressed model of what it was made from, as on a command line."""
-    folded = [
-        slot for slot, mixer in before.attention.mixers().items() if type(mixer) is not NoMixer
-    ]
-    where, out = "attention", []
-    if first:
-        where = "later.attention"
-        out = ["later.kind=from", f"later.layer={first}"]
-    made = after.attentions()[where]
-    out.append(f"{where}.projection.kv_heads={made.projection.kv_heads}")
-    for slot, mixer in made.mixers().items():
-        if type(mixer) is not NoMixer:
-            out += [
-                f"{where}.{slot}.{field}"
-                for field in ("kind=compose", f"heads_read={mixer.heads_read}")
-            ]
-            out += [f"{where}.{slot}.init=normal"] * (mixer.init == "normal")
-    composed = [] if first else [slot for slot in folded if f"attention.{slot}.kind=compose" in out]
-    return [f"attention.{slot}.kind=none" for slot in folded if slot not in composed] + out
 
 
 def show_profiles(profiles: dict[str, dict[int, np.ndarray]], heads: int) -> None:

@@ -2,39 +2,40 @@
 
     python -m experiments.zoo --config=configs/kha_tiny.py --match=params
     python -m experiments.zoo --match=cache,flops --add=mine.py:variant --csv=zoo.csv
+    python -m experiments.zoo --train=300 --seeds=3 --only=mlp,linear,mea --out=runs/zoo
     python -m experiments.zoo --check
     python -m experiments.zoo --scaling --out=figures
 
 Every projection and every mechanism of configs/base.py, and what --add names, is brought to the
 parameters, training FLOPs per token or cached numbers per token of the config without mixers, by
 the one size that is free: the feed-forward's width, or what the cache is made of. The table says
-what each has then; --measure times a training step and decoding. --check measures what every
-variant has to keep (kha_jax/properties.py), a line each; exit code 1 names what fails. --scaling
-draws step time and memory against the length, with what the accounting predicts.
+what each has then; --measure times a training step and decoding; --train trains each over seeds, in
+folders of a sweep, and goes on where it was stopped. --check measures what every variant has to
+keep (kha_jax/properties.py), a line each; exit code 1 names what fails. --scaling draws step time
+and memory against the length, with what the accounting predicts.
 """
 
 import csv
 import json
 import logging
+import math
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any
 
 import jax
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from configs import base
-from experiments import command_line
+from experiments import command_line, members, runner
 from experiments.command_line import UsageError
-from kha_jax.accounting import Accounting, account, cache_bytes
-from kha_jax.attention import AttentionConfig
-from kha_jax.budget import MEASURES, TOLERANCE, Fit, fit, folds, fused_kernel
-from kha_jax.config import ConfigError, near
-from kha_jax.model import ModelConfig
+from experiments.members import Member, Row
+from kha_jax.budget import MEASURES, TOLERANCE
+from kha_jax.config import near
 from kha_jax.training import RunConfig
 
 CONFIG = command_line.define_config()
@@ -42,161 +43,39 @@ MATCH = flags.DEFINE_list(
     "match", ["params"], "params, flops or cache; or the cache and then one of the others."
 )
 ADD = flags.DEFINE_list("add", [], "Also FILE.py:VARIANT, configs of your own, by commas.")
+ONLY = flags.DEFINE_list("only", [], "Of all variants, these, the baseline and --add.")
 MULTIPLE = flags.DEFINE_integer(
     "multiple", 1, "Feed-forward widths are multiples of it.", lower_bound=1
 )
 MEASURE = flags.DEFINE_bool("measure", False, "Also time a training step and decoding.")
 ROUNDS = flags.DEFINE_integer("rounds", 8, "Turns of each in what is timed.", lower_bound=1)
+TRAIN = flags.DEFINE_integer("train", None, "Also train each for so many steps.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each in --train.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print the table as JSON.")
 CSV = flags.DEFINE_string("csv", None, "Also write the table to this file.")
 CHECK = flags.DEFINE_bool("check", False, "Check what every variant has to keep instead.")
 SCALING = flags.DEFINE_bool("scaling", False, "Time steps at several lengths instead.")
 LENGTHS = flags.DEFINE_list("lengths", ["256", "512", "1024", "2048", "4096"], "Of --scaling.")
-OUT = flags.DEFINE_string("out", "figures", "Folder of the figure of --scaling.")
+OUT = flags.DEFINE_string(
+    "out", None, "Folder of --train (runs/zoo), or of the figure of --scaling (figures)."
+)
 
 log = logging.getLogger("kha_jax")
 BROKEN = 1  # exit code of a check that failed
-WAYS = 2  # devices that split the heads where collectives are counted
 
 
-class Member(NamedTuple):
-    """A model to compare, and the cache fields that make it what it is."""
-
-    model: ModelConfig
-    keep: tuple[str, ...] = ()
-
-
-def plain(attention: AttentionConfig) -> AttentionConfig:
-    """The projection alone."""
-    return AttentionConfig(projection=attention.projection)
-
-
-def members(config: RunConfig) -> Iterator[tuple[str, Member | ConfigError]]:
-    """Every way by name, the baseline first; what the config's projection refuses, with the
-    reason."""
-    baseline = config.model.with_attention(plain)
-    yield "baseline", Member(baseline)
-    attention = baseline.attention
-    makers = base.projections(attention)
-    ways = {
-        **{name: lambda a, name=name: base.projections(a)[name]() for name in makers},
-        **{name: lambda a, name=name: base.varied(a, name) for name in base.variants(attention)},
-    }
-    for name, change in ways.items():
-        try:
-            model = baseline.with_attention(change)
-        except ConfigError as error:
-            yield name, error
-        else:
-            if model != baseline:
-                yield name, Member(model, base.KEPT.get(name, ()))
-    for named in ADD.value:
-        path, _, variant = named.partition(":")
-        run = command_line.load_variant(RunConfig, path, variant, "--add")
-        yield f"{Path(path).stem}:{variant}" if variant else Path(path).stem, Member(run.model)
-
-
-def known_members(config: RunConfig) -> dict[str, Member]:
-    """`members`, the refused ones logged."""
-    found = {}
-    for name, member in members(config):
-        if isinstance(member, ConfigError):
-            log.info("left out %s: %s", name, member)
-        elif name in found:
-            raise UsageError(f"--add: there is a {name} already")
-        else:
-            found[name] = member
-    return found
-
-
-class Row(NamedTuple):
-    """A line of the table. identity: whether mixers promise to start as their projection alone,
-    None without any."""
-
-    sizes: dict[str, int]
-    errors: dict[str, float]
-    parameters: int
-    active: int
-    training_flops: float
-    cache_bytes: int
-    collectives: dict[str, int] | None
-    tpu: str | None
-    gpu: str | None
-    folds: bool | None
-    identity: bool | None
-    step_seconds: float | None = None
-    decode_seconds: float | None = None
-
-
-def row(config: RunConfig, fitted: Fit, cost: Accounting) -> Row:
-    """What a fitted model has."""
-    attentions = list(fitted.model.attentions().values())
-
-    def fused(platform):
-        found = {fused_kernel(a, platform, "bfloat16", config.seq_len) for a in attentions}
-        return None if None in found else " ".join(sorted(found))
-
-    keeps = all(attention.identity_at_start for attention in attentions)
-    can_fold = {folds(attention) for attention in attentions}
-    return Row(
-        sizes=fitted.sizes,
-        errors=fitted.errors,
-        parameters=cost.parameters,
-        active=cost.active,
-        training_flops=cost.training_flops,
-        cache_bytes=cache_bytes(fitted.model),
-        collectives=collectives(attentions[-1], fitted.model.width),
-        tpu=fused("tpu"),
-        gpu=fused("gpu"),
-        folds=False if False in can_fold else True if True in can_fold else None,
-        identity=None if all(plain(a) == a for a in attentions) else keeps,
-    )
-
-
-def collectives(attention: AttentionConfig, width: int) -> dict[str, int] | None:
-    """Those of a layer's forward pass whose heads are split over WAYS; None where they cannot
-    be."""
-    from kha_jax.properties import Layer, collectives_of
-
-    try:
-        return dict(collectives_of(Layer(attention, width), WAYS))
-    except ConfigError:
-        return None
-
-
-def compare(config: RunConfig) -> tuple[Accounting, dict[str, Row], dict[str, ModelConfig]]:
-    """The budget, the table, and the fitted models."""
-
-    def count(model):
-        return account(model, config.seq_len, tokens=config.tokens_per_step)
-
-    found = known_members(config)
-    budget, rows, models = count(found["baseline"].model), {}, {}
-    for name, member in found.items():
-        try:
-            keep = member.keep
-            fitted = fit(member.model, budget, MATCH.value, count, keep, MULTIPLE.value)
-        except ConfigError as error:
-            log.info("left out %s: %s", name, error.under("config.model"))
-            continue
-        rows[name] = row(config, fitted, count(fitted.model))
-        models[name] = fitted.model
-    return budget, rows, models
-
-
-def measured(
-    config: RunConfig, rows: dict[str, Row], models: dict[str, ModelConfig]
-) -> tuple[float, dict[str, Row]]:
+def measured(found: dict[str, Member], rows: dict[str, Row]) -> tuple[float, dict[str, Row]]:
     """The machine's FLOP/s in one square product, and the rows with their times."""
     from experiments import peers
     from experiments.timing import decoding_step, interleaved, training_step
 
     steps = {"matmul": peers.matmul_step()}
-    for name, model in models.items():
+    for name, member in found.items():
         log.info("compiling %s", name)
-        steps[name] = training_step(config.replace(model=model)).step
+        steps[name] = training_step(member.run).step
     took = interleaved(steps, ROUNDS.value)
-    tokens = interleaved({name: decoding_step(m) for name, m in models.items()}, ROUNDS.value)
+    decoders = {name: decoding_step(member.run.model) for name, member in found.items()}
+    tokens = interleaved(decoders, ROUNDS.value)
     timed = {
         name: of._replace(step_seconds=took[name], decode_seconds=tokens[name])
         for name, of in rows.items()
@@ -204,8 +83,86 @@ def measured(
     return 2 * 2048**3 / took["matmul"], timed
 
 
-def said(value: bool | None) -> str:
-    return "" if value is None else "yes" if value else "no"
+def trained(found: dict[str, Member], rows: dict[str, Row]) -> tuple[int, dict[str, Row]]:
+    """Trains what is missing in the sweep's folder; the exit code, and the rows with their
+    losses."""
+    folder = Path(OUT.value or command_line.REPOSITORY / "runs" / "zoo")
+    steps = f"--config.steps={TRAIN.value}"
+    runs = [
+        runner.planned(f"{name}-seed{seed}", name, seed, (*member.line(), steps))
+        for seed in range(SEEDS.value)
+        for name, member in found.items()
+    ]
+    sweep, code = runner.Sweep(folder, runs), command_line.DONE
+    rows_of = [{"name": n, "baseline": "baseline", "printed": None, "note": ""} for n in rows]
+    title = f"Ways for heads to interact at the same {' and '.join(MATCH.value)}"
+    command = " ".join(["python -m experiments.zoo", *sys.argv[1:]])
+    sweep.begin({"title": title, "command": command, "scale": None, "rows": rows_of})
+    for run in sweep.missing():
+        log.info("training %s", run.name)
+        ended = sweep.train(run, lambda: None)
+        if ended == command_line.PREEMPTED:
+            return ended, rows
+        if ended:
+            log.info("%s failed with %d: %s", run.name, ended, sweep.why(run))
+            code = code or ended
+    losses: dict[str, dict[int, float]] = {name: {} for name in rows}
+    for result in sweep.done().values():
+        losses[result.row][result.seed] = result.val_loss
+    out = {}
+    for name, row in rows.items():
+        own, first = losses[name], losses["baseline"]
+        apart = [own[seed] - first[seed] for seed in own.keys() & first.keys()]
+        out[name] = row._replace(
+            loss=interval(list(own.values())),
+            difference=interval(apart) if name != "baseline" else None,
+        )
+    return code, out
+
+
+def interval(values: list[float]) -> tuple[float, float | None] | None:
+    """(mean, half width of its 95% interval by Student's t): the width needs two values."""
+    if len(values) < 2:
+        return (values[0], None) if values else None
+    from scipy.stats import t
+
+    width = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), float(width)
+
+
+def columns(name: str, row: Row) -> dict[str, str]:
+    """What the table for people says of a row."""
+    from experiments.timing import NEW
+
+    def yes(value):
+        return "" if value is None else "yes" if value else "no"
+
+    def with_width(pair, sign=""):
+        if pair is None:
+            return ""
+        return f"{pair[0]:{sign}.4f}" + ("" if pair[1] is None else f" ± {pair[1]:.4f}")
+
+    off = (f"{e:+.2%}{'' if abs(e) <= TOLERANCE else '!'}" for e in row.errors.values())
+    out = {
+        "": name,
+        "solved": ", ".join(f"{path.split('.')[-1]} {size:,}" for path, size in row.sizes.items()),
+        "off": " ".join(off),
+        "parameters": f"{row.parameters:,}",
+        "training FLOPs a token": f"{row.training_flops / 1e6:,.3f}M",
+        "cache, bytes a token": f"{row.cache_bytes:,}",
+        "collectives": "-" if row.collectives is None else counts(row.collectives),
+        "fused on TPU": row.tpu or "-",
+        "on GPU": row.gpu or "-",
+        "folds": yes(row.folds),
+        "starts as none": yes(row.identity),
+    }
+    if row.step_seconds:
+        out["step ms"] = f"{row.step_seconds * 1e3:.1f}"
+        out["ms a token in 8 rows"] = f"{row.decode_seconds / NEW * 1e3:.2f}"
+    if row.loss:
+        out["validation loss"] = with_width(row.loss)
+        out["less the baseline's"] = with_width(row.difference, "+")
+    return out
 
 
 def show(rows: dict[str, Row], rate: float | None) -> None:
@@ -214,39 +171,22 @@ def show(rows: dict[str, Row], rate: float | None) -> None:
     title = f"{matched} as the baseline's; collectives of a layer's forward pass, heads split in 2"
     if rate:
         title += f"; medians of {ROUNDS.value} turns, matmul rate {rate / 1e9:.0f} GFLOP/s"
+    lines = [columns(name, row) for name, row in rows.items()]
+    names = list(dict.fromkeys(column for line in lines for column in line))
     table = Table(title=title)
-    names = ["", "solved", "off", "parameters", "training FLOPs a token", "cache, bytes a token"]
-    names += ["collectives", "fused on TPU", "on GPU", "folds", "starts as none"]
-    names += ["step ms", "ms for a token in 8 rows"] if rate else []
     for index, name in enumerate(names):
         table.add_column(name, justify="left" if index < 2 else "right")
-    for name, row in rows.items():
-        solved = ", ".join(f"{field.split('.')[-1]} {v:,}" for field, v in row.sizes.items())
-        off = " ".join(
-            f"{error:+.2%}{'' if abs(error) <= TOLERANCE else '!'}" for error in row.errors.values()
-        )
-        moved = "-" if row.collectives is None else _counts(row.collectives)
-        cells = [name, solved, off, f"{row.parameters:,}", f"{row.training_flops / 1e6:,.3f}M"]
-        cells += [f"{row.cache_bytes:,}", moved, row.tpu or "-", row.gpu or "-"]
-        cells += [said(row.folds), said(row.identity)]
-        if rate:
-            from experiments.timing import NEW
-
-            cells += [f"{row.step_seconds * 1e3:.1f}", f"{row.decode_seconds / NEW * 1e3:.2f}"]
-        table.add_row(*cells)
-    width = None if sys.stdout.isatty() else 210
+    for line in lines:
+        table.add_row(*(line.get(name, "") for name in names))
+    width = None if sys.stdout.isatty() else 260
     Console(soft_wrap=True, highlight=False, width=width).print(table)
-    far = [
-        name for name, row in rows.items() if any(abs(e) > TOLERANCE for e in row.errors.values())
-    ]
+    far = [name for name, row in rows.items() if max(map(abs, row.errors.values())) > TOLERANCE]
     if far:
-        print(
-            f"! further than {TOLERANCE:.1%} from the budget, the nearest that its size allows: "
-            + ", ".join(far)
-        )
+        nearest = f"further than {TOLERANCE:.1%} from the budget, the nearest that its size allows"
+        print(f"! {nearest}: {', '.join(far)}")
 
 
-def _counts(found: dict[str, int]) -> str:
+def counts(found: dict[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(found.items()))
 
 
@@ -254,9 +194,11 @@ def write_csv(path: str, rows: dict[str, Row]) -> None:
     """One line a variant; what is a group of figures is one column each."""
     flat = []
     for name, row in rows.items():
-        values = {"variant": name, **row._asdict()}
+        values: dict[str, Any] = {"variant": name, **row._asdict()}
         values["sizes"] = " ".join(f"{field}={value}" for field, value in row.sizes.items())
-        values["collectives"] = _counts(row.collectives or {})
+        values["collectives"] = counts(row.collectives or {})
+        for pair in ("loss", "difference"):
+            values[pair], values[f"{pair}_half_width"] = values[pair] or (None, None)
         errors = values.pop("errors")
         flat.append({**values, **{f"off_{measure}": error for measure, error in errors.items()}})
     try:
@@ -277,16 +219,16 @@ def quickly_on_cpus() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 
 
-def check(config: RunConfig) -> int:
+def check(found: dict[str, Member]) -> int:
     """A line for each variant, and the exit code."""
     from kha_jax.properties import check
 
     failed = []
-    for name, member in known_members(config).items():
+    for name, member in found.items():
         began = time.perf_counter()
-        found = check(member.model)
-        broken = [f"{prop}: {of.text}" for prop, of in found.items() if of.holds is False]
-        figures = [f"{prop} {of.figure:.1g}" for prop, of in found.items() if of.holds]
+        kept = check(member.run.model)
+        broken = [f"{prop}: {of.text}" for prop, of in kept.items() if of.holds is False]
+        figures = [f"{prop} {of.figure:.1g}" for prop, of in kept.items() if of.holds]
         words = f"FAILED {'; '.join(broken)}" if broken else f"ok {', '.join(figures)}"
         failed += [name] if broken else []
         print(f"{name:16} {words} ({time.perf_counter() - began:.1f} s)", flush=True)
@@ -312,25 +254,30 @@ def main() -> int | None:
     """See the module's docstring."""
     check_flags()
     config: RunConfig = command_line.parse_config(RunConfig, CONFIG)
-    if CHECK.value:
-        quickly_on_cpus()
-        return check(config)
     if SCALING.value:
         from experiments import scaling
 
-        return scaling.run(config, LENGTHS.value, ROUNDS.value, Path(OUT.value))
-    jax.config.update("jax_num_cpu_devices", WAYS)
-    budget, rows, models = compare(config)
-    rate, rows = measured(config, rows, models) if MEASURE.value else (None, rows)
+        return scaling.run(config, LENGTHS.value, ROUNDS.value, Path(OUT.value or "figures"))
+    found = members.members(config, ADD.value, ONLY.value)
+    if CHECK.value:
+        quickly_on_cpus()
+        return check(found)
+    jax.config.update("jax_num_cpu_devices", members.WAYS)
+    budget, found, rows = members.fitted(found, MATCH.value, MULTIPLE.value)
+    rate, code = None, command_line.DONE
+    if MEASURE.value:
+        rate, rows = measured(found, rows)
+    if TRAIN.value:
+        code, rows = trained(found, rows)
     if CSV.value:
         write_csv(CSV.value, rows)
     if JSON.value:
-        shown: dict[str, Any] = {name: row._asdict() for name, row in rows.items()}
+        shown = {name: row._asdict() for name, row in rows.items()}
         matched = {name: MEASURES[name](budget) for name in MATCH.value}
         print(json.dumps({"budget": matched, "matmul_flops": rate, "variants": shown}, indent=1))
     else:
         show(rows, rate)
-    return None
+    return code
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ cache by what the projection makes it of (`Projection.cache_fields`).
 """
 
 import operator
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 from kha_jax.accounting import Accounting
 from kha_jax.attention import AttentionConfig
@@ -101,9 +101,8 @@ def _cache(model, error, keep) -> tuple[ModelConfig, dict[str, int]]:
         return model, {}
     found = []
     for field in model.attention.projection.cache_fields:
-        if field not in keep:
-            options = [(abs(error(m)), field, value, m) for value, m in _variations(model, field)]
-            found += [min(options, key=operator.itemgetter(0))] if options else []
+        options = [] if field in keep else _variations(model, field, error)
+        found += [min(options, key=operator.itemgetter(0))] if options else []
     if not found:
         raise ConfigError(
             "attention.projection", "has no size that is free to change what is cached"
@@ -116,17 +115,24 @@ def _cache(model, error, keep) -> tuple[ModelConfig, dict[str, int]]:
 LARGEST = 4096  # size of a cache field
 
 
-def _variations(model: ModelConfig, field: str) -> Iterator[tuple[int, ModelConfig]]:
-    """The model with every value of a projection's field that makes a model, in all layers."""
+def _variations(model: ModelConfig, field: str, error) -> list[tuple[float, str, int, ModelConfig]]:
+    """(how far from the budget, field, value, model) for every value of a projection's field that
+    makes a model, in all layers, up to the first that is beyond the budget."""
+    out = []
     for value in range(1, LARGEST + 1):
 
         def change(attention: AttentionConfig, value: int = value) -> AttentionConfig:
             return attention.replace(projection=attention.projection.replace(**{field: value}))
 
         try:
-            yield value, model.with_attention(change)
+            changed = model.with_attention(change)
         except ConfigError:
             continue
+        off = error(changed)
+        out.append((abs(off), field, value, changed))
+        if off >= 0:
+            break
+    return out
 
 
 def fused_kernel(attention: AttentionConfig, platform: str, dtype: Any, length: int) -> str | None:
