@@ -39,6 +39,7 @@ def scaling(found: dict[int, dict[str, Cost]]) -> Any:
         axes.set(xscale="log", xlabel="tokens a row", title=f"{title}, over the baseline")
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.minorticks_off()
+        style.plain_log(axes)
         axes.axhline(1, color="grey", linewidth=0.8, linestyle="-")
     style.legend_below(figure, times)
     return figure
