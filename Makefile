@@ -15,7 +15,7 @@ train: setup
 test: setup
 	$(RUN) -m pytest
 
-# What takes longer: faults on real runs, two processes, every variant on every mesh.
+# What takes longer: faults on real runs, two processes, variants on meshes.
 test-slow: setup
 	$(RUN) -m pytest -m slow
 

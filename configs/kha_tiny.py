@@ -1,4 +1,4 @@
-"""A 1.3M-parameter KHA transformer on the text of Python's standard library: three minutes on two
+"""A 1.0M-parameter KHA transformer on the text of Python's standard library: three minutes on two
 CPU cores.
 
     python -m experiments.train --config=configs/kha_tiny.py --workdir=runs/kha_tiny

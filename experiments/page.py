@@ -11,8 +11,16 @@ from kha_jax.inspect import style
 SAYS = {
     "training": """Loss and validation over training. For mixtures, how uneven the experts' load
         is.""",
-    "stability": """The loss of every step, spikes marked, and the gradient norm. Knocking should
-        leave fewer spikes (paper, figure 2).""",
+    "differences": """Every row's loss less that of its baseline, seed by seed: the bar is the 95%
+        interval over seeds, each tick a seed, and the diamond is what the paper prints. A bar
+        that crosses 0 is not distinguishable from no difference.""",
+    "gaps": """The same difference over training: an effect that is there should not depend on where
+        training stopped.""",
+    "losses": """The loss of each row beside its baseline (grey, dashed). Bands are from the lowest
+        to the highest seed.""",
+    "stability": """The loss of every step and the gradient norm, spikes marked, and the largest
+        attention logit where it was logged. Knocking should leave fewer spikes (paper, figure 2).
+        """,
     "depth": """How far matrices have come from where they started, layer by layer: 0 is untouched.
         A diagonal that lost and an off-diagonal share that won mean that features are shared.""",
     "heat_maps": """Every matrix less its start, on one scale: white is untouched, a blue diagonal
@@ -50,7 +58,7 @@ figure {{ margin: 0; flex: 1 1 {least}px; min-width: 0; }} figcaption {{ font-we
 svg {{ max-width: 100%; height: auto; }}
 .table {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: 0.85rem; }}
 td, th {{ padding: 0.15rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; }}
-</style></head><body><h1>{title}</h1><p>{about}</p><div class="table">{table}</div>
+</style></head><body><h1>{title}</h1>{about}<div class="table">{table}</div>
 {sections}</body></html>
 """
 
@@ -61,13 +69,34 @@ def write(
     sections: dict[str, list[tuple[str, str]]],
     refresh: int | None = None,
 ) -> str:
-    """The page.
+    """The page of what runs learnt; see `render`.
+
+    runs: name and step of each.
+    """
+    steps = ", ".join(f"{name} at step {step}" for name, step in runs if step is not None)
+    title = f"What the heads learnt: {', '.join(name for name, _ in runs)}"
+    return render(
+        title, [steps or "bare checkpoints"], table, sections, refresh, wide=len(runs) > 1
+    )
+
+
+def render(
+    title: str,
+    about: list[str],
+    table: Table,
+    sections: dict[str, list[tuple[str, str]]],
+    refresh: int | None = None,
+    wide: bool = False,
+) -> str:
+    """A page.
 
     Args:
-        runs: name and step of each.
+        title: its heading.
+        about: paragraphs below it.
         table: shown first.
         sections: for names of SAYS, (run or nothing, SVG) of the figures side by side.
         refresh: seconds after which a browser loads the page again.
+        wide: room for two figures in a row.
     """
     parts = []
     for name in (name for name in SAYS if name in sections):
@@ -75,22 +104,21 @@ def write(
             f"<figure><figcaption>{html.escape(run)}</figcaption>{svg}</figure>"
             for run, svg in sections[name]
         )
-        title, says = name.replace("_", " ").capitalize(), " ".join(SAYS[name].split())
-        parts.append(f'<h2>{title}</h2><p>{says}</p><div class="runs">{shown}</div>')
-    steps = ", ".join(f"{name} at step {step}" for name, step in runs if step is not None)
+        heading, says = name.replace("_", " ").capitalize(), " ".join(SAYS[name].split())
+        parts.append(f'<h2>{heading}</h2><p>{says}</p><div class="runs">{shown}</div>')
     (ink, light), (dark_ink, dark) = style.THEMES.values()
     return PAGE.format(
         refresh=f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
-        title=html.escape(f"What the heads learnt: {', '.join(name for name, _ in runs)}"),
-        about=html.escape(steps or "bare checkpoints"),
+        title=html.escape(title),
+        about="".join(f"<p>{html.escape(text)}</p>" for text in about),
         table=_as_html(table),
         sections="\n".join(parts),
         ink=ink,
         page=light,
         dark_ink=dark_ink,
         dark_page=dark,
-        width=1150 if len(runs) == 1 else 1800,
-        least=900 if len(runs) == 1 else 520,
+        width=1800 if wide else 1150,
+        least=520 if wide else 900,
     )
 
 

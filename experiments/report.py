@@ -1,27 +1,42 @@
-"""Draws the curves of runs (extra: plots).
+"""Draws the curves of runs, and reports what a sweep says (extra: plots).
 
     python -m experiments.report --workdirs=runs/kha_tiny,runs/baseline --out=curves.png
+    python -m experiments.report --sweep=runs/table2 --out=results/table2_tiny
+    python -m experiments.report --spikes=runs/kha_tiny/metrics.jsonl
 
-Training loss, smoothed; validation bits per byte (or loss, for data without bytes); for mixtures
-the worst layer's MaxVio.
+The first draws training loss, smoothed; validation bits per byte (or loss, for data without bytes);
+for mixtures the worst layer's MaxVio. The second compares the rows of a sweep, finished or not:
+report.md, report.csv, report.html, the runs' CSV and figures. The third lists the spikes of any
+JSONL log whose lines have a `step` and the values that --values names.
 """
 
+import functools
+import math
+import shutil
 from pathlib import Path
+from typing import Any, Callable
 
 from absl import flags
+from rich.console import Console
+from rich.table import Table
 
-from experiments import command_line, stored
+from experiments import command_line, stored, sweep_report
 from experiments.command_line import UsageError
-from kha_jax import inspect
+from kha_jax import inspect, metrics
 from kha_jax.checkpoint import CheckpointError
-from kha_jax.inspect import curves, style
+from kha_jax.inspect import comparisons, curves, style, sweeps
 
 WORKDIRS = flags.DEFINE_list("workdirs", [], "Run folders, drawn in this order.")
+SWEEP = flags.DEFINE_string("sweep", None, "Folder of a sweep, to report in the folder --out.")
+SPIKES = flags.DEFINE_string("spikes", None, "JSONL log, or folder of a run, to list spikes of.")
+VALUES = flags.DEFINE_list("values", list(metrics.SPIKING), "What --spikes looks at.")
 OUT = flags.DEFINE_string(
     "out",
     "curves.png",
-    "The figure to write, as NAME.png, NAME_dark.png (for dark pages) and NAME.svg (for both).",
+    "The figure to write, as NAME.png, NAME_dark.png (for dark pages) and NAME.svg (for both); "
+    "with --sweep the folder.",
 )
+STABILITY_ROWS = 12  # of a sweep, in the figure of spikes
 
 
 def _name(folder: Path, folders: list[Path]) -> str:
@@ -30,10 +45,8 @@ def _name(folder: Path, folders: list[Path]) -> str:
     return str(folder) if alike else folder.name
 
 
-def main() -> None:
-    """See the module's docstring."""
-    if not WORKDIRS.value:
-        raise UsageError("--workdirs: name at least one run folder")
+def draw_runs() -> None:
+    """The figure of --workdirs."""
     folders = [stored.local_folder("workdirs", name) for name in WORKDIRS.value]
     out = stored.local_folder("out", OUT.value)
     if out.suffix not in (".png", ".svg"):
@@ -48,6 +61,109 @@ def main() -> None:
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror or error}") from None
     print(f"wrote {OUT.value}")
+
+
+def sweep_figures(sweep: sweeps.Sweep, summary: sweeps.Summary) -> dict[str, Callable[[], Any]]:
+    """The figures that there is something for, by name."""
+    results = summary.results.items()
+    lines = {name: sweeps.curves(sweep, one, summary.loss) for name, one in results}
+    draws: dict[str, Callable[[], Any]] = {}
+    if any(one.differences for _, one in results):
+        draws["differences"] = functools.partial(comparisons.differences, summary)
+        if comparisons.has_gaps(summary, lines):
+            draws["gaps"] = functools.partial(comparisons.gaps, summary, lines)
+    if any(lines.values()):
+        draws["losses"] = functools.partial(comparisons.losses, summary, lines)
+    logs = {}
+    for name, one in results:
+        first = min(one.runs, key=lambda run: run.seed)
+        log = sweep.log(first.name)
+        if any("loss" in row for row in log) and len(logs) < STABILITY_ROWS:
+            logs[f"{name}, seed {first.seed}"] = log
+    if logs:
+        draws["stability"] = functools.partial(curves.stability, logs)
+    return draws
+
+
+def report_sweep(console: Console) -> None:
+    """The report of --sweep."""
+    folder = stored.local_folder("sweep", SWEEP.value)
+    if not flags.FLAGS["out"].present:
+        raise UsageError("--out: name the folder of the report, such as results/table2_tiny")
+    out = stored.local_folder("out", OUT.value)
+    try:
+        sweep = sweeps.load(folder)
+    except sweeps.SweepError as error:
+        raise UsageError(f"--sweep: {error}") from None
+    summary = sweeps.summarise(sweep)
+    if not summary.results:
+        raise UsageError(f"--sweep={folder}: no run is finished yet; runs.csv holds none of a row")
+    command = sweep_report.command_of(folder, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        draws = sweep_figures(sweep, summary)
+        sections = {name: [("", style.save(draw, out / name))] for name, draw in draws.items()}
+        (out / "report.csv").write_text(sweep_report.as_csv(summary))
+        markdown = sweep_report.as_markdown(sweep, summary, list(sections), command)
+        (out / "report.md").write_text(markdown)
+        page = sweep_report.as_page(sweep, summary, sections, command)
+        (out / "report.html").write_text(page)
+        if (folder / "runs.csv").resolve() != (out / "runs.csv").resolve():
+            shutil.copyfile(folder / "runs.csv", out / "runs.csv")
+    except style.PlotsMissing as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"--out={out} cannot be written: {error.strerror or error}") from None
+    console.print(sweep_report.table(summary))
+    for text in sweep_report.findings(sweep, summary):
+        console.print(text)
+    print(f"wrote {out / 'report.md'}, report.html, report.csv, runs.csv, {len(sections)} figures")
+
+
+def list_spikes(console: Console) -> None:
+    """The spikes of --spikes, and the score."""
+    path = stored.local_folder("spikes", SPIKES.value)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    try:
+        rows = list(metrics.read_lines(path))
+    except OSError as error:
+        raise UsageError(f"--spikes={path} cannot be read: {error.strerror}") from None
+    table, found = Table(), []
+    for name in ("step", "value", "peak", "over the centre", "times", "spreads", "recovery, steps"):
+        table.add_column(name, justify="right")
+    for name in VALUES.value:
+        steps, values = metrics.column(rows, name)
+        if not len(steps):
+            held = sorted({key for row in rows for key in row if key != "step"})
+            raise UsageError(f"--values={name}: no line of {path} with a step has it; has {held}")
+        found += metrics.find_spikes(steps, values, name)
+        console.print(f"{name}: {metrics.spike_rule(len(values)).describe()}")
+    for one in sorted(found, key=lambda spike: spike.step):
+        numbers = [f"{z:.4g}" for z in (one.peak, one.size, one.times, one.spreads)]
+        back = "none" if one.recovery is None else str(one.recovery)
+        table.add_row(str(one.step), one.name, *numbers, back)
+    if found:
+        console.print(table)
+    score = metrics.spike_score(rows, VALUES.value)
+    share = "not known: the log is too short" if math.isnan(score) else f"{score:.4%} of steps"
+    console.print(f"{len(found)} spikes; spike score {share}")
+
+
+def main() -> None:
+    """See the module's docstring."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 200
+    given = [bool(WORKDIRS.value), SWEEP.value is not None, SPIKES.value is not None]
+    if sum(given) > 1:
+        raise UsageError("--workdirs, --sweep and --spikes: are three reports; name one of them")
+    if SWEEP.value is not None:
+        return report_sweep(console)
+    if SPIKES.value is not None:
+        return list_spikes(console)
+    if not WORKDIRS.value:
+        raise UsageError("--workdirs: name at least one run folder")
+    draw_runs()
 
 
 if __name__ == "__main__":

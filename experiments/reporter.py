@@ -11,12 +11,14 @@ import jax
 
 from experiments.progress import Progress
 from kha_jax import accounting
+from kha_jax.attention.attention import LARGEST
 from kha_jax.metrics import Meter, MetricsFile, Spared, Spikes, TensorBoard
 from kha_jax.optimizer import TRACE
 from kha_jax.training import RunConfig
 
 WINDOWS_NAMED = 8  # of a batch, in the log
-TRACE_EVERY = 10  # steps between the lines that hold the trace of the knocking matrices
+TRACE_EVERY = 10  # steps between the lines that hold what SELDOM begins
+SELDOM = (TRACE, LARGEST)  # the trace of the knocking matrices, the largest logit of each layer
 log = logging.getLogger("kha_jax")
 
 
@@ -70,7 +72,7 @@ class Reporter:
             return
         (step, metrics), self.pending = self.pending, None
         if step % TRACE_EVERY:
-            metrics = {name: z for name, z in metrics.items() if not name.startswith(TRACE)}
+            metrics = {name: z for name, z in metrics.items() if not name.startswith(SELDOM)}
         values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         self.nonfinite = self.nonfinite + 1 if values["nonfinite"] else 0
         if self.nonfinite:
@@ -97,10 +99,8 @@ class Reporter:
 
     def evaluated(self, step: int) -> bool:
         """Whether a resumed run's last line holds an evaluation; process 0 alone can tell."""
-        return not step or "val_loss" in self._last()
-
-    def _last(self) -> dict[str, Any]:
-        return self.sinks[0].inner.last if self.sinks[0].inner else {}
+        file = self.sinks[0].inner  # None where it cannot be written
+        return not step or (file is not None and "val_loss" in file.last)
 
     def close(self) -> None:
         for sink in self.sinks:

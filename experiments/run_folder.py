@@ -301,7 +301,8 @@ class RunFolder:
                 write_json(path, [*entries, new])
             write_json(self.path / "config.json", to_dict(self.config))
         except OSError as error:
-            raise CheckpointError(f"{self.path}: {error.strerror}; cannot write {path}") from None
+            found = f"{path} or config.json could not be written: {error.strerror}"
+            raise CheckpointError(found) from None
         for field, (before, after) in self.changes.items():
             log.info("resuming with %s changed: %s -> %s", field, before, after)
 

@@ -2,17 +2,17 @@
 came of them in one small CSV.
 
 A sweep's folder holds `sweep.json` (what was asked for), one run folder each, and `runs.csv`, a
-line for each run that has ended well (`Result`). Several commands may work on one folder at once: a
-run that another one is training is passed over.
+line for each run that has ended well (`results.Result`). Several commands may work on one folder at
+once: a run that another one is training is passed over.
 """
 
 import contextlib
-import csv
 import fcntl
 import hashlib
-import io
+import itertools
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -20,17 +20,29 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
-from experiments import command_line, stored
+from experiments import command_line, results
 from experiments.command_line import UsageError
+from experiments.results import Result
 from experiments.run_folder import config_hash
 from kha_jax.accounting import account
 from kha_jax.config import to_dict
 from kha_jax.manifest import CheckpointError, read_manifest, write_json
-from kha_jax.metrics import read_lines
+from kha_jax.metrics import read_lines, spike_score
 from kha_jax.training import RunConfig
 
 RESULTS, PLAN, LOG = "runs.csv", "sweep.json", "log.txt"
 LAST = 0.1  # of the steps, over which the training loss is averaged
+
+
+class Wanted(NamedTuple):
+    """A row before its seeds: arguments of experiments.train, the row that it is compared with, and
+    what the paper prints."""
+
+    name: str
+    arguments: tuple[str, ...]
+    baseline: str
+    printed: float | None = None
+    note: str = ""
 
 
 class Planned(NamedTuple):
@@ -57,31 +69,6 @@ class Planned(NamedTuple):
         """Of the whole training, by the accounting."""
         cost = account(self.config.model, self.config.seq_len, tokens=self.config.tokens_per_step)
         return cost.training_flops * self.tokens()
-
-
-class Result(NamedTuple):
-    """A line of runs.csv. Losses in nats per token: val_* of the last evaluation, train_loss the
-    mean over the last tenth of the steps. step_seconds: median. data: hash of the text. curve:
-    `step:val_loss`, joined by spaces. nonfinite: steps that were not applied."""
-
-    name: str
-    row: str
-    seed: int
-    learning_rate: float
-    hash: str
-    data: str
-    steps: int
-    parameters: int
-    active_parameters: int
-    flops_per_token: float
-    val_loss: float
-    val_bits_per_byte: float | None
-    train_loss: float
-    step_seconds: float
-    nonfinite: int
-    hardware: str
-    commit: str
-    curve: str
 
 
 def summary(run: Planned, folder: Path) -> Result | None:
@@ -115,58 +102,12 @@ def summary(run: Planned, folder: Path) -> Result | None:
         val_bits_per_byte=evaluated[-1].get("val_bits_per_byte"),
         train_loss=statistics.fmean(late or [losses[-1][1]]),
         step_seconds=round(config.tokens_per_step / statistics.median(rates), 5),
+        spike_share=spike_score(rows),
         nonfinite=sum(bool(row.get("nonfinite")) for row in rows),
         hardware=str(manifest.get("hardware", "")),
-        commit=commit(),
+        commit=results.commit(),
         curve=" ".join(f"{row['step']}:{row['val_loss']:.5f}" for row in evaluated),
     )
-
-
-def commit() -> str:
-    """Of this code, with a + where it was changed since; empty outside of git."""
-
-    def git(*words: str) -> str:
-        line = ["git", "-C", str(command_line.REPOSITORY), *words]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    with contextlib.suppress(OSError):
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
-    return ""
-
-
-def read_results(path: Path) -> list[Result]:
-    """The lines of a runs.csv.
-
-    Raises:
-        UsageError: it is not one.
-    """
-    types = {name: hint for name, hint in Result.__annotations__.items()}
-
-    def value(name: str, text: str) -> Any:
-        kind = types[name]
-        if kind in (int, float, str):
-            return kind(text)
-        return float(text) if text else None
-
-    try:
-        with open(path, newline="") as file:
-            lines = list(csv.DictReader(file))
-        return [Result(**{name: value(name, line[name]) for name in types}) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UsageError(f"{path}: is no table of runs ({error!r})") from None
-
-
-def write_results(path: Path, results: Sequence[Result]) -> None:
-    """Writes a runs.csv, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Result._fields)
-    writer.writerows(results)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text.getvalue())
-    temporary.rename(path)
 
 
 class Sweep:
@@ -208,7 +149,7 @@ class Sweep:
     def results(self) -> dict[str, Result]:
         """Those that are there, by the name of the run; others than the wanted too."""
         path = self.folder / RESULTS
-        return {result.name: result for result in read_results(path)} if path.exists() else {}
+        return {result.name: result for result in results.read(path)} if path.exists() else {}
 
     def done(self) -> dict[str, Result]:
         """Those of the wanted runs, of their present config."""
@@ -228,7 +169,7 @@ class Sweep:
         with open(self.folder / "lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             together = {**self.results(), result.name: result}
-            write_results(self.folder / RESULTS, list(together.values()))
+            results.write(self.folder / RESULTS, list(together.values()))
 
     def take_known(self) -> int:
         """Takes over the results that are known from elsewhere; how many."""
@@ -335,21 +276,64 @@ def _passed_on(child: subprocess.Popen) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def planned(
-    name: str, row: str, seed: int, arguments: Sequence[str], learning_rate: float | None = None
-) -> Planned:
-    """A run of experiments.train with these arguments.
+def varied(rows: Sequence[Wanted], settings: Sequence[str]) -> list[Wanted]:
+    """The rows under every combination of `config.FIELD=VALUE,VALUE,...`; a single value is for all
+    of them and not part of a name. Each is compared with its baseline under the same combination, a
+    row that is alone with its first combination.
 
     Raises:
-        UsageError: its config cannot be used.
+        UsageError: a setting has another form.
     """
-    every = (*arguments, f"--config.seed={seed}")
-    if learning_rate is not None:
-        every = (*every, f"--config.optimizer.learning_rate={learning_rate}")
-    config = command_line.config_of(RunConfig, every)
-    return Planned(name, row, seed, every, config, learning_rate)
+    axes = []
+    for text in settings:
+        field, equals, values = text.partition("=")
+        if not equals or not field.startswith("config."):
+            problem = "must be config.FIELD=VALUE or config.FIELD=VALUE,VALUE,..."
+            raise UsageError(f"--set={text}: {problem}")
+        axes.append([(field, value) for value in values.split(",")])
+    combinations = list(itertools.product(*axes))
+
+    def named(name: str, combination: tuple[tuple[str, str], ...]) -> str:
+        many = [pair for pair, axis in zip(combination, axes) if len(axis) > 1]
+        return "-".join([name, *(f"{field.rpartition('.')[2]}={value}" for field, value in many)])
+
+    return [
+        row._replace(
+            name=named(row.name, combination),
+            arguments=(*row.arguments, *(f"--{field}={value}" for field, value in combination)),
+            baseline=named(row.baseline, combinations[0] if len(rows) == 1 else combination),
+            printed=row.printed if len(combinations) == 1 else None,
+        )
+        for row in rows
+        for combination in combinations
+    ]
 
 
-def known_results(paths: Sequence[str]) -> list[Result]:
-    """Those of several files."""
-    return [result for path in paths for result in read_results(stored.local_folder("known", path))]
+def planned(
+    rows: Sequence[Wanted], seeds: int = 1, learning_rates: Sequence[str] = ()
+) -> list[Planned]:
+    """Every run: all rows of a seed before the next seed, so that a part of them is paired.
+
+    Raises:
+        UsageError: a config cannot be used, or a rate is no number.
+    """
+    for rate in learning_rates:
+        if not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", rate):
+            raise UsageError(f"--learning_rates={rate}: must be a number, such as 3e-3")
+    return [
+        _planned(row, seed, rate)
+        for seed in range(seeds)
+        for row in rows
+        for rate in learning_rates or [""]
+    ]
+
+
+def _planned(row: Wanted, seed: int, rate: str) -> Planned:
+    arguments = (*row.arguments, f"--config.seed={seed}")
+    if rate:
+        arguments = (*arguments, f"--config.optimizer.learning_rate={rate}")
+    name = "-".join(filter(None, (row.name, rate and f"lr{rate}", f"seed{seed}")))
+    config = command_line.config_of(RunConfig, arguments)
+    if not config.evaluation.every:
+        raise UsageError("config.evaluation.every: runs are compared by evaluations, found 0")
+    return Planned(name, row.name, seed, arguments, config, float(rate) if rate else None)

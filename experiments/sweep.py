@@ -13,11 +13,10 @@ experiments.report --sweep=FOLDER` draws what came of it. Exit codes: 0 done, 75
 of the first run that failed.
 """
 
-import itertools
 import logging
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +27,9 @@ from rich.live import Live
 from rich.table import Table
 
 from configs.tables import SCALES, TABLES, load
-from experiments import command_line, runner, stored
+from experiments import command_line, results, runner, stored
 from experiments.command_line import UsageError
-from experiments.runner import Planned, Sweep
+from experiments.runner import Planned, Sweep, Wanted
 from kha_jax.accounting import account
 from kha_jax.config import near
 
@@ -56,17 +55,6 @@ log = logging.getLogger("kha_jax")
 REFRESH = 2.0  # seconds between two looks at the run that trains
 SPOKEN = 60.0  # seconds between two lines where there is no terminal
 GUESSED_SHARE = 0.15  # of the matmul rate, which small models reach, until a run tells
-
-
-class Wanted(NamedTuple):
-    """A row before its seeds: arguments of experiments.train, the row that it is compared with, and
-    what the paper prints."""
-
-    name: str
-    arguments: tuple[str, ...]
-    baseline: str
-    printed: float | None = None
-    note: str = ""
 
 
 def table_rows() -> tuple[str, list[Wanted]]:
@@ -104,63 +92,12 @@ def stem(name: str) -> str:
     return "-".join(filter(None, (path.rpartition("/")[2].removesuffix(".py"), variant)))
 
 
-def varied(rows: list[Wanted]) -> list[Wanted]:
-    """The rows with every combination of --set."""
-    axes = []
-    for text in SET.value:
-        field, equals, values = text.partition("=")
-        if not equals or not field.startswith("config."):
-            raise UsageError(
-                f"--set={text}: must be config.FIELD=VALUE or config.FIELD=VALUE,VALUE"
-            )
-        axes.append([(field, value) for value in values.split(",")])
-    combinations = list(itertools.product(*axes))
-
-    def named(name: str, combination: tuple[tuple[str, str], ...]) -> str:
-        many = [pair for pair, axis in zip(combination, axes) if len(axis) > 1]
-        return "-".join([name, *(f"{field.rpartition('.')[2]}={value}" for field, value in many)])
-
-    alone = len(rows) == 1
-    return [
-        row._replace(
-            name=named(row.name, combination),
-            arguments=(*row.arguments, *(f"--{field}={value}" for field, value in combination)),
-            baseline=named(row.baseline, combinations[0] if alone else combination),
-            printed=row.printed if len(combinations) == 1 else None,
-        )
-        for row in rows
-        for combination in combinations
-    ]
-
-
 def wanted() -> tuple[str, list[Wanted]]:
     """(title, rows) that the flags ask for."""
     if bool(TABLE.value) == bool(FILES.value):
         raise UsageError("--table or --configs: name one of them, such as --table=2")
     title, rows = table_rows() if TABLE.value else config_rows()
-    return title, varied(rows)
-
-
-def planned(rows: list[Wanted]) -> list[Planned]:
-    """Every run, all rows of a seed before the next seed, so that a part of them is paired."""
-    rates = [(rate, f"-lr{rate}") for rate in RATES.value] or [(None, "")]
-    for rate, _ in rates:
-        try:
-            assert rate is None or float(rate) > 0
-        except (ValueError, AssertionError):
-            raise UsageError(f"--learning_rates={rate}: must be a positive number") from None
-    return [
-        runner.planned(
-            f"{row.name}{suffix}-seed{seed}",
-            row.name,
-            seed,
-            row.arguments,
-            None if rate is None else float(rate),
-        )
-        for seed in range(SEEDS.value)
-        for row in rows
-        for rate, suffix in rates
-    ]
+    return title, runner.varied(rows, SET.value)
 
 
 def measured_rate(sweep: Sweep) -> tuple[float, str]:
@@ -267,7 +204,7 @@ class Board:
         table.caption = f"{len(done)} of {len(self.sweep.runs)} runs done; cells: validation loss"
         self.live.update(table, refresh=True)
 
-    def cell(self, run: Planned | None, done: dict[str, runner.Result]) -> str:
+    def cell(self, run: Planned | None, done: dict[str, results.Result]) -> str:
         if run is None:
             return ""
         if run.name in done:
@@ -312,11 +249,11 @@ def train(sweep: Sweep, board: Board) -> int:
 def main() -> int:
     """See the module's docstring."""
     title, rows = wanted()
-    runs = planned(rows)
+    runs = runner.planned(rows, SEEDS.value, RATES.value)
     name = TABLES.get(TABLE.value or "", "ablation")
     default = command_line.REPOSITORY / "runs" / f"{name}-{SCALE.value}"
     folder = stored.local_folder("out", OUT.value or str(default))
-    sweep = Sweep(folder, runs, runner.known_results(KNOWN.value))
+    sweep = Sweep(folder, runs, results.known(KNOWN.value))
     if DRY_RUN.value:
         list_runs(sweep)
         return command_line.DONE
@@ -326,6 +263,7 @@ def main() -> int:
         "title": title,
         "command": " ".join(["python -m experiments.sweep", *sys.argv[1:]]),
         "scale": SCALE.value if TABLE.value else None,
+        "commit": results.commit(),
         "rows": [{field: getattr(row, field) for field in fields} for row in rows],
     }
     sweep.begin(about)

@@ -109,13 +109,23 @@ def join_processes(hang_timeout: float) -> None:
 
 def workdir() -> Path:
     """The run folder that the flags name."""
-    name = (
-        Path(flags.FLAGS["config"].config_filename or "run").stem
-        if "config" in flags.FLAGS
-        else "run"
-    )
-    runs = command_line.REPOSITORY / "runs"
-    return stored.local_folder("workdir", WORKDIR.value or str(runs / name))
+    usual = command_line.REPOSITORY / "runs" / Path(flags.FLAGS["config"].config_filename).stem
+    return stored.local_folder("workdir", WORKDIR.value or str(usual))
+
+
+def build(config: RunConfig) -> tuple[jax.sharding.Mesh, Trainer]:
+    """The devices and what is computed on them; nothing is compiled or allocated yet.
+
+    Raises:
+        ConfigError: the config does not fit them.
+    """
+    with under("config.mesh"):
+        mesh = sharding.make_mesh(config.mesh)
+    with under("config"):
+        config.check_on(mesh.shape, jax.default_backend())
+        memory = mesh.devices.size * accounting.device_bytes(jax.local_devices()[0])
+        accounting.check_memory(config.model, config.tokens_per_step // config.accumulation, memory)
+        return mesh, make_trainer(config, mesh)
 
 
 def open_sources(config: RunConfig) -> tuple[data.Source, data.Source]:
@@ -167,20 +177,11 @@ def main() -> int:
         replay.show(path, REPLAY.value)
         return command_line.DONE
 
-    # ---------------------------------------------------------------- processes, devices, folder,
-    # data
+    # ---------------------------------------------------------------- processes, devices, data
     join_processes(config.hang_timeout)
     use_compilation_cache()
     with processes.together("set-up", WAIT.value):
-        with under("config.mesh"):
-            mesh = sharding.make_mesh(config.mesh)
-        with under("config"):
-            config.check_on(mesh.shape, jax.default_backend())
-            memory = mesh.devices.size * accounting.device_bytes(jax.local_devices()[0])
-            accounting.check_memory(
-                config.model, config.tokens_per_step // config.accumulation, memory
-            )
-            trainer = make_trainer(config, mesh)
+        mesh, trainer = build(config)
         folder = RunFolder(path, config, ALLOW_CHANGES.value)
         train_source, validation_source = open_sources(config)
         folder.identify(train_source)
@@ -195,6 +196,8 @@ def main() -> int:
     if config.data.vocabulary_size() < config.model.vocabulary_size:
         found = f"{config.data.vocabulary_size()} < {config.model.vocabulary_size}"
         log.warning("config.model.vocabulary_size: the data uses fewer ids (%s)", found)
+
+    # ---------------------------------------------------------------- the state, new or restored
     one_fate = processes.one_fate(command_line.code_of, command_line.give_up)
     with contextlib.closing(folder), watchdog, checkpoints, one_fate:
         first_step = checkpoints.newest_good() or 0
@@ -274,10 +277,10 @@ def train(run: Run, state: TrainState) -> int:
     reporter = Reporter(config, run.mesh, workdir, first_step, run.windows, TENSORBOARD.value)
     profile = Profile(config, workdir / "profile")
     with contextlib.closing(reporter):
-        missing = processes.from_leader(
-            "record of the last evaluation", lambda: not reporter.evaluated(first_step), WAIT.value
+        evaluated = processes.from_leader(
+            "record of the last evaluation", lambda: reporter.evaluated(first_step), WAIT.value
         )
-        if evaluation_due(first_step) and missing:
+        if evaluation_due(first_step) and not evaluated:
             evaluate_and_report(first_step)  # the run was stopped before it could
         watchdog.allow(f"step {first_step + 1} and its compilation")
         for step in range(first_step + 1, config.steps + 1):

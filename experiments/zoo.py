@@ -18,9 +18,7 @@ and memory against the length, with what the accounting predicts.
 import csv
 import json
 import logging
-import math
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -36,6 +34,7 @@ from experiments.command_line import UsageError
 from experiments.members import Member, Row
 from kha_jax.budget import MEASURES, TOLERANCE
 from kha_jax.config import near
+from kha_jax.statistics import paired
 from kha_jax.training import RunConfig
 
 CONFIG = command_line.define_config()
@@ -112,22 +111,21 @@ def trained(found: dict[str, Member], rows: dict[str, Row]) -> tuple[int, dict[s
     out = {}
     for name, row in rows.items():
         own, first = losses[name], losses["baseline"]
-        apart = [own[seed] - first[seed] for seed in own.keys() & first.keys()]
         out[name] = row._replace(
-            loss=interval(list(own.values())),
-            difference=interval(apart) if name != "baseline" else None,
+            loss=interval(own, dict.fromkeys(own, 0.0)),
+            difference=interval(own, first) if name != "baseline" else None,
         )
     return code, out
 
 
-def interval(values: list[float]) -> tuple[float, float | None] | None:
-    """(mean, half width of its 95% interval by Student's t): the width needs two values."""
-    if len(values) < 2:
-        return (values[0], None) if values else None
-    from scipy.stats import t
-
-    width = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(width)
+def interval(
+    values: dict[int, float], baseline: dict[int, float]
+) -> tuple[float, float | None] | None:
+    """(mean, half width of its 95% interval) of what is above the baseline, by seed."""
+    found = paired(values, baseline)
+    if not found.count:
+        return None
+    return found.mean, found.high - found.mean if found.count > 1 else None
 
 
 def columns(name: str, row: Row) -> dict[str, str]:

@@ -9,6 +9,7 @@ which finds none any more does not start again.
 
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import math
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -53,9 +55,17 @@ def state_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
+@functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+def _copied(state: Any, room: Any) -> Any:
+    """The state in the buffers of `room`, an earlier copy: new pages cost ten times a copy. What
+    somebody still reads there is not overwritten; jax then takes new ones after all."""
+    return jax.tree.map(jnp.copy, state)
+
+
 class Checkpoints:
     """The checkpoints of one run folder. Saves run in the background; their errors are raised by
-    the next call, or on leaving the `with` block.
+    the next call, or on leaving the `with` block. On a CPU a copy of the state is kept from the
+    first save on, as much memory as the state takes.
 
     Args:
         folder: created when the first checkpoint is saved.
@@ -77,6 +87,7 @@ class Checkpoints:
         self.background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: concurrent.futures.Future | None = None
         self.saved_step: int | None = None
+        self.copy: Any = None
         self.verified: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
@@ -125,6 +136,10 @@ class Checkpoints:
                     faults.at("save", step, self.folder)
             except OSError as error:
                 raise self._failure(step, state_bytes(state), error) from error
+        if jax.default_backend() == "cpu":
+            # From an accelerator Orbax copies before it returns. On a CPU it reads the arrays
+            # themselves, and the next step could not reuse those that are donated to it.
+            state = self.copy = _copied(state, self.copy)
         try:
             self.checkpointer.save(target / "state", state)
         except (OSError, ValueError) as error:
@@ -134,13 +149,13 @@ class Checkpoints:
 
     def _failure(self, step: int, size: int, error: Exception) -> CheckpointError:
         """The error of a save, whose half-written files are removed."""
+        room = ""
         with contextlib.suppress(OSError):
             if jax.process_index() == 0:
                 shutil.rmtree(self.path(step), ignore_errors=True)
             free = shutil.disk_usage(self.folder).free
-            room = f"about {size:,} bytes are needed, {free:,} are free"
-            return CheckpointError(f"{self.path(step)} could not be written: {why(error)}; {room}")
-        return CheckpointError(f"{self.path(step)} could not be written: {why(error)}")
+            room = f"; about {size:,} bytes are needed, {free:,} are free"
+        return CheckpointError(f"{self.path(step)} could not be written: {why(error)}{room}")
 
     def _commit(self, step: int, size: int) -> None:
         """Waits for the arrays, then makes them count and removes what is too old."""
@@ -314,16 +329,14 @@ class Checkpoints:
         Raises:
             CheckpointError: the files cannot be read.
         """
+        path, here = self.path(step) / "state", jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+        def described(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
         try:
-            path, here = (
-                self.path(step) / "state",
-                jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-            )
             tree = self.checkpointer.metadata(path).item_metadata.tree
-            return self.checkpointer.restore(
-                path,
-                jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree),
-            )
+            return self.checkpointer.restore(path, jax.tree.map(described, tree))
         except Exception as error:
             raise CheckpointError(f"{self.path(step)} could not be read: {error}") from error
 

@@ -89,9 +89,9 @@ def roles(axes: Any) -> Any:
 
 
 def trace(params: Any, role: Any) -> dict[str, jax.Array]:
-    """How far every matrix of a mixer has come, one number a layer: `diagonal_mean`,
-    `off_diagonal_share` and `spectral_norm` under `knocking/SEGMENT/PLACE/MATRIX/`, such as
-    `knocking/layers/value/kernel/diagonal_mean`.
+    """How far every matrix of a mixer has come, one number a layer: `identity_distance` (of T - I;
+    a gate starts at 0 and so at 1), `diagonal_mean`, `off_diagonal_share` and `spectral_norm` under
+    `knocking/SEGMENT/PLACE/MATRIX/`, such as `knocking/layers/value/kernel/diagonal_mean`.
 
     A `residual` D is measured as the I + D that it stands for; where each head has a matrix of its
     own, the numbers are their means. See `ops.matrices`.
@@ -107,6 +107,7 @@ def trace(params: Any, role: Any) -> dict[str, jax.Array]:
         T = T + jnp.eye(*T.shape[-2:]) if parts[-1] == "residual" else T
         where = TRACE + "/".join(part for part in parts if part != "attention")
         for measure in (
+            matrices.identity_distance,
             matrices.diagonal_mean,
             matrices.off_diagonal_share,
             matrices.spectral_norm,

@@ -60,15 +60,11 @@ def join(
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if coordinator_address is None and not slurm and not pod:
         return
-    where = (
-        f"at {coordinator_address}"
-        if coordinator_address
-        else "that SLURM started"
-        if slurm
-        else "of this TPU slice"
-    )
-    if coordinator_address and process_id == 0:
-        _check_port(coordinator_address)
+    where = "that SLURM started" if slurm else "of this TPU slice"
+    if coordinator_address:
+        where = f"at {coordinator_address}"
+        if process_id == 0:
+            _check_port(coordinator_address)
     late = (
         f"the processes {where} did not come together within {seconds} s; does each run this "
         "command and reach process 0?"
@@ -227,11 +223,9 @@ def from_leader(name: str, compute: Callable[[], int], seconds: int) -> int:
     with together(name, seconds):
         if jax.process_index() == 0:
             found = compute()
-    return (
-        int(multihost_utils.broadcast_one_to_all(np.array(found, np.int32)))
-        if jax.process_count() > 1
-        else found
-    )
+    if jax.process_count() > 1:
+        found = multihost_utils.broadcast_one_to_all(np.array(found, np.int32))
+    return int(found)
 
 
 def same(name: str, content: str, remedy: str) -> None:

@@ -7,12 +7,15 @@ each kill and a last one with the counts; exit code 1 when they differ.
 """
 
 import argparse
+import os
 import random
 import shutil
 import subprocess
 import tempfile
 import time
 from pathlib import Path
+
+import jax
 
 from tests.runs import SMALL, finish, joined, leaf_hashes, lines, manifests, start, steps_done
 
@@ -66,6 +69,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # for the runs, as in every test
+    jax.config.update("jax_platforms", "cpu")  # for what is read here, where jax is imported
     place = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
         for process in begin(place / "cache", place / "whole", wanted):

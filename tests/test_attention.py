@@ -1,5 +1,6 @@
 """Every attention of tests/cases.py, against the float64 oracle and its own properties."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kha_jax import properties
+from kha_jax import accounting, properties, sharding
 from kha_jax.attention import AttentionConfig, outputs
 from kha_jax.attention.absorb import absorb, absorbed, foldable
+from kha_jax.attention.attention import LARGEST, SAMPLE
 from kha_jax.attention.mixers import HeadComposition, KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.outputs import (
     DifferentialOutput,
@@ -23,8 +25,11 @@ from kha_jax.attention.outputs import (
 from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError, from_dict, to_dict
+from kha_jax.ops import attention as ops
 from kha_jax.parameters import Numerics
 from kha_jax.properties import EXACT, PAD, POSITIONS, SEGMENTS, B, T, relative_error
+from kha_jax.sharding import MeshConfig
+from kha_jax.training import RunConfig
 from tests import reference
 from tests.cases import (
     CASES,
@@ -124,6 +129,25 @@ def test_causal_and_packed(name, projection):
 @each_row
 def test_eight_devices_compute_what_one_does(name, projection):
     held(properties.devices, name, projection)
+
+
+@pytest.mark.slow
+@each_row
+def test_eight_devices_have_the_gradients_of_one(name, projection):
+    config = config_of(name, projection)
+    mesh = sharding.make_mesh(MeshConfig(data=2, model=4))
+    cotangent = np.asarray(jax.random.normal(jax.random.key(5), (B, T, D)))
+
+    def loss(params, x):
+        return jnp.vdot(layer(config, params, x), cotangent)
+
+    gradients = jax.grad(loss, argnums=(0, 1))
+    everywhere_whole = jax.NamedSharding(mesh, jax.P())
+    on_eight = jax.jit(sharding.on_mesh(mesh, gradients))
+    ours = on_eight(*jax.device_put((random(config), inputs()), everywhere_whole))
+    expected = jax.device_get(jax.jit(gradients)(random(config), inputs()))
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(jax.device_get(ours), expected, atol=2e-5 * scale)
 
 
 @each_case
@@ -375,3 +399,73 @@ def test_the_readmes_walk_through_adds_a_variant(monkeypatch):
     test_eight_devices_compute_what_one_does("scaled", "mla")
     chosen = from_dict(AttentionConfig, {"output": {"kind": "scaled"}})
     assert to_dict(chosen)["output"] == {"kind": "scaled"}
+
+
+# ---------------------------------------------------------------- the largest logit
+
+
+@pytest.mark.parametrize(
+    "name", ["mha", "gqa", "gta", "mla", "gla", "shared", "talking", "virtual"]
+)
+def test_the_largest_logit_of_the_first_row_is_exact(name):
+    """All queries of a row this short are looked at: against loops over queries and visible keys in
+    NumPy, with packed documents."""
+    fields = {"talking": {"logits": TalkingHeads()}}.get(name, {})
+    if name == "virtual":
+        compose = HeadComposition(heads_read=4)
+        fields = {"key": compose, "value": compose}
+    config = AttentionConfig(projection=PROJECTIONS.get(name, PROJECTIONS["gqa"]), **fields)
+    params = random(config)
+    module = config.build(width=D, numerics=EXACT)
+    where = jnp.asarray(POSITIONS)[::-1], jnp.asarray(SEGMENTS)[::-1]  # two documents come first
+
+    def streams(module, x):
+        q_BTNH, state = module.projection(x, where[0], module.mixers)
+        return q_BTNH, module.projection.keys_and_values(state, module.mixers)[0]
+
+    x = inputs()
+    aux = module.apply({"params": params}, x, *where)[1]
+    q, k = (np.asarray(z[0]) for z in module.apply({"params": params}, x, method=streams))
+    k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    s_NTS = np.einsum("TNH,SNH->NTS", q, k) * config.projection.scale()
+    if name == "talking":
+        s_NTS = np.einsum("NTS,NM->MTS", s_NTS, params["logits_mixer"]["kernel"])
+    seen = [
+        s_NTS[:, t, s] for t in range(T) for s in range(t + 1) if SEGMENTS[1, t] == SEGMENTS[1, s]
+    ]
+    np.testing.assert_allclose(aux.metrics[LARGEST], np.max(seen), rtol=1e-5)
+
+
+def test_a_long_row_is_looked_at_by_evenly_spaced_queries():
+    """150 tokens, every third query: a key that all see decides, and what only others see not."""
+    T, picked = 150, np.arange(2, 150, 3)
+    config = AttentionConfig(projection=PROJECTIONS["mha"])
+    module = config.build(width=D, numerics=EXACT)
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, T, 4, 8)).astype(np.float32)
+
+    def largest(q):
+        params = {"params": random(config)}
+        return module.apply(params, q, k, v, None, method="_scores")[1]
+
+    s_NTS = np.einsum("TNH,SNH->NTS", q[0], k[0]) / 8**0.5
+    expected = max(s_NTS[:, t, : t + 1].max() for t in picked)
+    np.testing.assert_allclose(largest(q), expected, rtol=1e-5)
+    louder = np.where(np.isin(np.arange(T), picked)[None, :, None, None], q, 100 * q)
+    np.testing.assert_allclose(largest(louder), expected, rtol=1e-5)
+    assert not np.any(jax.grad(largest)(q))
+
+
+@pytest.mark.parametrize("name", ["kha_moe_6b", "dense_600m"])
+def test_the_largest_logit_costs_less_than_half_a_percent(name):
+    """XLA's count, of all layers, against the training FLOPs of the one row that it looks at."""
+    config = from_dict(RunConfig, importlib.import_module(f"configs.{name}").get_config("mlp"))
+    of, T = config.model.attention.projection, config.seq_len
+    q, k = (
+        jax.ShapeDtypeStruct((1, rows, heads, of.head_dim), jnp.bfloat16)
+        for rows, heads in ((SAMPLE, of.query_heads), (T, of.kv_heads))
+    )
+    ids, places = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, T), (SAMPLE,)))
+    count = jax.jit(ops.largest_logit).lower(q, k, ids, places, 1.0).cost_analysis()["flops"]
+    row = accounting.account(config.model, T, tokens=T).training_flops * T
+    assert 2 * SAMPLE * T * of.query_heads * of.head_dim <= count
+    assert config.model.layers * count < 0.005 * row

@@ -313,6 +313,26 @@ INPUTS = {
         2,
         "cannot be written",
     ),
+    "three reports": (
+        no_damage,
+        ("report", "--workdirs={run}", "--spikes={run}"),
+        2,
+        "name one of them",
+    ),
+    "a report of no sweep": (
+        no_damage,
+        ("report", "--sweep={run}", "--out={here}/new"),
+        2,
+        "sweep.json: No such file",
+    ),
+    "a report of a sweep nowhere": (no_damage, ("report", "--sweep={run}"), 2, "--out: name the"),
+    "spikes of no log": (no_damage, ("report", "--spikes={here}/none"), 2, "cannot be read: No"),
+    "spikes of no value": (
+        no_damage,
+        ("report", "--spikes={run}", "--values=losss"),
+        2,
+        "--values=losss: no line",
+    ),
     "no command": (no_damage, ("convert",), 2, "'no command': is not a command"),
     "another command": (no_damage, ("convert", "absorbe"), 2, "did you mean 'absorb'?"),
     "no place to convert to": (

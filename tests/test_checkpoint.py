@@ -88,6 +88,33 @@ def test_harm_to_any_file_is_found(folder, harm):
     assert verify(folder / "00000002")["step"] == 2
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
+def test_the_next_step_reuses_the_state_while_a_save_reads_its_copy(tmp_path, sizes):
+    """The copies of later saves take the same buffers."""
+
+    def places(tree):
+        return [shard.data.unsafe_buffer_pointer() for shard in tree["w"].addressable_shards]
+
+    config = MeshConfig(**dict(zip(sharding.MESH_AXES, sizes)))
+    mesh = sharding.make_mesh(config, jax.devices()[: np.prod(sizes)])
+    w = np.random.default_rng(0).standard_normal((2**11, 2**11), np.float32)
+    state = {"w": jax.device_put(w, NamedSharding(mesh, PartitionSpec("data", "model")))}
+    step, copies = jax.jit(lambda tree: {"w": tree["w"] + 1}, donate_argnums=0), []
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for number in range(2):
+            before = places(state)
+            checkpoints.save(number, state)
+            state = step(state)
+            assert places(state) == before
+            copies.append(places(checkpoints.copy))
+        checkpoints.wait()
+        assert copies[0] == copies[1]
+        for number in range(2):
+            back = checkpoints.restore(number, described(state))["w"]
+            np.testing.assert_array_equal(back, w)
+            w += 1
+
+
 def forged(**changes):
     def forge(folder):
         path = folder / "00000002" / MANIFEST

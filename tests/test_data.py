@@ -8,9 +8,10 @@ import os
 import numpy as np
 import pytest
 
+from kha_jax.config import ConfigError
 from kha_jax.data import (
+    TASKS,
     DataError,
-    MultiQueryAssociativeRecall,
     PythonSource,
     StorageError,
     batches,
@@ -205,22 +206,93 @@ def test_python_source_is_real_split_text_and_is_cached(tmp_path):
     assert json.loads((train.folder / "meta.json").read_text())["sha256"] == again.fingerprint
 
 
-def test_recall_examples_are_answerable_and_reproducible():
-    config = MultiQueryAssociativeRecall(pairs=6, vocabulary=32)
-    train, validation = config.open("train", 48, 5), config.open("validation", 48, 5)
+def solve_recall(row, asked, _):
+    known = dict(zip(row[:12:2], row[1:12:2]))
+    assert len(known) == len(asked) == 6 and asked.min() >= 12
+    assert sorted(row[asked]) == sorted(known)
+    # keys appear later only where they are asked
+    assert set(row[12:]) & set(range(16)) == set(known)
+    return [known[row[place]] for place in asked]
+
+
+def solve_composition(row, asked, _):
+    facts = dict(zip(row[:16:2], row[1:16:2]))
+    return [facts[facts[row[place]]] for place in asked]
+
+
+def solve_hops(row, asked, _):
+    def back(i):
+        return max((j for j in range(1, i + 1) if row[j - 1] == row[i]), default=None)
+
+    def hops(i):
+        first = back(i)
+        return None if first is None else back(first)
+
+    assert list(asked) == [i for i in range(len(row) - 1) if hops(i) is not None]
+    return [row[hops(place)] for place in asked]
+
+
+def solve_copy(row, asked, _):
+    assert row[asked[0]] == 1 and 1 not in row[: asked[0]]
+    return [token for token in row[: asked[0]] if token]
+
+
+def solve_needles(row, asked, _):
+    places = [i for i in range(asked[0] - 2) if (row[i], row[i + 1]) == (0, row[asked[0]])]
+    assert len(places) == 1 and (row == 0).sum() == 4
+    return list(row[places[0] + 2 : places[0] + 2 + len(asked)])
+
+
+def solve_graph(row, asked, task):
+    graph = task.graph(5)
+    assert all(sorted(column) == list(range(64)) for column in graph.T)
+    listed = [set(row[:8]) & set(graph[row[place]]) for place in asked]
+    assert {len(found) for found in listed} == {1} and len(set(row[asked])) == 8
+    return [found.pop() for found in listed]
+
+
+@pytest.mark.parametrize(
+    ("task", "seq_len", "solve"),
+    [
+        (TASKS["mqar"](pairs=6, vocabulary=32), 48, solve_recall),
+        (TASKS["compositional_recall"](pairs=4, vocabulary=24), 40, solve_composition),
+        (TASKS["k_hop"](hops=2, symbols=5), 40, solve_hops),
+        (TASKS["selective_copy"](copied=6), 30, solve_copy),
+        (TASKS["needle"](needles=3, values=2), 40, solve_needles),
+        (TASKS["relational_graph"](), 40, solve_graph),
+    ],
+    ids=list(TASKS),
+)
+def test_tasks_are_answerable_and_reproducible(task, seq_len, solve):
+    """What stands before a question gives its answer, and both splits go their own ways; the
+    shortest row that a task says it needs asks something."""
+    train, validation = (task.open(split, seq_len, 5) for split in ("train", "validation"))
     for index in range(20):
         example = train[index]
         row = np.append(example["tokens"], example["targets"][-1])
-        known = dict(zip(row[:12:2], row[1:12:2]))
-        assert len(known) == 6
         asked = np.flatnonzero(example["weights"])
-        assert len(asked) == 6 and asked.min() >= 12
-        assert sorted(row[asked]) == sorted(known)
-        for place in asked:
-            assert example["targets"][place] == known[row[place]]
-        # keys appear later only where they are asked
-        assert set(row[12:]) & set(range(16)) == set(known)
+        assert list(example["targets"][asked]) == solve(row, asked, task)
+        assert 0 <= row.min() and row.max() < task.vocabulary_size()
         for name, value in train[index].items():
             np.testing.assert_array_equal(value, example[name])
     assert (train[0]["tokens"] != validation[0]["tokens"]).any()
-    assert (train[0]["tokens"] != config.open("train", 48, 6)[0]["tokens"]).any()
+    assert (train[0]["tokens"] != task.open("train", seq_len, 6)[0]["tokens"]).any()
+    shortest = task.open("train", task.minimum_seq_len(), 5)
+    assert sum(shortest[index]["weights"].sum() for index in range(20)) > 0
+
+
+def test_roots_add_text_and_keep_the_split(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / "more" / name).mkdir(parents=True)
+        (tmp_path / "more" / name / "__init__.py").write_text(f"{name} = 1\n" * 50)
+    cache = str(tmp_path / "cache")
+    plain, more = (
+        PythonSource(cache_dir=cache, roots=roots).open("train", 64, 0)
+        for roots in (("stdlib",), ("stdlib", str(tmp_path / "more")))
+    )
+    assert len(plain.starts) < len(more.starts) <= len(plain.starts) + 3
+    np.testing.assert_array_equal(plain.read(0, plain.length), more.read(0, plain.length))
+    with pytest.raises(ConfigError, match="roots: must be stdlib, packages or folders, found 'x'"):
+        PythonSource(roots=("x",))
+    with pytest.raises(ConfigError, match="roots: must name each root once"):
+        PythonSource(roots=("stdlib", "stdlib"))

@@ -65,8 +65,7 @@ def losses(workdir):
 
 
 @pytest.mark.slow
-def test_two_processes_train_stop_and_resume_as_one(tmp_path):
-    cache = tmp_path / "cache"
+def test_two_processes_train_stop_and_resume_as_one(cache, tmp_path):
     one = start(tmp_path / "one", cache, 8)
     code, err = finish(one)
     assert code == 0, err
@@ -93,10 +92,10 @@ def wait_for_steps(workdir, count, both):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_process_that_is_stuck_or_killed_ends_the_other_with_70(tmp_path, number):
+def test_a_process_that_is_stuck_or_killed_ends_the_other_with_70(cache, tmp_path, number):
     """Where it is alive but stopped, nothing but the watchdog notices. A restart goes on."""
     flags = ("--config.hang_timeout=8", "--config.steps=400", "--config.evaluation.every=0")
-    both = start_two(tmp_path / "run", tmp_path / "cache", flags, flags)
+    both = start_two(tmp_path / "run", cache, flags, flags)
     wait_for_steps(tmp_path / "run", 2, both)
     both[1].send_signal(number)
     began = time.monotonic()
@@ -107,15 +106,15 @@ def test_a_process_that_is_stuck_or_killed_ends_the_other_with_70(tmp_path, numb
     stuck = "within 8 s (config.hang_timeout=8)" in err and "most recent call first" in err
     assert stuck or number == signal.SIGKILL and "another process of the run is gone" in err, err
     again = ("--config.steps=8", "--allow_changes=steps")
-    codes = [finish(p) for p in start_two(tmp_path / "run", tmp_path / "cache", again, again)]
+    codes = [finish(p) for p in start_two(tmp_path / "run", cache, again, again)]
     assert [code for code, _ in codes] == [0, 0], codes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_one_of_two_saves_in_both_and_a_second_leaves_at_once(tmp_path, number):
+def test_a_signal_to_one_of_two_saves_in_both_and_a_second_leaves_at_once(cache, tmp_path, number):
     flags = ("--config.steps=400", "--config.evaluation.every=0", "--config.checkpoint.every=0")
-    both = start_two(tmp_path / "run", tmp_path / "cache", flags, flags)
+    both = start_two(tmp_path / "run", cache, flags, flags)
     wait_for_steps(tmp_path / "run", 2, both)
     both[0].send_signal(number)
     codes = [finish(process) for process in both]
@@ -123,7 +122,7 @@ def test_a_signal_to_one_of_two_saves_in_both_and_a_second_leaves_at_once(tmp_pa
     assert "Traceback" not in "".join(err for _, err in codes)
     (saved,) = tmp_path.glob("run/checkpoints/*/MANIFEST.json")
     assert int(saved.parent.name) == max(losses(tmp_path / "run")[0])
-    both = start_two(tmp_path / "run", tmp_path / "cache", flags, flags)
+    both = start_two(tmp_path / "run", cache, flags, flags)
     wait_for_steps(tmp_path / "run", int(saved.parent.name) + 2, both)
     both[1].send_signal(signal.SIGSTOP)  # so that no step ends, and the main thread hangs
     time.sleep(3)
@@ -136,10 +135,14 @@ def test_a_signal_to_one_of_two_saves_in_both_and_a_second_leaves_at_once(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_data_error_of_one_ends_both_with_65(tmp_path):
+def test_a_data_error_of_one_ends_both_with_65(cache, tmp_path):
     """Its copy of the tokens is cut, first while it reads them, then before it starts."""
     flags = ("--config.steps=4000", "--config.evaluation.every=0")
     caches = tmp_path / "mine", tmp_path / "yours"
+    (cache / "compiled").mkdir(exist_ok=True)
+    for own in caches:
+        own.mkdir()
+        (own / "compiled").symlink_to(cache / "compiled")
     both = start_two(tmp_path / "run", caches, flags, flags)
     wait_for_steps(tmp_path / "run", 2, both)
     (tokens,) = caches[1].glob("data/*/train/tokens.bin")
@@ -152,11 +155,11 @@ def test_a_data_error_of_one_ends_both_with_65(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+def test_a_run_goes_on_with_another_number_of_processes(cache, tmp_path):
     """1, then 2, then 4 on the same four devices, with the same losses as one has. The
     evaluations of the steps where they stop are made up for."""
     base = (*RUN, "--config.mesh.data=4", "--config.mesh.expert=1", "--config.evaluation.every=1")
-    cache, run = tmp_path / "cache", tmp_path / "run"
+    run = tmp_path / "run"
     assert finish(start(tmp_path / "whole", cache, 4, base=base))[0] == 0
     for count, fault in {1: "terminate:step:3", 2: "terminate:step:6,rest:step:7", 4: ""}.items():
         each = [(run, cache, 4 // count, *join) for join in joined(count)]
@@ -169,7 +172,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_cannot_go_on_takes_the_others_with_it(tmp_path):
+def test_a_process_that_cannot_go_on_takes_the_others_with_it(cache, tmp_path):
     """In seconds, with a reason and the contract's code, instead of a wait in the first
     collective."""
     for wrong, here, elsewhere in (
@@ -191,12 +194,12 @@ def test_a_process_that_cannot_go_on_takes_the_others_with_it(tmp_path):
     ):
         began = time.monotonic()
         (code, err), (wrong_code, wrong_err) = (
-            finish(p) for p in start_two(tmp_path / "run", tmp_path / "cache", (), (wrong,))
+            finish(p) for p in start_two(tmp_path / "run", cache, (), (wrong,))
         )
         assert wrong_code == 2 and here in wrong_err, wrong_err
         assert code == (2 if "that of" in elsewhere else 70) and elsewhere in err, err
         assert time.monotonic() - began < 60
-    alone = start_two(tmp_path / "run", tmp_path / "cache", ("--wait_seconds=4",), ("--help",))
+    alone = start_two(tmp_path / "run", cache, ("--wait_seconds=4",), ("--help",))
     code, err = finish(alone[0])
     finish(alone[1])
     assert code == 70 and "did not come together within 4 s" in err, err

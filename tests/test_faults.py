@@ -13,8 +13,8 @@ import subprocess
 
 import pytest
 
+from tests.commands import run_all
 from tests.runs import (
-    ROOT,
     SMALL,
     STEPS,
     assert_same_end,
@@ -24,14 +24,10 @@ from tests.runs import (
     lines,
     manifests,
     start,
+    steps_done,
 )
 
 KILLED, STOPPED, FULL = -signal.SIGKILL, 75, 74
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +57,31 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.fixture
+def read_only(tmp_path):
+    """Makes a copy of a folder that cannot be written to: permissions do not bind root, a mount
+    does."""
+    place, root = tmp_path / "read_only", os.geteuid() == 0
+
+    def make(folder):
+        shutil.copytree(folder, place)
+        close = (
+            ["mount", "--bind", "-o", "ro", place, place] if root else ["chmod", "-R", "a-w", place]
+        )
+        if subprocess.run(close, capture_output=True).returncode:
+            pytest.skip("root can write to every folder, and cannot mount one read-only here")
+        return place
+
+    yield make
+    subprocess.run(["umount", "-l", place] if root else ["chmod", "-R", "u+w", place])
+
+
+def before_the_last_save(run, place):
+    """A copy of a run as if it had been killed when its last save began: told of, not yet there."""
+    shutil.copytree(run, place, dirs_exist_ok=True)
+    shutil.rmtree(manifests(place)[-1].parent)
+
+
 def ends_as(process, expected, *said):
     """The process left with this code, said so in words, and showed no traceback."""
     code, out, err = finish(process)
@@ -71,7 +92,8 @@ def ends_as(process, expected, *said):
 
 
 # ---------------------------------------------------------------- rows 1 and 2: kills and stops
-POINTS = ("step:22", "evaluation:40", "save:30", "arrays_written:30", "manifest_written:30")
+# In a step and as a save begins: test_train, and the row of a changed config.
+POINTS = ("evaluation:40", "arrays_written:30", "manifest_written:30")
 
 
 @pytest.mark.slow
@@ -84,10 +106,13 @@ def test_a_run_killed_anywhere_ends_bit_equal(golden, cache, tmp_path, point):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", ["batch:1", *POINTS])
+@pytest.mark.parametrize("point", ["batch:1", *POINTS, "step:59"])
 def test_a_run_stopped_anywhere_saves_and_ends_bit_equal(golden, cache, tmp_path, point):
+    """Also at the first step and before the last one."""
     ends_as(start(cache, tmp_path, fault=f"terminate:{point}"), STOPPED, "the same command goes on")
-    ends_as(start(cache, tmp_path), 0, "resume check: next batch")
+    stopped = steps_done(tmp_path)
+    assert stopped >= int(point.split(":")[1])
+    ends_as(start(cache, tmp_path), 0, f"matches the checkpoint of step {stopped}")
     assert_same_end(tmp_path, golden())
 
 
@@ -109,9 +134,9 @@ def test_a_step_that_hangs_shows_all_stacks_and_is_70(cache, tmp_path):
 
 # ---------------------------------------------------------------- row 4: the disk is full
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["save:30", "save:60", "arrays_written:60"])
+@pytest.mark.parametrize("when", ["save:30", "arrays_written:60"])
 def test_a_full_disk_leaves_the_old_checkpoint_and_74(golden, cache, small_disk, when):
-    """At a save and at the last one, before its arrays are written and after."""
+    """At a save, before its arrays are written, and at the last one, after."""
     run = small_disk / "run"
     ends_as(start(cache, run, fault=f"fill:{when}"), FULL, f"{run}/checkpoints", "bytes are needed")
     kept = [int(p.parent.name) for p in manifests(run)]
@@ -133,14 +158,14 @@ def test_a_disk_that_is_full_at_the_start_is_74_before_anything_compiles(cache, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "file"])
-def test_a_cache_that_cannot_be_written_costs_only_time_or_one_line(small_disk, tmp_path, kind):
-    place = small_disk if kind == "full" else tmp_path / "cache"
-    (place / "fill" if kind == "full" else place).write_bytes(bytes(2**22 - 2**14))
+def test_a_cache_that_is_full_costs_only_time_or_one_line(small_disk, tmp_path):
+    """One that is a file: test_run_folder and test_data."""
+    (small_disk / "fill").write_bytes(bytes(2**22 - 2**14))
     short = ("--config.steps=2", "--config.evaluation.every=0")
     data = (f"--config.data.cache_dir={tmp_path / 'data'}",)
-    ends_as(start(place, tmp_path / "run", *short, *data), 0, "compiled programs are not kept")
-    err = ends_as(start(place, tmp_path / "other", *short), FULL, f"{place}/", "cannot be written")
+    ends_as(start(small_disk, tmp_path / "run", *short, *data), 0, "compiled programs are not kept")
+    said = f"{small_disk}/", "cannot be written"
+    err = ends_as(start(small_disk, tmp_path / "other", *short), FULL, *said)
     assert len([line for line in err.splitlines() if line.startswith("error")]) == 1
 
 
@@ -152,6 +177,27 @@ def test_a_run_whose_manifests_are_gone_is_74_and_not_step_0(golden, cache, tmp_
         manifest.unlink()
     ends_as(start(cache, run), FULL, "no manifest is left", "start again")
     assert len(list(run.glob("checkpoints/*/state"))) == 2 and lines(run) == lines(golden())
+
+
+@pytest.mark.slow
+def test_a_read_only_folder_is_refused_by_name_before_anything_compiles_and_still_read(
+    golden, cache, read_only
+):
+    """That of a run, and one that a run would be made in."""
+    place = read_only(golden())
+    flags = [f"--workdir={run}" for run in (place, place / "new")]
+    *refused, verified, told = run_all(
+        [
+            *(("train", [*SMALL, flag]) for flag in flags),
+            ("checkpoints", [flags[0], "--verify"]),
+            ("generate", [flags[0], "--tokens=2", "--prompt=a"]),
+        ],
+        cache,
+    )
+    for flag, result in zip(flags, refused):
+        assert result.code == 2 and result.err.startswith(f"error: {flag} cannot be written: ")
+        assert len(result.err.splitlines()) == 1
+    assert (verified.code, verified.out.count("yes"), told.code) == (0, 2, 0), (verified, told)
 
 
 @pytest.mark.slow
@@ -194,29 +240,22 @@ def test_every_kind_resumes_bit_equal_with_micro_batches_and_rematerialisation(
     both = "--config.accumulation=2", "--config.model.remat=full"
     small = (flag for flag in SMALL if kind != "mixture" or "feed_forward" not in flag)
     base = (*KINDS[kind], *small, *both)  # --config comes first
-    ends_as(start(cache, tmp_path, base=base, fault="kill:save:30"), KILLED)
-    ends_as(start(cache, tmp_path, base=base), 0, "resuming after step 15")
+    before_the_last_save(golden(base), tmp_path)
+    ends_as(start(cache, tmp_path, base=base), 0, "resuming after step 45")
     assert_same_end(tmp_path, golden(base))
     if kind == "mixture":
         assert final_state(tmp_path)[1]["balance"]["layers"]["feed_forward"]["bias"].any()
 
 
-# ---------------------------------------------------------------- rows 8 and 9: edges and meshes
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 59])
-def test_a_stop_at_the_first_and_before_the_last_step(golden, cache, tmp_path, step):
-    ends_as(start(cache, tmp_path, fault=f"terminate:step:{step}"), STOPPED)
-    ends_as(start(cache, tmp_path), 0, f"resuming after step {step}")
-    assert_same_end(tmp_path, golden())
-
-
+# ---------------------------------------------------------------- row 9: meshes
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "mesh"), [(4, ("--config.mesh.data=4",)), (2, ("--config.mesh.model=2",))]
 )
 def test_a_resume_on_another_mesh_reads_the_same_batches(golden, cache, tmp_path, devices, mesh):
-    ends_as(start(cache, tmp_path, fault="kill:save:45"), KILLED)
-    ends_as(start(cache, tmp_path, *mesh, devices=devices), 0, "matches the checkpoint of step 30")
+    before_the_last_save(golden(), tmp_path)
+    ends_as(start(cache, tmp_path, *mesh, devices=devices), 0, "matches the checkpoint of step 45")
+    assert len(lines(tmp_path)) == len(lines(golden()))
     ours, theirs = (
         {row["step"]: row["loss"] for row in lines(run) if "loss" in row}
         for run in (tmp_path, golden())
@@ -290,25 +329,25 @@ def test_a_full_terminal_and_sinks_that_cannot_be_kept_do_not_stop_a_run(golden,
 
 # ---------------------------------------------------------------- tools
 @pytest.mark.slow
-def test_checkpoints_are_listed_verified_compared_and_removed_by_name(golden, tmp_path):
+def test_checkpoints_are_listed_verified_compared_and_removed_by_name(golden, cache, tmp_path):
     run = shutil.copytree(golden(), tmp_path / "run")
 
-    def tool(*flags):
-        command = ["python", "-m", "experiments.checkpoints", f"--workdir={run}", *flags]
-        return subprocess.run(
-            [os.sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True
-        )
+    def tool(*each):
+        return run_all([("checkpoints", [f"--workdir={run}", *flags]) for flags in each], cache)
 
-    assert tool("--verify").returncode == 0 and "60" in tool().stdout
-    said = tool("--diff=45,60").stdout
-    assert "step: changes by up to 15" in said and "params/embedding: changes by" in said
-    assert set(tool("--diff=60,60").stdout.replace(": ", "\n").splitlines()[1::2]) == {"equal"}
-    assert tool("--prune=45,60").returncode == 2
-    assert "removed" in tool("--prune=45").stdout and len(manifests(run)) == 1
+    verified, listed, compared, same, refused, pruned = tool(
+        ["--verify"], [], ["--diff=45,60"], ["--diff=60,60"], ["--prune=45,60"], ["--prune=45"]
+    )
+    assert verified.code == 0 and "60" in listed.out
+    assert "step: changes by up to 15" in compared.out
+    assert "params/embedding: changes by" in compared.out
+    assert set(same.out.replace(": ", "\n").splitlines()[1::2]) == {"equal"}
+    assert refused.code == 2
+    assert "removed" in pruned.out and len(manifests(run)) == 1
     content = json.loads(manifests(run)[0].read_text())
     manifests(run)[0].write_text(json.dumps({**content, "step": 3}))
-    result = tool("--verify")
-    assert result.returncode == FULL and "holds step 3" in result.stderr
+    (result,) = tool(["--verify"])
+    assert result.code == FULL and "holds step 3" in result.err
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ LAYERS = {
     "data": 1,
     "optimizer": 1,
     "metrics": 1,
+    "statistics": 1,
     "processes": 1,
     "attention": 2,
     "feed_forward": 2,

@@ -149,13 +149,9 @@ def test_gates():
 # ---------------------------------------------------------------- runs
 
 
-def test_spikes_are_what_stands_out():
-    steps = np.arange(400)
-    losses = 3 * np.exp(-steps / 100) + 1 + 0.05 * RNG.normal(size=400)
-    assert curves.spikes(losses).size == 0
-    losses[[90, 300]] += 1.0
+def test_smoothing_leaves_out_what_is_not_finite():
+    losses = 3 * np.exp(-np.arange(400) / 100) + 1 + 0.05 * RNG.normal(size=400)
     losses[301] = np.nan
-    assert curves.spikes(losses).tolist() == [90, 300, 301]
     smooth = curves.smoothed(losses, 11)
     assert np.isfinite(smooth).all() and abs(smooth[200] - losses[195:206].mean()) < 1e-9
 
@@ -326,6 +322,8 @@ def test_the_trace_is_that_of_the_matrices(run):
         steps, values = logged[place]["diagonal_mean"]
         assert steps.tolist() == [10, 20, 30, 40] and values.shape == (4, 3)
         np.testing.assert_allclose(values[-1], measures.diagonal_mean(T), rtol=1e-5, atol=1e-6)
+        far = logged[place]["identity_distance"][1][-1]
+        np.testing.assert_allclose(far, measures.distance(T, np.eye(8)), rtol=1e-5, atol=1e-6)
         share = logged[place]["off_diagonal_share"][1][-1]
         np.testing.assert_allclose(share, measures.off_diagonal_share(T), rtol=1e-5)
         norm = logged[place]["spectral_norm"][1][-1] / measures.spectrum(T)[:, 0]
@@ -339,7 +337,7 @@ def test_a_step_logs_the_trace_of_what_it_made(trainer):
     batch["weights"] = jax.ShapeDtypeStruct((4, 64), jnp.float32)
     metrics = jax.eval_shape(made.train_step, made.abstract, batch)[1]
     named = {name: z.shape for name, z in metrics.items() if name.startswith(optimizer.TRACE)}
-    assert len(named) == 3 * 2 * 4  # measures, segments, matrices
+    assert len(named) == 4 * 2 * 4  # measures, segments, matrices
     assert named["knocking/dense_layers/query/residual/diagonal_mean"] == (1,)
     assert named["knocking/layers/value/gate/spectral_norm"] == (2,)
 

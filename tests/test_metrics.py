@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from experiments.terminal import Terminal
@@ -116,6 +117,63 @@ def test_spikes_stand_out_from_what_is_recent_and_noise_does_not():
     level = [spikes.median_below(4.0) for _ in range(60)]
     assert level[0] and not level[-1]  # a new level is not an endless alarm
     assert metrics.plain((1, [math.nan])) == [1, [None]]
+
+
+def test_spikes_are_found_sized_and_timed_on_a_made_log():
+    """Noise of 0.05 around 2, one spike of three steps up to 4, one step that is not finite, one
+    level that stays; a falling loss has none."""
+    random = np.random.default_rng(0)
+    values = 2 + 0.05 * random.normal(size=300)
+    values[[100, 101, 102]] = 3.0, 4.0, 2.5
+    values[150] = math.nan
+    values[250:] += 1
+    steps = np.arange(10, 3010, 10)
+    first, second, level = metrics.find_spikes(steps, values, "loss")
+    assert (first.name, first.step, first.peak, first.recovery) == ("loss", 1010, 4.0, 30)
+    assert first.size == pytest.approx(2, abs=0.05) and first.times == pytest.approx(2, rel=0.02)
+    assert first.spreads == pytest.approx(2 / 0.05, rel=0.4)
+    assert second.step == 1510 and math.isnan(second.peak) and second.recovery == 10
+    assert level.step == 2510 and level.recovery is None
+    falling = 2 + 4 * np.exp(-np.arange(300) / 60) + 0.03 * random.normal(size=300)
+    assert metrics.find_spikes(steps, falling) == []
+    falling[150] += 1
+    assert [one.step for one in metrics.find_spikes(steps, falling)] == [1510]
+
+
+def test_the_spike_score_of_a_long_run_is_the_definition():
+    """Of OLMo 2: 7 standard deviations from the mean of the last 1000, either way; against the
+    words in numpy."""
+    random = np.random.default_rng(0)
+    losses, norms = random.normal(size=(2, 1500))
+    losses[[700, 1300]], norms[[1300, 1400]], norms[50] = 40.0, -40.0, 99.0
+    rows = [
+        {"step": step, "loss": float(a), "grad_norm": float(b)}
+        for step, (a, b) in enumerate(zip(losses, norms))
+    ]
+    words = {
+        i
+        for z in (losses, norms)
+        for i in range(100, 1500)
+        if abs(z[i] - z[max(0, i - 1000) : i].mean()) >= 7 * z[max(0, i - 1000) : i].std()
+    }
+    assert words == {700, 1300, 1400}  # 50 has too little history
+    assert metrics.spike_score(rows) == pytest.approx(3 / 1400)
+    assert metrics.spike_score(rows, ["loss"]) == pytest.approx(2 / 1400)
+    assert "mean of the last 1000" in metrics.spike_rule(len(rows)).describe()
+    assert math.isnan(metrics.spike_score(rows[:20]))
+    assert math.isnan(metrics.spike_score(rows, ["nothing"]))
+
+
+def test_constant_values_have_no_spikes_and_null_is_one():
+    rows = [{"step": i, "loss": 1.0} for i in range(60)]
+    assert metrics.spike_score(rows) == 0
+    rows[50]["loss"] = None
+    rows.append({"step": 59, "val_loss": 3.0})  # an evaluation's line
+    assert metrics.spike_score(rows) == pytest.approx(1 / 40)
+    assert metrics.column([{"step": 2, "a": [1, 3.0]}, {"step": 1, "a": 2}], "a")[1].tolist() == [
+        2,
+        3,
+    ]
 
 
 def test_a_report_draws_what_is_there(tmp_path):

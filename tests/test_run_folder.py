@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.command_line import UsageError
-from experiments.run_folder import RunFolder, config_hash
+from experiments.run_folder import RunFolder, config_hash, use_compilation_cache
 from experiments.train import evaluate, open_sources
 from kha_jax import sharding
 from kha_jax.config import from_dict, to_dict
@@ -128,6 +128,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"--workdir={path} cannot be written"):
             begin(path)
+
+
+def test_a_cache_of_programs_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KHA_JAX_CACHE", str(tmp_path / "file"))
+    before = jax.config.jax_compilation_cache_dir
+    use_compilation_cache()
+    assert f"{tmp_path / 'file' / 'compiled'}: Not a directory; compiled programs" in caplog.text
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_checkpoints_that_do_not_fit_are_refused_with_path_and_bytes(tmp_path):

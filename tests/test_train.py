@@ -20,11 +20,6 @@ from tests.runs import (
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def golden(cache, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("golden")
     code, out, err = finish(start(cache, workdir))

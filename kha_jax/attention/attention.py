@@ -22,6 +22,8 @@ from kha_jax.sharding import constrain, index_along, per_device, platform, ways
 
 SLOTS = ("query", "key", "value")
 SCORES = ("logits", "probabilities")
+LARGEST = "attention/largest_logit"  # the metric; see Attention.largest_logit
+SAMPLE = 64  # queries that it looks at
 
 
 class AttentionConfig(Config):
@@ -170,7 +172,8 @@ class Attention(Module):
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:
-        """The attention output [B, T, D] and what comes beside it."""
+        """The attention output [B, T, D] and what comes beside it: the metric
+        `attention/largest_logit`, and what the output mixer tells."""
         return self._whole(x_BTD, positions_BT, segment_ids_BT)[:2]
 
     def prefill(
@@ -210,8 +213,9 @@ class Attention(Module):
         with jax.named_scope("project"):
             q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
             k_BSKH, v_BSKU = self.projection.keys_and_values(state, self.mixers)
-        o_BTNU = self._scores(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT)
-        return *self._finish(o_BTNU, x_BTD, v_BSKU), state
+        o_BTNU, largest = self._scores(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT)
+        y_BTD, aux = self._finish(o_BTNU, x_BTD, v_BSKU)
+        return y_BTD, aux._replace(metrics={**aux.metrics, LARGEST: largest}), state
 
     def _finish(self, o_BTNU, x_BTD, v_BTKU):
         with jax.named_scope("output"):
@@ -222,8 +226,11 @@ class Attention(Module):
         return ops.ScoreMaps(*(self.score_mixers[slot]() for slot in SCORES))
 
     def _scores(self, q_BTNH, k_BSKH, v_BSKU, segment_ids_BS):
-        """Every device computes its rows of the batch, so that fused kernels need not know of the
-        mesh: for its heads, or, where heads meet, for its queries."""
+        """What the heads read, and the largest logit.
+
+        Every device computes its rows of the batch, so that fused kernels need not know of the
+        mesh: for its heads, or, where heads meet, for its queries.
+        """
         maps, fixed = self._maps(), {"scale": self.config.projection.scale()}
         fixed |= {"kernel": self.config.kernel, "platform": platform()}
         rows, whole = ("batch", "length"), ("batch", "length", None, None)
@@ -242,7 +249,34 @@ class Attention(Module):
         on_each = jax.tree.map(lambda leaf: (None,) * leaf.ndim, maps)
         run = per_device(local, (queries, keys, keys, rows, on_each), queries)
         o_BTNU = run(q_BTNH, k_BSKH, v_BSKU, segment_ids_BS, maps)
-        return constrain(o_BTNU, "batch", "length", "heads", None)
+        largest = self._largest_logit(q_BTNH, k_BSKH, segment_ids_BS, maps, keys)
+        return constrain(o_BTNU, "batch", "length", "heads", None), largest
+
+    @jax.named_scope("largest_logit")
+    def _largest_logit(self, q_BTNH, k_BSKH, segment_ids_BS, maps, keys):
+        """The largest logit, over all heads and the keys that they may see, of up to SAMPLE evenly
+        spaced queries of the batch's first row, the last one among them: exact for these, and from
+        below for all. Scaled, and mixed where heads meet. No gradient passes.
+
+        keys: logical axes of the keys. Every device takes its own first row and heads, so that two
+        numbers a head are all that devices exchange.
+        """
+        T = q_BTNH.shape[1]
+        stride = -(-T // SAMPLE)
+        places = jnp.arange((T - 1) % stride, T, stride)
+        q_BTNH, k_BSKH, maps = jax.lax.stop_gradient((q_BTNH, k_BSKH, maps))
+        heads = "heads" if keys[2] == "heads" else None
+        scale = self.config.projection.scale()
+
+        def local(q_BRNH, k_BSKH, ids_BS, maps):
+            ids_1S = None if ids_BS is None else ids_BS[:1]
+            return ops.largest_logit(q_BRNH[:1], k_BSKH[:1], ids_1S, places, scale, maps)
+
+        on_each = jax.tree.map(lambda leaf: (None,) * leaf.ndim, maps)
+        axes = ("batch", None, heads, None), keys, ("batch", "length"), on_each
+        run = per_device(local, axes, ("batch", heads))
+        q_BRNH = q_BTNH[:, (T - 1) % stride :: stride]
+        return jnp.max(run(q_BRNH, k_BSKH, segment_ids_BS, maps)[0])
 
 
 def _as_cache(state: State) -> State:

@@ -14,9 +14,24 @@ from kha_jax.data.loader import (
     window_order,
 )
 from kha_jax.data.python_source import PythonSource
-from kha_jax.data.synthetic import MultiQueryAssociativeRecall
+from kha_jax.data.synthetic import (
+    CompositionalRecall,
+    KHopInduction,
+    MultiQueryAssociativeRecall,
+    NeedleRetrieval,
+    RelationalGraph,
+    SelectiveCopy,
+)
 
-SOURCES = {"python_source": PythonSource, "mqar": MultiQueryAssociativeRecall}
+TASKS = {
+    "mqar": MultiQueryAssociativeRecall,
+    "compositional_recall": CompositionalRecall,
+    "k_hop": KHopInduction,
+    "selective_copy": SelectiveCopy,
+    "needle": NeedleRetrieval,
+    "relational_graph": RelationalGraph,
+}
+SOURCES = {"python_source": PythonSource, **TASKS}
 
 __all__ = [
     "SOURCES",
@@ -27,6 +42,7 @@ __all__ = [
     "PythonSource",
     "Source",
     "StorageError",
+    "TASKS",
     "batch_hash",
     "batches",
     "check_length",

@@ -1,4 +1,5 @@
-"""Real text that every machine has: the source code of the interpreter's standard library."""
+"""Real text that every machine has: the source code of the interpreter's standard library, and of
+what is installed beside it."""
 
 import hashlib
 import os
@@ -19,6 +20,7 @@ LEFT_OUT = {
     "lib2to3",
     "config",
 }
+INSTALLED = {"stdlib": "stdlib", "packages": "purelib"}  # root -> sysconfig's name of its folder
 
 
 def _modules(root: Path) -> Iterator[Path]:
@@ -29,7 +31,11 @@ def _modules(root: Path) -> Iterator[Path]:
 
 
 class PythonSource(DataConfig):
-    """One document a module of the standard library, as bytes.
+    """One document a module, as bytes.
+
+    roots: where modules are: `stdlib`, the interpreter's standard library; `packages`, what is
+    installed beside it (200 MB with all extras of this project, and not the same on two machines);
+    or folders.
 
     A module is held out for validation when the hash of its path says so (`held_out` of them,
     about), so the split is the same on every machine. cache_dir: where the tokens are kept; None is
@@ -38,6 +44,7 @@ class PythonSource(DataConfig):
 
     held_out: float = 0.03
     cache_dir: str | None = None
+    roots: tuple[str, ...] = ("stdlib",)
 
     def validate(self):
         self.require(
@@ -47,6 +54,12 @@ class PythonSource(DataConfig):
         remote = self.cache_dir is not None and "://" in self.cache_dir
         problem = f"object stores are not supported; name a folder, found {self.cache_dir}"
         self.require(not remote, "cache_dir", problem)
+        for root in self.roots:
+            usable = root in INSTALLED or Path(root).is_dir()
+            names = ", ".join(INSTALLED)
+            self.require(usable, "roots", f"must be {names} or folders, found {root!r}")
+        once = len({*self.roots}) == len(self.roots) > 0
+        self.require(once, "roots", f"must name each root once, found {self.roots}")
 
     def vocabulary_size(self) -> int:
         return ByteTokenizer.vocabulary_size
@@ -63,28 +76,31 @@ class PythonSource(DataConfig):
             StorageError: when the tokens cannot be written.
         """
         del seed
-        root = Path(sysconfig.get_path("stdlib"))
-        paths = sorted(_modules(root))
-        if not paths:
+        modules = list(self._modules())
+        if not modules:
             raise DataError(
-                f"data.source=python_source found no module below {root}; use an interpreter "
-                "that ships its source"
+                f"data.source=python_source found no module below {', '.join(self.roots)}; use an "
+                "interpreter that ships its source"
             )
-        names = [p.relative_to(root).as_posix() for p in paths]
-        listing = "\n".join(f"{name} {path.stat().st_size}" for name, path in zip(names, paths))
+        listing = "\n".join(f"{name} {path.stat().st_size}" for name, path in modules)
         key = hashlib.sha256(
             f"{listing}\n{self.held_out}\n{ByteTokenizer.fingerprint}".encode()
         ).hexdigest()[:16]
         base = Path(self.cache_dir) if self.cache_dir else cache_folder("data")
         folder = base / f"python_source-{key}" / split
         if not (folder / "meta.json").exists():
-            chosen = [
-                p
-                for p, name in zip(paths, names)
-                if self._is_held_out(name) == (split == "validation")
-            ]
+            held_out = split == "validation"
+            chosen = [p for name, p in modules if self._is_held_out(name) == held_out]
             write_stream(folder, (p.read_bytes() for p in chosen), self.tokenizer())
         return TokenWindows(folder, seq_len, self.tokenizer().fingerprint)
+
+    def _modules(self) -> Iterator[tuple[str, Path]]:
+        """(name, path) of every module; names below the first root are relative to it."""
+        for number, root in enumerate(self.roots):
+            folder = Path(sysconfig.get_path(INSTALLED[root]) if root in INSTALLED else root)
+            prefix = f"{root}/" if number else ""
+            for path in sorted(_modules(folder)):
+                yield prefix + path.relative_to(folder).as_posix(), path
 
     def _is_held_out(self, name: str) -> bool:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < self.held_out * 2**32

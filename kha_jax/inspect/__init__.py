@@ -1,7 +1,17 @@
 """What the heads learnt: from a run folder to arrays (`leaves`, `reading`, `models`), numbers
-(`measures`) and figures (`figures` of matrices, `heads`, `curves` of runs, all in one `style`)."""
+(`measures`) and figures (`figures` of matrices, `heads`, `curves` of runs, all in one `style`); and
+from a sweep folder to what it says (`sweeps`, `comparisons`)."""
 
-from kha_jax.inspect import costs, curves, figures, heads, measures, style
+from kha_jax.inspect import (
+    comparisons,
+    costs,
+    curves,
+    figures,
+    heads,
+    measures,
+    style,
+    sweeps,
+)
 from kha_jax.inspect.leaves import Checkpoint, differences
 from kha_jax.inspect.models import streams, variants
 from kha_jax.inspect.reading import Run, read_metrics, trace
@@ -9,6 +19,7 @@ from kha_jax.inspect.reading import Run, read_metrics, trace
 __all__ = [
     "Checkpoint",
     "Run",
+    "comparisons",
     "costs",
     "curves",
     "differences",
@@ -18,6 +29,7 @@ __all__ = [
     "read_metrics",
     "streams",
     "style",
+    "sweeps",
     "trace",
     "variants",
 ]

@@ -5,21 +5,21 @@ from typing import Any
 
 import numpy as np
 
+from kha_jax.attention.attention import LARGEST
 from kha_jax.inspect import style
 from kha_jax.inspect.models import Variant
+from kha_jax.metrics import SPIKING, column, find_spikes
 
 Rows = list[dict[str, Any]]
 VALIDATION = {
     "val_bits_per_byte": "validation bits per byte",
     "val_loss": "validation loss, nats per token",
 }
-
-
-def series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of the lines that have the key; of a list, its largest entry."""
-    found = [(row["step"], row[key]) for row in rows if key in row]
-    values = [max(value) if isinstance(value, list) else value for _, value in found]
-    return np.array([step for step, _ in found]), np.array(values, np.float64)
+STABILITY = {
+    "loss": "training loss, nats",
+    "grad_norm": "gradient norm",
+    LARGEST: "largest logit",
+}
 
 
 def smoothed(values: np.ndarray, over: int = 11) -> np.ndarray:
@@ -33,23 +33,6 @@ def smoothed(values: np.ndarray, over: int = 11) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def spikes(losses: np.ndarray, window: int = 50, size: float = 6.0) -> np.ndarray:
-    """Indices of losses that stand out of the `window` before them: above the line through those by
-    more than `size` standard deviations, estimated from the median absolute deviation around it; or
-    not finite."""
-    finite = np.isfinite(losses)
-    if len(losses) <= window or not finite.any():
-        return np.flatnonzero(~finite)
-    last = np.maximum.accumulate(np.where(finite, np.arange(len(losses)), np.argmax(finite)))
-    before = np.lib.stride_tricks.sliding_window_view(losses[last], window)[:-1]
-    at = np.arange(window) - (window - 1) / 2
-    middle, slope = before.mean(1, keepdims=True), (before @ at)[:, None] / (at @ at)
-    spread = 1.4826 * np.median(np.abs(before - middle - slope * at), axis=1)
-    expected = (middle + slope * (window + 1) / 2)[:, 0]
-    high = losses[window:] > expected + size * np.maximum(spread, 1e-6)
-    return np.flatnonzero(~finite | np.concatenate([np.zeros(window, bool), high]))
-
-
 def training(runs: dict[str, Rows]) -> Any:
     """Training loss, smoothed; validation bits per byte (or loss, for data without bytes) with its
     last value; for mixtures the worst layer's MaxVio."""
@@ -60,13 +43,13 @@ def training(runs: dict[str, Rows]) -> Any:
     texts = any("val_bits_per_byte" in row for rows in runs.values() for row in rows)
     key = "val_bits_per_byte" if texts else "val_loss"
     for index, (name, rows) in enumerate(runs.items()):
-        steps, losses = series(rows, "loss")
+        steps, losses = column(rows, "loss")
         left.plot(steps, smoothed(losses), label=name)
-        steps, values = series(rows, key)
+        steps, values = column(rows, key)
         last = f"{name}: {values[-1]:.3f}" if values.size else name
         right.plot(steps, values, marker=style.MARKERS[index % 6], label=last)
         if balanced:
-            steps, worst = series(rows, "max_violation")
+            steps, worst = column(rows, "max_violation")
             axes[2].plot(steps, smoothed(worst), label=name)
     left.set_title("training loss, nats per token")
     right.set_title(VALIDATION[key])
@@ -80,27 +63,52 @@ def training(runs: dict[str, Rows]) -> Any:
     return figure
 
 
-def stability(runs: dict[str, Rows], window: int = 50) -> Any:
-    """The loss of every step with its spikes (`spikes`) marked, and the gradient norm; a column for
-    each run, on one scale."""
-    plots = style.pyplot()
-    figure, grid = plots.subplots(
-        2, len(runs), figsize=(4.2 * len(runs), 4.6), squeeze=False, sharex=True, sharey="row"
+def stability(runs: dict[str, Rows], across: int = 4) -> Any:
+    """The loss of every step and the gradient norm with their spikes (`metrics.find_spikes`)
+    marked, and the largest attention logit of any layer where it was logged; a column for each run,
+    `across` of them side by side, on one scale (the paper's figures 1, right, and 2)."""
+    shown = [
+        name for name in STABILITY if any(name in row for rows in runs.values() for row in rows)
+    ]
+    columns, blocks = min(across, len(runs)), math.ceil(len(runs) / across)
+    size = (
+        (4.2 if columns < 3 else 3.2) * columns,
+        (2.3 if blocks == 1 else 1.9) * blocks * len(shown),
     )
-    for (name, rows), (top, bottom), colour in zip(runs.items(), grid.T, _cycle(style.KINDS)):
-        steps, losses = series(rows, "loss")
-        at = spikes(losses, window)
-        top.plot(steps, losses, color=colour, linewidth=0.5, alpha=0.6, linestyle="-")
-        top.plot(steps, smoothed(losses), color=colour, linestyle="-")
-        top.plot(steps[at], losses[at], linestyle="none", marker="v", color=style.KINDS[4])
-        top.set_title(f"{name}: {len(at)} spikes")
-        steps, norms = series(rows, "grad_norm")
-        bottom.plot(steps, norms, color=colour, linewidth=0.7, linestyle="-")
-        bottom.set_xlabel("step")
-        style.plain_log(bottom)
-    grid[0, 0].set_ylabel("training loss, nats per token")
-    grid[1, 0].set_ylabel("gradient norm")
+    figure, grid = style.pyplot().subplots(
+        blocks * len(shown), columns, figsize=size, squeeze=False, sharex=True
+    )
+    for index, (name, rows) in enumerate(runs.items()):
+        block, at = divmod(index, columns)
+        panels = grid[block * len(shown) : (block + 1) * len(shown), at]
+        counts = [_spiky(panel, rows, key, index) for panel, key in zip(panels, shown)]
+        panels[0].set_title(f"{name}: {counts[0]} spike{'' if counts[0] == 1 else 's'}")
+    for row, key in enumerate(shown):
+        for panel in grid[row :: len(shown)].ravel():
+            panel.sharey(grid[row, 0])
+        for panel in grid[row :: len(shown), 0]:
+            panel.set_ylabel(STABILITY[key])
+        if key != "loss":
+            style.plain_log(grid[row, 0])
+    for panel in grid.ravel():
+        panel.label_outer()
+        panel.set_visible(panel.has_data())
+    for panel in grid[-1]:
+        panel.set_xlabel("step")
     return figure
+
+
+def _spiky(axes: Any, rows: Rows, key: str, index: int) -> int:
+    """Draws a series with its spikes, and returns how many there are."""
+    steps, values = column(rows, key)
+    colour = style.KINDS[index % 4]
+    found = find_spikes(steps, values) if key in SPIKING else []
+    axes.plot(steps, values, color=colour, linewidth=0.8, linestyle="-")
+    # what is not finite is marked where it left
+    heights = [one.centre if math.isnan(one.peak) else one.peak for one in found]
+    at = [one.step for one in found]
+    axes.plot(at, heights, linestyle="none", marker="v", color=style.KINDS[4])
+    return len(found)
 
 
 def cost_against_loss(rows: list[Variant]) -> Any:
@@ -118,8 +126,3 @@ def cost_against_loss(rows: list[Variant]) -> Any:
     axes.margins(0.2)
     axes.legend()
     return figure
-
-
-def _cycle(values: tuple) -> Any:
-    while True:
-        yield from values

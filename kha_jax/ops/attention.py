@@ -141,6 +141,28 @@ def visible_keys(
     return causal & (ids_BT[:, :, None] == segment_ids_BS[:, None, :keys])
 
 
+def largest_logit(
+    q_BRNH: jax.Array,
+    k_BSKH: jax.Array,
+    segment_ids_BS: jax.Array | None,
+    positions_R: jax.Array,
+    scale: float,
+    maps: ScoreMaps = ScoreMaps(),
+) -> jax.Array:
+    """The largest logit of each head [B, N], as the softmax is given it, of the queries at these
+    places of the row and the keys that they may see; float32."""
+    (B, R, N, _), (_, S, K, _) = q_BRNH.shape, k_BSKH.shape
+    q_BRKGH = q_BRNH.reshape(B, R, K, N // K, -1)
+    s_BKGRS = jnp.einsum("BRKGH,BSKH->BKGRS", q_BRKGH, k_BSKH, preferred_element_type=jnp.float32)
+    s_BNRS = s_BKGRS.reshape(B, N, R, S) * scale
+    s_BNRS = s_BNRS if maps.logits is None else maps.logits(s_BNRS)
+    visible_BRS = (positions_R[:, None] >= jnp.arange(S))[None]
+    if segment_ids_BS is not None:
+        ids_BR1 = segment_ids_BS[:, positions_R, None]
+        visible_BRS = visible_BRS & (ids_BR1 == segment_ids_BS[:, None])
+    return jnp.max(s_BNRS, (2, 3), where=visible_BRS[:, None], initial=-jnp.inf)
+
+
 def _formula(q_BTNH, k_BSKH, v_BSKU, segment_ids_BS, start, scale, maps):
     """The formula as written: every logit exists at once, in float32."""
     (B, T, N, _), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape

@@ -17,6 +17,12 @@ def off_diagonal_share(T: jax.Array) -> jax.Array:
     return jnp.where(total > 0, 1 - on / jnp.where(total > 0, total, 1), 0)
 
 
+def identity_distance(T: jax.Array) -> jax.Array:
+    """|T - I| / |I| in the Frobenius norm, [...]: 0 for the identity, 1 for zeros."""
+    identity = jnp.eye(*T.shape[-2:], dtype=T.dtype)
+    return jnp.linalg.norm(T - identity, axis=(-2, -1)) / jnp.linalg.norm(identity)
+
+
 def spectral_norm(T: jax.Array, squarings: int = 6) -> jax.Array:
     """The largest singular value, [...], from below: 2^squarings power iterations on T^T T, as so
     many squarings of it, which are matrix products and need no loop. Exact for the identity;

@@ -1,0 +1,214 @@
+"""What a sweep's report says of made-up sweeps: known losses, known spikes, missing runs."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kha_jax.inspect import sweeps
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = (
+    "name,row,seed,learning_rate,hash,steps,parameters,active_parameters,flops_per_token,val_loss,"
+    "val_bits_per_byte,train_loss,step_seconds,spike_share,nonfinite,hardware,commit,curve"
+).split(",")
+STEPS = (100, 200, 300)
+
+
+def row(name, printed=None, baseline="baseline", note=""):
+    return {"name": name, "baseline": baseline, "printed": printed, "note": note}
+
+
+def finished(row, seed, loss, rate=0.003, **more):
+    """A line of runs.csv."""
+    curve = " ".join(f"{step}:{loss + (300 - step) / 100}" for step in STEPS)
+    line = {
+        "name": f"{row}-seed{seed}",
+        "row": row,
+        "seed": seed,
+        "learning_rate": rate,
+        "val_loss": loss,
+        "step_seconds": 0.5,
+        "spike_share": 0.01,
+        "hardware": "2 cores",
+        "commit": "abc1234",
+        "curve": curve,
+        **more,
+    }
+    return {**dict.fromkeys(COLUMNS, ""), **line}
+
+
+def write_sweep(folder, rows, lines, planned=(), logs=()):
+    """A sweep folder. planned: (row, seed) of runs beside those of the lines. logs: {run: rows}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [(line["name"], line["row"], line["seed"]) for line in lines]
+    names += [(f"{row}-seed{seed}", row, seed) for row, seed in planned]
+    described = {
+        "title": "Table 2 at tiny scale",
+        "command": "python -m experiments.sweep --table=2",
+        "hardware": "2 cores",
+        "commit": "abc1234",
+        "rows": rows,
+        "runs": [{"name": n, "row": r, "seed": s} for n, r, s in dict.fromkeys(names)],
+    }
+    (folder / "sweep.json").write_text(json.dumps(described))
+    with open(folder / "runs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+    for name, log in dict(logs).items():
+        (folder / name).mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in log)
+        (folder / name / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def log(seed, spikes=()):
+    """300 steps of a falling loss, with spikes of 2 nats."""
+    random = np.random.default_rng(seed)
+    lines = []
+    for step in range(1, 301):
+        loss = 2 + 4 * math.exp(-step / 60) + 0.03 * random.normal()
+        norm = 0.5 + 0.05 * random.normal()
+        if step in spikes:
+            loss, norm = loss + 2, norm * 20
+        lines.append({"step": step, "loss": loss, "grad_norm": norm})
+    return lines
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_a_known_sweep_is_summed_up(tmp_path):
+    """Three seeds whose offsets are common, two rows with known differences."""
+    offsets = {0: 0.1, 1: -0.1, 2: 0.0}
+    lines = [finished("baseline", s, 2.5 + o, step_seconds=0.5) for s, o in offsets.items()]
+    noise = {0: -0.01, 1: 0.0, 2: 0.01}
+    lines += [
+        finished("good", s, 2.5 + o - 0.05 + noise[s], step_seconds=0.6) for s, o in offsets.items()
+    ]
+    lines += [finished("bad", s, 2.5 + o + 0.002 + noise[s]) for s, o in offsets.items()]
+    rows = [row("baseline", 1.856), row("good", 1.832), row("bad", 1.848), row("none", 1.0)]
+    sweep = sweeps.load(write_sweep(tmp_path, rows, lines, planned=[("none", 0)]))
+    summary = sweeps.summarise(sweep)
+    assert (summary.finished, summary.planned) == (9, 10)
+    assert list(summary.results) == ["baseline", "good", "bad"]
+    good, bad = summary.results["good"], summary.results["bad"]
+    assert good.loss == pytest.approx(2.45) and good.difference.mean == pytest.approx(-0.05)
+    assert good.difference.error == pytest.approx(0.01 / 3**0.5)
+    assert good.difference.distinguishable and not bad.difference.distinguishable
+    assert good.printed_difference == pytest.approx(-0.024)
+    assert (good.sign_agrees, bad.sign_agrees) == (True, False)
+    assert good.time_ratio == pytest.approx(1.2)
+    assert (summary.deviation, summary.freedom) == (pytest.approx(0.01), 4)
+    assert (summary.agreement.rows, summary.agreement.same_sign) == (2, 1)
+    base = summary.results["baseline"]
+    assert base.difference is None and base.sign_agrees is None and not base.differences
+    curve = sweeps.curves(sweep, good, summary.loss)
+    steps, values = sweeps.band(list(curve.values()))
+    assert steps.tolist() == list(STEPS) and values[:, -1] == pytest.approx([2.54, 2.35, 2.46])
+
+
+def test_the_best_rate_of_a_grid_is_over_the_seeds_that_all_rates_have(tmp_path):
+    """0.01 is best on seed 0 alone, but has no seed 1; a run that diverged is the worst."""
+    lines = [finished("baseline", s, 3.0, rate=0.003) for s in (0, 1)]
+    for rate, losses in {0.001: (2.9, 2.1), 0.003: (2.8, 2.9), 0.01: (2.7,)}.items():
+        lines += [
+            finished("a", s, z, rate=rate, name=f"a-lr{rate}-seed{s}") for s, z in enumerate(losses)
+        ]
+    lines += [finished("b", 0, 2.0, rate=0.001, name="b-lr0.001-seed0")]
+    lines += [finished("b", 0, math.nan, rate=0.01, name="b-lr0.01-seed0", curve="")]
+    rows = [row("baseline"), row("a"), row("b")]
+    summary = sweeps.summarise(sweeps.load(write_sweep(tmp_path, rows, lines)))
+    a, b = summary.results["a"], summary.results["b"]
+    assert (a.learning_rate, a.rates, a.losses) == (0.01, 3, {0: 2.7})
+    assert a.difference.count == 1 and math.isnan(a.difference.low)
+    assert (b.learning_rate, b.unfinite) == (0.001, 0)
+    runs = [run for run in sweeps.load(tmp_path).finished.values() if run.row == "a"]
+    assert sweeps.best_rate([run for run in runs if run.rate < 0.01], "val_loss") == 0.001
+
+
+def test_a_sweep_without_evaluations_is_compared_by_its_training_loss(tmp_path):
+    line = {"val_loss": "", "curve": "", "learning_rate": ""}
+    lines = [finished("baseline", 0, 0, train_loss=3.0, **line)]
+    lines += [finished("a", 0, 0, train_loss=2.0, hardware="another", **line)]
+    logs = {"a-seed0": log(0)}
+    folder = write_sweep(tmp_path, [row("baseline"), row("a")], lines, logs=logs)
+    sweep = sweeps.load(folder)
+    summary = sweeps.summarise(sweep)
+    a = summary.results["a"]
+    assert (summary.loss, a.loss, a.learning_rate) == ("train_loss", 2.0, 0.0)
+    assert math.isnan(a.time_ratio)  # times of two machines
+    assert len(sweeps.curves(sweep, a, summary.loss)[0]) == 300
+    assert sweeps.curves(sweep, summary.results["baseline"], summary.loss) == {}
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda f: (f / "sweep.json").unlink(), "sweep.json: No such file"),
+        (lambda f: (f / "sweep.json").write_text('{"rows": ['), "sweep.json: is damaged"),
+        (lambda f: (f / "sweep.json").write_text('{"runs": []}'), "damaged (KeyError('rows'))"),
+        (lambda f: write_sweep(f, [row("a")], []), "its baseline 'baseline' is no row"),
+        (lambda f: (f / "runs.csv").write_text("name,row,seed\na,b,x\n"), "runs.csv: line 2"),
+    ],
+)
+def test_a_damaged_sweep_is_named(tmp_path, damage, said):
+    write_sweep(tmp_path, [row("baseline")], [finished("baseline", 0, 2.0)])
+    damage(tmp_path)
+    with pytest.raises(sweeps.SweepError) as error:
+        sweeps.load(tmp_path)
+    assert said in str(error.value)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def report(*flags):
+    line = [sys.executable, "-m", "experiments.report", *flags]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_partial_sweep_is_reported(tmp_path):
+    """Two seeds of one row, one of another that is known through the CSV alone, none of a third."""
+    pytest.importorskip("matplotlib")
+    lines = [finished("baseline", s, 2.5 + s) for s in (0, 1)]
+    lines += [finished("mlp_v", s, 2.4 + 1.01 * s) for s in (0, 1)]
+    lines += [finished("gate_v", 0, 2.6)]
+    rows = [row("baseline", 1.856), row("mlp_v", 1.832), row("gate_v", 1.919, note="diverges")]
+    rows += [row("absent", 1.838)]
+    logs = {"baseline-seed0": log(0, (150, 151, 220)), "mlp_v-seed0": log(1)}
+    folder, out = tmp_path / "sweep", tmp_path / "results" / "made"
+    write_sweep(folder, rows, lines, planned=[("absent", 0), ("gate_v", 1)], logs=logs)
+    done = report(f"--sweep={folder}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    text = (out / "report.md").read_text()
+    assert "5 of 7 runs are finished" in text and "finished run: absent" in text
+    assert "so no interval: gate_v" in text and "- gate_v: diverges" in text
+    for said in ("experiments.sweep --table=2", "Hardware: 2 cores", "Commit: abc1234"):
+        assert said in text
+    assert "| mlp_v | baseline | 0.003 | 2 | 2.9050 | -0.0950 | -0.1585 to -0.0315 | yes |" in text
+    (line,) = [line for line in csv.DictReader(open(out / "report.csv")) if line["row"] == "gate_v"]
+    assert float(line["difference"]) == pytest.approx(0.1) and line["low"] == ""
+    assert (out / "runs.csv").read_bytes() == (folder / "runs.csv").read_bytes()
+    for name in ("differences", "gaps", "losses", "stability"):
+        assert f"{name}_dark.png" in text
+        assert all((out / f"{name}{end}").stat().st_size > 5000 for end in (".png", "_dark.png"))
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == page.count("<figure>") == 4
+    assert "http-equiv" not in page and "<link" not in page and "<script" not in page
+    assert "baseline, seed 0: 2 spikes" in (out / "stability.svg").read_text() + page
+
+
+def test_spikes_of_a_log_are_listed(tmp_path):
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps({"a": 1, **line}) + "\n" for line in log(0, (150, 151))))
+    done = report(f"--spikes={path}", "--values=loss")
+    assert done.returncode == 0, done.stderr
+    assert "rolling median of the last 40 values" in done.stdout
+    assert "1 spikes; spike score 0.7143% of steps" in done.stdout

@@ -1,0 +1,206 @@
+"""Sweeps: what is listed, what is trained and what is not trained again. Runs are made up, but for
+one real sweep that is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import command_line, results, runner
+from experiments.command_line import UsageError
+from experiments.runner import Sweep, Wanted
+from kha_jax.checkpoint import leaves
+from kha_jax.sharding import MeshConfig, make_mesh
+from kha_jax.training import make_trainer
+from tests.runs import ROOT, SMALL
+
+ROW = Wanted("mlp", ("--config=configs/kha_tiny.py", "--config.steps=4"), "mlp")
+ONE_LAYER = ["config.model.layers=1", "config.model.width=16", "config.model.feed_forward.width=8"]
+
+
+def rows(*names):
+    return [
+        Wanted(name, (f"--config=configs/kha_tiny.py:{name}", "--config.steps=4"), names[0])
+        for name in names
+    ]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Names of the runs that were trained, whose processes are made up: a row called gate fails,
+    others reach a loss of their own."""
+    names = []
+
+    def train(self, line, log, watch):
+        folder = log.parent
+        names.append(folder.name)
+        if folder.name.startswith("gate"):
+            log.write_text("error: more than one can say\n")
+            return command_line.NON_FINITE
+        saved = folder / "checkpoints" / "00000004"
+        saved.mkdir(parents=True)
+        about = {"step": 4, "files": {"f": {"bytes": 1, "sha256": ""}}, "data": "text" * 9}
+        (saved / "MANIFEST.json").write_text(json.dumps({**about, "hardware": "a machine"}))
+        steps = [{"step": n, "loss": 5.0 - n, "tokens_per_second": 4096.0} for n in range(1, 5)]
+        lines = [*steps, {"step": 4, "val_loss": len(names) / 10, "val_bits_per_byte": 2.0}]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return command_line.DONE
+
+    monkeypatch.setattr(Sweep, "_train", train)
+    monkeypatch.setattr(Sweep, "_text", lambda self, config: "texttextte" + "xt")
+    return names
+
+
+def train_all(folder, runs, known=()):
+    """What the command does, without what it shows; the sweep and the codes."""
+    sweep = Sweep(folder, runs, known)
+    sweep.begin({"title": "a sweep", "rows": []})
+    taken = sweep.take_known()
+    return sweep, taken, [sweep.train(run, print) for run in sweep.missing()]
+
+
+def test_settings_make_rows_with_their_baselines():
+    varied = runner.varied(
+        rows("baseline", "mlp"), ["config.optimizer.b1=0.8,0.9", "config.steps=2"]
+    )
+    assert [(row.name, row.baseline) for row in varied] == [
+        ("baseline-b1=0.8", "baseline-b1=0.8"),
+        ("baseline-b1=0.9", "baseline-b1=0.9"),
+        ("mlp-b1=0.8", "baseline-b1=0.8"),
+        ("mlp-b1=0.9", "baseline-b1=0.9"),
+    ]
+    runs = runner.planned(varied, seeds=2, learning_rates=["1e-3", "0.1"])
+    assert [run.name for run in runs[:2]] == [
+        "baseline-b1=0.8-lr1e-3-seed0",
+        "baseline-b1=0.8-lr0.1-seed0",
+    ]
+    assert len({run.name for run in runs}) == len({run.hash() for run in runs}) == 16
+    last = runs[-1]
+    assert (last.seed, last.config.seed, last.config.steps) == (1, 1, 2)
+    assert (last.config.optimizer.b1, last.config.optimizer.learning_rate) == (0.9, 0.1)
+    alone = runner.varied([ROW], ["config.optimizer.b1=0.8,0.9"])
+    assert {row.baseline for row in alone} == {"mlp-b1=0.8"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates", "message"),
+    [
+        (["steps=3"], [], "--set=steps=3: must be config.FIELD=VALUE"),
+        (["config.stepz=3"], [], "config.stepz: is not a known field; did you mean 'steps'?"),
+        (["config.steps=3,x"], [], "config.steps: expected int, found 'x'"),
+        (["config.evaluation.every=0"], [], "config.evaluation.every: .* found 0"),
+        ([], ["fast"], "--learning_rates=fast: must be a number"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(settings, rates, message):
+    with pytest.raises(UsageError, match=message):
+        runner.planned(runner.varied([ROW], settings), learning_rates=rates)
+
+
+def test_a_sweep_trains_what_is_missing_and_goes_past_what_fails(tmp_path, trained):
+    runs = runner.planned(rows("baseline", "gate", "mlp"))
+    sweep, _, codes = train_all(tmp_path, runs)
+    assert trained == ["baseline-seed0", "gate-seed0", "mlp-seed0"]
+    assert codes == [0, 76, 0] and sweep.failed == {"gate-seed0": 76}
+    assert sweep.why(runs[1]) == "error: more than one can say"
+    again, _, codes = train_all(tmp_path, runs)
+    assert trained[3:] == ["gate-seed0"]
+    line = again.done()["mlp-seed0"]
+    assert (line.val_loss, line.train_loss, line.step_seconds) == (0.3, 1.0, 1.0)
+    assert (line.hardware, line.curve, line.data) == ("a machine", "4:0.30000", "texttextte" + "xt")
+    longer = runner.planned(
+        [row._replace(arguments=(*row.arguments, "--config.steps=5")) for row in rows("mlp")]
+    )
+    assert not Sweep(tmp_path, longer).done()  # of another config
+
+
+def test_known_results_are_not_trained_again_whatever_they_are_called(tmp_path, trained):
+    runs = runner.planned(rows("baseline", "mlp"))
+    train_all(tmp_path / "here", runs)
+    path = tmp_path / "here" / "runs.csv"
+    known = results.known([str(path)])
+    assert known == list(Sweep(tmp_path / "here", runs).done().values())
+    renamed = [run._replace(name=f"other-{run.name}", row="other") for run in runs]
+    sweep, taken, codes = train_all(tmp_path / "there", renamed, known)
+    assert (taken, codes, len(trained)) == (2, [], 2)
+    assert {result.row for result in sweep.done().values()} == {"other"}
+    elsewhere = [result._replace(data="another text") for result in known]
+    assert train_all(tmp_path / "text", renamed, elsewhere)[1] == 0
+    path.write_text(path.read_text().replace("val_loss", "loss"))
+    with pytest.raises(UsageError, match="is no table of runs"):
+        results.known([str(path)])
+
+
+def test_a_run_that_another_process_trains_is_passed_over(tmp_path, trained):
+    (run,) = runner.planned([ROW])
+    for name in ("claim", "lock"):  # of a sweep, and of a run that outlived its sweep
+        folder = tmp_path / name / run.name
+        folder.mkdir(parents=True)
+        holder = subprocess.Popen(["flock", str(folder / name), "sleep", "60"])
+        time.sleep(0.3)
+        try:
+            assert train_all(tmp_path / name, [run])[2] == [None]
+        finally:
+            holder.kill()
+    assert not trained
+
+
+def test_runs_of_a_seed_start_from_the_same_values():
+    """Every leaf that two rows have in common is equal to the bit."""
+    starts, mesh = {}, make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    for run in runner.planned(runner.varied(rows("baseline", "mlp"), ONE_LAYER)):
+        params = make_trainer(run.config, mesh).init(jax.random.key(run.seed)).params
+        starts[run.row] = leaves(params)
+    base = starts.pop("baseline")
+    for other in starts.values():
+        assert base and base.keys() < other.keys()
+        assert all(np.array_equal(base[name], other[name]) for name in base)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on_to_the_same_results(tmp_path):
+    """kill -9 of the sweep in the middle of its second run, which lives on without it; then a run
+    that cannot end well."""
+    settings = [f"--set={flag.removeprefix('--')}" for flag in SMALL]
+    line = [sys.executable, "-m", "experiments.sweep", "--seeds=2", *settings]
+    line += ["--configs=configs/kha_tiny.py:baseline,configs/kha_tiny.py:mlp"]
+    environment = {**os.environ, "KHA_JAX_CACHE": str(tmp_path / "cache")}
+
+    def sweep(name, *more):
+        return subprocess.Popen(
+            [*line, f"--out={tmp_path / name}", *more],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    first = sweep("killed")
+    while not (tmp_path / "killed" / "mlp-seed0" / "metrics.jsonl").exists():
+        time.sleep(0.1)
+        assert first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    again = sweep("killed")
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0 and "baseline-seed0:" not in out, out
+    whole = sweep("whole")
+    assert whole.wait(timeout=300) == 0
+
+    def figures(name):
+        return {
+            (one.name, one.val_loss, one.train_loss)
+            for one in results.read(tmp_path / name / "runs.csv")
+        }
+
+    assert figures("killed") == figures("whole") and len(figures("whole")) == 4
+    bad = sweep("bad", "--set=config.optimizer.learning_rate=3e-3,1e38", "--index=1")
+    out, _ = bad.communicate(timeout=300)
+    assert bad.returncode == 76 and "baseline-learning_rate=1e38-seed0 failed with 76" in out
