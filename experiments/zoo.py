@@ -29,7 +29,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line, members, runner
+from experiments import command_line, members, results, runner
 from experiments.command_line import UsageError
 from experiments.members import Member, Row
 from kha_jax.budget import MEASURES, TOLERANCE
@@ -87,16 +87,19 @@ def trained(found: dict[str, Member], rows: dict[str, Row]) -> tuple[int, dict[s
     losses."""
     folder = Path(OUT.value or command_line.REPOSITORY / "runs" / "zoo")
     steps = f"--config.steps={TRAIN.value}"
-    runs = [
-        runner.planned(f"{name}-seed{seed}", name, seed, (*member.line(), steps))
-        for seed in range(SEEDS.value)
-        for name, member in found.items()
+    wanted = [
+        runner.Wanted(name, (*member.line(), steps), "baseline") for name, member in found.items()
     ]
-    sweep, code = runner.Sweep(folder, runs), command_line.DONE
-    rows_of = [{"name": n, "baseline": "baseline", "printed": None, "note": ""} for n in rows]
-    title = f"Ways for heads to interact at the same {' and '.join(MATCH.value)}"
-    command = " ".join(["python -m experiments.zoo", *sys.argv[1:]])
-    sweep.begin({"title": title, "command": command, "scale": None, "rows": rows_of})
+    sweep, code = runner.Sweep(folder, runner.planned(wanted, SEEDS.value)), command_line.DONE
+    fields = ("name", "baseline", "printed", "note")
+    about = {
+        "title": f"Ways for heads to interact at the same {' and '.join(MATCH.value)}",
+        "command": " ".join(["python -m experiments.zoo", *sys.argv[1:]]),
+        "scale": None,
+        "commit": results.commit(),
+        "rows": [{field: getattr(row, field) for field in fields} for row in wanted],
+    }
+    sweep.begin(about)
     for run in sweep.missing():
         log.info("training %s", run.name)
         ended = sweep.train(run, lambda: None)
