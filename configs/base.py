@@ -1,5 +1,6 @@
 """Pieces that run configs share. Sizes are the paper's (arXiv 2510.23052, tables 3 and 5)."""
 
+import functools
 from typing import Any, Callable, NamedTuple
 
 from ml_collections.config_dict import ConfigDict
@@ -13,7 +14,7 @@ from kha_jax.attention.outputs import (
     HeadGroupNorm,
     MixtureOfHeads,
 )
-from kha_jax.attention.projections import Collaborative, GroupedQuery
+from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import to_config_dict
 from kha_jax.feed_forward import FeedForward, SwiGLU
@@ -57,6 +58,33 @@ def varied(attention: AttentionConfig, variant: str) -> AttentionConfig:
     if variant not in known:
         raise ValueError(f"config variant {variant!r} is not known; use one of {', '.join(known)}")
     return attention.replace(**known[variant])
+
+
+# Sizes that are what these projections are.
+KEPT = {"multi_head": ("kv_heads",), "multi_query": ("kv_heads",)}
+
+
+def projections(attention: AttentionConfig) -> dict[str, Callable[[], AttentionConfig]]:
+    """Name -> what makes the attention with another projection of as many heads, without mixers,
+    and, where they have any, as many key/value heads; ConfigError where that cannot be."""
+    given = attention.projection
+    sizes = {"query_heads": given.query_heads, "head_dim": given.head_dim}
+    sizes["rope_theta"] = given.rope_theta
+    shared = isinstance(given, (GroupedQuery, GroupedTied))
+    kv_heads = given.kv_heads if shared else given.query_heads
+    known = {
+        "grouped_query": (GroupedQuery, {"kv_heads": kv_heads}),
+        "multi_head": (GroupedQuery, {"kv_heads": given.query_heads}),
+        "multi_query": (GroupedQuery, {"kv_heads": 1}),
+        "grouped_tied": (GroupedTied, {"kv_heads": kv_heads}),
+        "latent": (Latent, {}),
+        "grouped_latent": (Latent, {"groups": 2}),
+    }
+
+    def made(kind, own):
+        return AttentionConfig(projection=kind(**sizes, **own))
+
+    return {name: functools.partial(made, *of) for name, of in known.items()}
 
 
 class Size(NamedTuple):

@@ -34,7 +34,6 @@ from rich.table import Table
 
 from experiments import command_line, peers
 from experiments.command_line import UsageError
-from kha_jax.config import ConfigError
 
 SUITE = flags.DEFINE_enum(
     "suite",
@@ -273,25 +272,17 @@ WIDTH, LAYERS, LENGTH, STEP = 1536, 18, 4096, 32768  # the paper's 0.8B-6.6B att
 
 def layer_costs(config: Any) -> dict[str, Any]:
     """What one attention layer of that shape costs, and what it lets one do."""
-    from kha_jax.attention.absorb import foldable
-    from kha_jax.ops.attention import best_kernel
+    from kha_jax.budget import folds, fused_kernel
 
-    def fused(platform: str) -> str:
-        kernel = best_kernel(config.case(platform, "bfloat16", LENGTH))
-        return "-" if kernel == "chunked" else kernel
-
-    try:
-        folds = "yes" if foldable(config) else ""
-    except ConfigError:
-        folds = "no"
+    can = folds(config)
     return {
         "parameters": config.parameters(WIDTH),
         "flops": config.flops(WIDTH, (LENGTH + 1) / 2, STEP),
-        "decoding_flops": config.flops(WIDTH, 1, 1) if folds == "no" else 0,
+        "decoding_flops": config.flops(WIDTH, 1, 1) if can is False else 0,
         "cache_bytes": 2 * LAYERS * config.cache_floats(),
-        "folds": folds,
-        "tpu": fused("tpu"),
-        "gpu": fused("gpu"),
+        "folds": {None: "", True: "yes", False: "no"}[can],
+        "tpu": fused_kernel(config, "tpu", "bfloat16", LENGTH) or "-",
+        "gpu": fused_kernel(config, "gpu", "bfloat16", LENGTH) or "-",
     }
 
 

@@ -82,8 +82,8 @@ def _named_config(arguments: list[str], default: str) -> str:
     return named
 
 
-def run_config_file(path: str, variant: str = "") -> ConfigDict:
-    """What get_config(variant) of a config file returns.
+def run_config_file(path: str, variant: str = "", flag: str = "--config") -> ConfigDict:
+    """What get_config(variant) of a config file returns; `flag` has named it.
 
     Raises:
         UsageError: the file cannot be run, with the line of it that says why, or defines no config.
@@ -91,10 +91,10 @@ def run_config_file(path: str, variant: str = "") -> ConfigDict:
     try:
         functions = runpy.run_path(path)
         if "get_config" not in functions:
-            raise UsageError(f"--config={path}: defines no get_config(variant)")
+            raise UsageError(f"{flag}={path}: defines no get_config(variant)")
         config = functions["get_config"](*filter(None, [variant]))
     except ConfigError as error:
-        raise UsageError(f"--config={path}: {error}") from None
+        raise UsageError(f"{flag}={path}: {error}") from None
     except (Exception, SystemExit) as error:  # whatever the code of a stranger raises
         if isinstance(error, UsageError):
             raise
@@ -104,10 +104,10 @@ def run_config_file(path: str, variant: str = "") -> ConfigDict:
         said = " ".join(str(error).split())
         if type(error) is not ValueError:  # which says what a variant is not
             said = f"line {number}: {type(error).__name__}: {said}"
-        raise UsageError(f"--config={path}: {said}") from None
+        raise UsageError(f"{flag}={path}: {said}") from None
     if not isinstance(config, ConfigDict):
         found = type(config).__name__
-        raise UsageError(f"--config={path}: get_config returns a {found}, expected a ConfigDict")
+        raise UsageError(f"{flag}={path}: get_config returns a {found}, expected a ConfigDict")
     return config
 
 
@@ -173,14 +173,16 @@ def parse_config(cls: type, holder: Any) -> Any:
     return config
 
 
-def load_variant(cls: type, path: str, variant: str) -> Any:
-    """The frozen config of a variant of a config file.
+def load_variant(cls: type, path: str, variant: str, flag: str = "--config") -> Any:
+    """The frozen config of a variant of a config file, which `flag` has named.
 
     Raises:
-        UsageError: the file does not know the variant.
+        UsageError: there is no such file, or it does not know the variant.
     """
+    if not Path(path).is_file():
+        raise UsageError(f"{flag}: no file {path}; write {flag}=FILE.py or {flag}=FILE.py:NAME")
     try:
-        return from_dict(cls, run_config_file(path, variant))
+        return from_dict(cls, run_config_file(path, variant, flag))
     except ConfigError as error:
         raise UsageError(f"{path}:{variant}: {error}") from None
 

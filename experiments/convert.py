@@ -1,14 +1,23 @@
 """Turns one run folder into another.
 
     python -m experiments.convert absorb --workdir=runs/linear --out=runs/linear_absorbed
+    python -m experiments.convert compress --workdir=runs/baseline --kv_heads=2 --out=runs/two
 
 absorb: folds linear mixers into the weights around them in float32, compares the logits with those
 of the mixers applied to the activations, on random tokens, prints the largest change, and writes a
-baseline run (config.json and a checkpoint of the same step) that every command reads. The
-optimiser's moments start anew in it; its schedule does not.
+baseline run (config.json and a checkpoint of the same step) that every command reads.
+
+compress: MEA's compression. Keys and values of each layer (of those from the twelfth on, with
+--layers=12-) become combinations of --kv_heads basis heads, which alone are cached, by a singular
+value decomposition over heads. Prints how far each layer's weights are from what they were, draws
+that for all numbers of heads (compression.png, extra: plots), and writes a run that every command
+reads and training continues.
+
+The optimiser's moments start anew in what is written; its schedule does not.
 """
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +25,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from rich.console import Console
+from rich.table import Table
 
 from experiments import command_line, stored
 from experiments.command_line import UsageError
 from experiments.run_folder import config_hash
-from kha_jax import sharding
+from kha_jax import compression, sharding
+from kha_jax.accounting import cache_bytes
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import LinearMixer
 from kha_jax.checkpoint import Checkpoints
 from kha_jax.config import ConfigError, near, to_dict
 from kha_jax.decoding import absorb_model, foldable_slots
+from kha_jax.inspect import costs, style
 from kha_jax.manifest import folder_name, read_manifest, write_json
 from kha_jax.model import ModelConfig
 from kha_jax.training import RunConfig, TrainState, make_trainer
@@ -36,6 +49,9 @@ STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good o
 TOLERANCE = flags.DEFINE_float(
     "tolerance", 1e-3, "Largest accepted change, relative to the largest logit.", lower_bound=0
 )
+
+KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Heads that compress leaves in the cache.")
+LAYERS = flags.DEFINE_string("layers", "0-", "N-: compress the layers from number N on.")
 
 log = logging.getLogger("kha_jax")
 
@@ -86,11 +102,21 @@ def on_activations(attention: AttentionConfig) -> AttentionConfig:
     return attention.replace(**apart)
 
 
-def absorb() -> None:
-    """See the module's docstring."""
+def new_folder() -> Path:
+    """The folder of --out.
+
+    Raises:
+        UsageError: it holds a run.
+    """
     out = stored.local_folder("out", OUT.value)
     if any((out / "checkpoints").glob("*")):
         raise UsageError(f"--out={out}: already holds checkpoints; name another folder")
+    return out
+
+
+def absorb() -> None:
+    """See the module's docstring."""
+    out = new_folder()
     config, step, variables = stored.read_run(WORKDIR.value, STEP.value)
     try:
         slots = foldable_slots(config.model)
@@ -113,7 +139,56 @@ def absorb() -> None:
     )
 
 
-COMMANDS = {"absorb": absorb}
+def compress() -> None:
+    """See the module's docstring."""
+    out, layers = new_folder(), re.fullmatch(r"(\d+)-", LAYERS.value)
+    if KV_HEADS.value is None:
+        raise UsageError("--kv_heads: is required; name fewer than the run has, such as 2")
+    if not layers:
+        raise UsageError(f"--layers={LAYERS.value}: write the first one and a dash, such as 12-")
+    config, step, variables = stored.read_run(WORKDIR.value, STEP.value)
+    if config.optimizer.knocking.decay == "to_identity":
+        problem = "pulls the composition to where it did not start; use weights or none"
+        raise UsageError(f"config.optimizer.knocking.decay: 'to_identity' {problem}")
+    try:
+        first = int(layers[1])
+        model, changed, profiles = compression.compress(
+            config.model, variables, KV_HEADS.value, first
+        )
+    except ConfigError as error:
+        raise UsageError(str(error.under("config.model"))) from None
+    change, largest = logit_change((config.model, variables), (model, changed), config.seq_len)
+    written = config.replace(model=model)
+    write_run(out, written, step, changed, WORKDIR.value)
+    show_profiles(profiles, KV_HEADS.value)
+    before, after = (cache_bytes(m) for m in (config.model, model))
+    print(
+        f"largest logit change {change:.3g} of {largest:.3g}, in float32; a token's cache takes "
+        f"{after:,} bytes, before {before:,} ({after / before:.1%})"
+    )
+    settings = " ".join(stored.settings(to_dict(config), to_dict(written)))
+    print(f"{out} is compressed at step {step}; to train on, add --workdir={out} {settings}")
+    try:
+        style.save(lambda: costs.compression(profiles, KV_HEADS.value), out / "compression")
+    except style.PlotsMissing as error:
+        log.info("no figure: %s", error)
+
+
+def show_profiles(profiles: dict[str, dict[int, np.ndarray]], heads: int) -> None:
+    """What each layer loses with so many heads."""
+    table = Table(title=f"relative error of the weights of {heads} heads, and of one more and less")
+    for name in ("layer", *profiles):
+        table.add_column(name, justify="right")
+    for layer in next(iter(profiles.values())):
+        cells = []
+        for of in profiles.values():
+            around = range(max(heads - 1, 1), min(heads + 1, len(of[layer])) + 1)
+            cells.append(", ".join(f"{n}: {of[layer][n - 1]:.3f}" for n in around))
+        table.add_row(str(layer), *cells)
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+COMMANDS = {"absorb": absorb, "compress": compress}
 
 
 def main(command: str = "") -> None:

@@ -18,6 +18,7 @@ from absl import flags
 from experiments import command_line, stored
 from experiments.command_line import UsageError
 from experiments.run_folder import use_compilation_cache
+from kha_jax.accounting import cache_bytes
 from kha_jax.config import ConfigError
 from kha_jax.decoding import Decoder, Sampling, absorb_if_linear
 from kha_jax.training import RunConfig
@@ -91,8 +92,12 @@ def main() -> None:
         for prompt, row in zip(prompts, rows):
             print(f"--- {tokenizer.decode(prompt)!r}\n{tokenizer.decode([*prompt, *row])}")
         made = sum(map(len, rows))
+    took, each = time.perf_counter() - began, cache_bytes(decoder.model)
     log.info(
-        "step %d: %d new tokens in %.1f s with compilation", step, made, time.perf_counter() - began
+        "step %d: %d new tokens in %.1f s with compilation; a token's cache takes %s bytes, "
+        "%.3g MB for %d tokens in %d rows",
+        *(step, made, took, f"{each:,}"),
+        *(each * longest * len(prompts) / 1e6, longest, len(prompts)),
     )
 
 

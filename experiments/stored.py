@@ -91,6 +91,18 @@ def read_run(workdir: str | None, step: int | None = None) -> tuple[Any, int, di
         return config, step, checkpoints.restore_part(step, variables(state))
 
 
+def settings(old: dict[str, Any], new: dict[str, Any], path: str = "config") -> list[str]:
+    """The flags that make config `new` of config `old`, both as dictionaries."""
+    out = []
+    for name, value in new.items():
+        before, where = old.get(name), f"{path}.{name}"
+        if isinstance(value, dict):
+            out += settings(before if isinstance(before, dict) else {}, value, where)
+        elif value is not None and value != before:
+            out.append(f"--{where}={value}")
+    return out
+
+
 def differences(
     old: dict[str, Any], new: dict[str, Any], path: str = ""
 ) -> dict[str, tuple[Any, Any]]:

@@ -90,6 +90,12 @@ def count_parameters(model: ModelConfig, active: bool = False) -> int:
     return count
 
 
+def cache_bytes(model: ModelConfig) -> int:
+    """Bytes per token that a decoder keeps."""
+    itemsize = jax.numpy.dtype(model.numerics.dtype).itemsize
+    return itemsize * sum(s.layers * s.attention.cache_floats() for s in model.segments())
+
+
 def check_memory(model: ModelConfig, tokens: int, available: float) -> None:
     """Checks that training a model may fit at all: each parameter, its gradient and two moments in
     float32, and, for the backward pass, the input of each layer. What it really takes is more.

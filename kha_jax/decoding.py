@@ -94,6 +94,18 @@ def unstack(model: ModelConfig, variables: Variables) -> Weights:
     return Weights(outer, layers)
 
 
+def restack(model: ModelConfig, outer: Variables, layers: list[Variables]) -> Variables:
+    """The inverse of `unstack`, for a model of as many layers, whose segments may be others."""
+    variables, begin = {collection: dict(tree) for collection, tree in outer.items()}, 0
+    for segment in model.segments():
+        of = layers[begin : begin + segment.layers]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of)
+        for collection, tree in stacked.items():
+            variables.setdefault(collection, {})[segment.name] = tree
+        begin += segment.layers
+    return variables
+
+
 def blocks(model: ModelConfig) -> list[Block]:
     """The module of each layer."""
     return [

@@ -7,9 +7,7 @@ tests/reference.py is given for it. Sizes: width 16, 4 query heads of 8.
 import functools
 from typing import Any, Callable, NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kha_jax.attention import AttentionConfig
@@ -29,10 +27,9 @@ from kha_jax.attention.outputs import (
 )
 from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
-from kha_jax.parameters import Numerics
+from kha_jax.properties import Layer
 
 D = 16
-EXACT = Numerics(dtype="float32")
 SLOTS = ("query", "key", "value")
 SCORES = ("logits", "probabilities")
 PROJECTIONS = {
@@ -166,8 +163,6 @@ ROWS = {
 CASES = [(name, projection) for name, row in ROWS.items() for projection in row.on]
 FIRST = [(name, row.on[0]) for name, row in ROWS.items()]
 CLAIMING = [case for case in CASES if ROWS[case[0]].fields and ROWS[case[0]].starts]
-# Each head's weights of the shared queries are told apart by place.
-PERMUTABLE = [case for case in CASES if not isinstance(PROJECTIONS[case[1]], Collaborative)]
 IDS = functools.partial(map, "-".join)
 
 
@@ -175,65 +170,14 @@ def config_of(name: str, projection: str) -> AttentionConfig:
     return AttentionConfig(projection=PROJECTIONS[projection], **ROWS[name].fields)
 
 
-@functools.cache
-def boxed(config: AttentionConfig) -> Any:
-    """The layer's parameters as shapes with their logical axes."""
-    x, positions = jnp.zeros((1, 2, D)), jnp.zeros((1, 2), jnp.int32)
-    module = config.build(width=D, numerics=EXACT)
-    return jax.eval_shape(module.init, jax.random.key(0), x, positions)["params"]
+def layer_of(config: AttentionConfig) -> Layer:
+    return Layer(config, D)
 
 
 @functools.cache
-def random(config: AttentionConfig, seed: int = 1) -> dict[str, Any]:
+def random(config: AttentionConfig) -> dict[str, Any]:
     """Parameters of order one, so that nothing is small enough to hide."""
-    draw = np.random.default_rng(seed)
-
-    def fill(path, z):
-        about = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.float32(about + 0.3 * draw.normal(size=z.shape))
-
-    return jax.tree_util.tree_map_with_path(fill, nn.unbox(boxed(config)))
-
-
-def fresh(config: AttentionConfig) -> dict[str, Any]:
-    """Random parameters, but mixers as they are born."""
-    params, key = dict(random(config)), jax.random.key(0)
-    heads, value_width = config.projection.output_shape()
-    o_BTNU, x_BTD = jnp.zeros((1, 1, heads, value_width)), jnp.zeros((1, 1, D))
-    mixers = {
-        slot: (getattr(config, slot).build(N, H, EXACT, name=None), (jnp.zeros((1, N, H)),))
-        for slot, (N, H, _) in config.projection.streams(D).items()
-    }
-    for slot in SCORES:
-        mixers[slot] = getattr(config, slot).build(heads, EXACT, name=None), ()
-    output_mixer = config.output.build(D, heads, value_width, EXACT, name=None)
-    mixers["output"] = output_mixer, (o_BTNU, x_BTD, o_BTNU)
-    for slot, (mixer, inputs) in mixers.items():
-        if f"{slot}_mixer" in params:
-            params[f"{slot}_mixer"] = nn.unbox(mixer.init(key, *inputs))["params"]
-    return params
-
-
-def permuted(config: AttentionConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with whole heads in another order: key/value heads reversed, or those of each
-    latent group, each with the query heads that read it."""
-    projection = config.projection
-    N, groups = projection.query_heads, getattr(projection, "groups", 1)
-    shared = getattr(projection, "kv_heads", N // groups)
-    each = N // groups // shared
-    kv_order = np.arange(shared)[::-1]
-    order = np.arange(N).reshape(groups, shared, each)[:, ::-1].reshape(-1)
-
-    def one(box, leaf):
-        for axis, name in enumerate(box.names):
-            if name in ("heads", "kv_heads"):
-                leaf = jnp.take(leaf, order if leaf.shape[axis] == N else kv_order, axis)
-        return leaf
-
-    def is_box(leaf):
-        return isinstance(leaf, nn.LogicallyPartitioned)
-
-    return jax.tree.map(one, boxed(config), params, is_leaf=is_box)
+    return layer_of(config).random()
 
 
 def for_reference(name: str, projection: str, params: dict[str, Any]) -> tuple:

@@ -1,6 +1,5 @@
 """Every attention of tests/cases.py, against the float64 oracle and its own properties."""
 
-import functools
 import importlib
 import re
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kha_jax import accounting, sharding
+from kha_jax import accounting, properties, sharding
 from kha_jax.attention import AttentionConfig, outputs
 from kha_jax.attention.absorb import absorb, absorbed, foldable
 from kha_jax.attention.attention import LARGEST, SAMPLE
@@ -23,21 +22,20 @@ from kha_jax.attention.outputs import (
     MixtureOfHeads,
     routing,
 )
-from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
+from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError, from_dict, to_dict
 from kha_jax.ops import attention as ops
 from kha_jax.parameters import Numerics
+from kha_jax.properties import EXACT, PAD, POSITIONS, SEGMENTS, B, T, relative_error
 from kha_jax.sharding import MeshConfig
 from kha_jax.training import RunConfig
 from tests import reference
 from tests.cases import (
     CASES,
     CLAIMING,
-    EXACT,
     FIRST,
     IDS,
-    PERMUTABLE,
     PROJECTIONS,
     ROWS,
     SLOTS,
@@ -46,21 +44,16 @@ from tests.cases import (
     config_of,
     everywhere,
     for_reference,
-    fresh,
-    permuted,
+    layer_of,
     random,
 )
 
-B, T = 2, 12
-SEGMENTS = np.array([[0] * 12, [0] * 4 + [1] * 8])
-POSITIONS = np.array([np.arange(12), [*range(4), *range(8)]])
-PAD = np.array([0, 3])
 each_case = pytest.mark.parametrize(("name", "projection"), CASES, ids=IDS(CASES))
 each_row = pytest.mark.parametrize(("name", "projection"), FIRST, ids=IDS(FIRST))
 
 
-def inputs(seed=0):
-    return jax.random.normal(jax.random.key(seed), (B, T, D))
+def inputs():
+    return layer_of(AttentionConfig()).inputs()
 
 
 def layer(config, params, x):
@@ -68,55 +61,15 @@ def layer(config, params, x):
     return module.apply({"params": params}, x, jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))[0]
 
 
-@functools.cache
-def whole(config):
-    """(params, x, cotangent of the output) -> (output, cotangent of x), compiled once for all
-    tests."""
-
-    def run(params, x, d_y):
-        y, pull = jax.vjp(functools.partial(layer, config, params), x)
-        return y, pull(d_y)[0]
-
-    return jax.jit(run)
+def output(config, params):
+    return properties.output(layer_of(config), params)
 
 
-def output(config, params, x=None):
-    x = inputs() if x is None else x
-    return np.asarray(whole(config)(params, x, jnp.zeros((B, T, D)))[0], np.float64)
-
-
-@functools.cache
-def cached(config):
-    """The same rows as `whole` at the positions of a decoder: four tokens prefilled, the others one
-    by one, row 1 padded by three."""
-    module = config.build(width=D, numerics=EXACT)
-
-    def run(params, x):
-        def bound(method, *arguments):
-            return module.apply({"params": params}, *arguments, method=method)
-
-        positions = jnp.maximum(jnp.arange(T) - PAD[:, None], 0)
-        real = (jnp.arange(4) >= PAD[:, None]).astype(jnp.int32)
-        first, state = bound("prefill", x[:, :4], positions[:, :4], real)
-        room = [(0, 0), (0, T - 4), (0, 0)]
-        cache = jax.tree.map(lambda z: jnp.pad(z, room, constant_values=7.0), state)
-
-        def one(cache, slot):
-            visible = (jnp.arange(T) >= PAD[:, None]) & (jnp.arange(T) <= slot)
-            x_B1D, positions_B1 = (
-                jax.lax.dynamic_slice_in_dim(z, slot, 1, axis=1) for z in (x, positions)
-            )
-            y, cache = bound("extend", x_B1D, positions_B1, cache, slot, visible)
-            return cache, y[:, 0]
-
-        _, rest = jax.lax.scan(one, cache, jnp.arange(4, T))
-        return jnp.concatenate([first, rest.swapaxes(0, 1)], axis=1)
-
-    return jax.jit(run)
-
-
-def relative_error(ours, expected):
-    return np.abs(np.asarray(ours, np.float64) - expected).max() / np.abs(expected).max()
+def held(measure, name, projection):
+    """The finding of a property that has to hold for this case."""
+    found = measure(layer_of(config_of(name, projection)))
+    assert found.holds, found.text
+    return found
 
 
 @each_case
@@ -132,7 +85,7 @@ def test_agrees_with_the_oracle(name, projection):
 def test_cached_decoding_agrees_with_the_oracle_at_every_position(name, projection):
     config = config_of(name, projection)
     kind, parameters, settings = for_reference(name, projection, random(config))
-    decoded = cached(config)(random(config), inputs())
+    decoded = properties.decoded(layer_of(config))(random(config), inputs())
     for row, pad in enumerate(PAD):
         x, positions = inputs()[row : row + 1, pad:], np.arange(T - pad)[None]
         arguments = (*reference.float64((x, parameters)), positions, np.zeros_like(positions))
@@ -140,52 +93,42 @@ def test_cached_decoding_agrees_with_the_oracle_at_every_position(name, projecti
         assert relative_error(decoded[row, pad:], expected[0]) < 1e-5
 
 
+@each_case
+def test_promises_what_its_row_says(name, projection):
+    config, row = config_of(name, projection), ROWS[name]
+    shared = isinstance(config.projection, Collaborative)
+    assert config.identity_at_start == (row.starts is not None)
+    assert config.mixes_heads == (row.meet or shared)
+
+
 @pytest.mark.parametrize(("name", "projection"), CLAIMING, ids=IDS(CLAIMING))
 def test_starts_as_its_projection_alone(name, projection):
-    config, row = config_of(name, projection), ROWS[name]
-    params = fresh(config)
-    base = AttentionConfig(projection=PROJECTIONS[projection])
-    stripped = {key: leaf for key, leaf in params.items() if not key.endswith("_mixer")}
-    ours, expected = output(config, params), output(base, stripped)
-    if row.starts == "exact":
-        np.testing.assert_array_equal(ours, expected)
-    assert relative_error(ours, expected) < 1e-6
+    found = held(properties.start, name, projection)
+    assert ROWS[name].starts == "close" or found.figure == 0
 
 
-@pytest.mark.parametrize(("name", "projection"), PERMUTABLE, ids=IDS(PERMUTABLE))
+@each_case
 def test_only_heads_that_meet_show_a_permutation(name, projection):
     """Nothing is summed over heads in knocking: moving whole heads moves nothing else. Heads x
     heads matrices, the common misreading, would fail here."""
-    config, params = config_of(name, projection), random(config_of(name, projection))
-    error = relative_error(output(config, permuted(config, params)), output(config, params))
-    assert error > 1e-2 if ROWS[name].meet else error < 1e-5
+    held(properties.heads, name, projection)
 
 
 @each_row
 def test_causal_and_packed(name, projection):
-    config = config_of(name, projection)
-    weights = jax.random.normal(jax.random.key(3), (D,))
-
-    def reads(row, position):
-        """[B, T]: how much this output moves with each input, through no approximation."""
-        one = jnp.zeros((B, T, D)).at[row, position].set(weights)
-        return jnp.abs(whole(config)(random(config), inputs(), one)[1]).max(axis=-1)
-
+    held(properties.causality, name, projection)
+    held(properties.documents, name, projection)
+    layer, params = layer_of(config_of(name, projection)), random(config_of(name, projection))
     visible = np.zeros((2, B, T), bool)
     visible[0, 0, :7] = True
     visible[1, 1, 4:7] = True  # the second row holds another document before
-    np.testing.assert_array_equal(np.stack([reads(0, 6), reads(1, 6)]) > 0, visible)
+    reads = [properties.influence(layer, params, row, 6) > 0 for row in (0, 1)]
+    np.testing.assert_array_equal(np.stack(reads), visible)
 
 
 @each_row
 def test_eight_devices_compute_what_one_does(name, projection):
-    """Four devices split the heads, or the queries where heads meet; two the rows."""
-    config = config_of(name, projection)
-    mesh = sharding.make_mesh(MeshConfig(data=2, model=4))
-    on_eight = jax.jit(sharding.on_mesh(mesh, functools.partial(layer, config)))
-    everywhere_whole = jax.NamedSharding(mesh, jax.P())
-    ours = on_eight(*jax.device_put((random(config), inputs()), everywhere_whole))
-    assert relative_error(ours, output(config, random(config))) < 1e-5
+    held(properties.devices, name, projection)
 
 
 @pytest.mark.slow
@@ -209,16 +152,7 @@ def test_eight_devices_have_the_gradients_of_one(name, projection):
 
 @each_case
 def test_the_accounting_counts_what_is_there(name, projection):
-    config = config_of(name, projection)
-    assert sum(leaf.size for leaf in jax.tree.leaves(random(config))) == config.parameters(D)
-    module = config.build(width=D, numerics=EXACT)
-    x, positions = jnp.zeros((B, T, D)), jnp.zeros((B, T), jnp.int32)
-
-    def prefill(params):
-        return module.apply({"params": params}, x, positions, method="prefill")[1]
-
-    cache = jax.eval_shape(prefill, random(config))
-    assert sum(leaf.size for leaf in jax.tree.leaves(cache)) == B * T * config.cache_floats()
+    held(properties.accounting, name, projection)
 
 
 REDUCTIONS = {

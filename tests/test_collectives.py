@@ -1,8 +1,6 @@
 """What the compiled step moves between devices, read from its HLO on eight virtual ones."""
 
 import functools
-import re
-from collections import Counter
 
 import jax
 import numpy as np
@@ -13,6 +11,7 @@ from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery
 from kha_jax.moe import MoE
+from kha_jax.properties import collectives
 from kha_jax.sharding import MeshConfig
 from kha_jax.training import make_trainer
 from tests.test_training import MODEL, RUN
@@ -30,15 +29,6 @@ def compiled(model, sizes, what):
     trainer = make_trainer(RUN.replace(model=model), mesh)
     step = {"train": trainer.train_step, "evaluation": trainer.evaluation_step}[what]
     return trainer, step.lower(trainer.abstract, trainer.abstract_batch).compile().as_text()
-
-
-def collectives(text):
-    return Counter(
-        re.findall(
-            r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
-            text,
-        )
-    )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ that use it."""
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -308,3 +309,21 @@ def test_one_prompt_streams_and_bad_ones_are_one_line(runs):
     ):
         code, out, err = command(runs, "generate", *flags)
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.slow
+def test_a_compressed_run_trains_on_and_says_what_its_cache_takes(runs):
+    code, out, err = command(
+        runs,
+        *("convert", "compress", f"--workdir={runs / 'linear'}"),
+        *("--kv_heads=2", "--layers=1-", f"--out={runs / 'fewer'}"),
+    )
+    assert code == 0 and "a token's cache takes 400 bytes, before 512 (78.1%)" in out, err
+    settings = re.search(r"add (--workdir=.*)", out)[1].split()
+    again = ("--config=configs/kha_tiny.py:linear", *SMALL, "--allow_changes=steps")
+    code, out, err = command(runs, "train", *again, *settings, "--config.steps=5")
+    assert code == 0 and "resuming after step 4" in out, err
+    code, out, err = command(
+        runs, "generate", f"--workdir={runs / 'fewer'}", "--prompt=def", "--tokens=4"
+    )
+    assert code == 0 and "a token's cache takes 400 bytes" in err, err

@@ -77,6 +77,22 @@ class AttentionConfig(Config):
         """Whether the scores of all heads have to exist at once."""
         return any(type(getattr(self, slot)) is not NoScoreMixer for slot in SCORES)
 
+    @property
+    def mixes_heads(self) -> bool:
+        """Whether moving whole heads, each with its weights, shows in the output."""
+        streams, read = self.projection.streams(1), self.heads_read()
+        several = [s for s, (heads, _, _) in streams.items() if max(heads, read[s]) > 1]
+        parts = [getattr(self, slot) for slot in (*several, *SCORES, "output")]
+        return any(part.mixes_heads for part in [self.projection, *parts])
+
+    @property
+    def identity_at_start(self) -> bool:
+        """Whether all mixers promise to start as none."""
+        streams = self.projection.streams(1)
+        return all(getattr(self, slot).identity_at_start() for slot in (*SCORES, "output")) and all(
+            getattr(self, slot).identity_at_start(heads) for slot, (heads, _, _) in streams.items()
+        )
+
     def case(self, platform: str, dtype: Any, length: int) -> ops.Case:
         """What the kernels are asked to compute."""
         widths = self.projection.key_width(), self.projection.output_shape()[1]

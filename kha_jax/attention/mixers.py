@@ -26,11 +26,13 @@ from kha_jax.sharding import ways
 class StreamMixer(Config):
     """A member of the family; sizes are those of one stream of one layer.
 
-    linear: whether z~ is linear in z. by_head: whether it tells heads apart.
+    linear: whether z~ is linear in z. by_head: whether it tells heads apart. mixes_heads: whether a
+    head of z~ depends on other heads of z.
     """
 
     linear: ClassVar[bool] = True
     by_head: ClassVar[bool] = False
+    mixes_heads: ClassVar[bool] = False
 
     @property
     def module(self) -> type["Mixer"]:
@@ -40,6 +42,10 @@ class StreamMixer(Config):
     def heads(self, heads: int) -> int:
         """Heads that attention reads where so many are projected."""
         return heads
+
+    def identity_at_start(self, heads: int) -> bool:
+        """Whether it promises to start as none, but for heads that are repeated."""
+        return True
 
     def late(self, heads: int) -> bool:
         """Whether it acts between the cache and the scores and not before the cache."""
@@ -125,6 +131,9 @@ class KnockingLinear(LinearMixer):
     def module(self):
         return Linear
 
+    def identity_at_start(self, heads):
+        return self.init == "diagonal" and self.diag_init == 1.0
+
     def parameters(self, heads, head_dim):
         return head_dim**2
 
@@ -168,7 +177,7 @@ class HeadComposition(LinearMixer):
     (arXiv 2602.21371). apply: see LinearMixer.
     """
 
-    by_head = True
+    by_head = mixes_heads = True
     heads_read: int | None = None
     before_norm: bool = True
     init: Literal["identity", "normal"] = "identity"
@@ -182,6 +191,9 @@ class HeadComposition(LinearMixer):
 
     def heads(self, heads):
         return self.heads_read or heads
+
+    def identity_at_start(self, heads):
+        return self.init == "identity" and self.heads(heads) >= heads
 
     def late(self, heads):
         return not self.before_norm or self.heads(heads) > heads

@@ -3,7 +3,7 @@
 Legend: B batch, T position, D model width, N heads, K key/value heads, U value width.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,10 @@ from kha_jax.parameters import Aux, Module, Numerics, RMSNorm, no_aux
 
 
 class OutputMixer(Config):
-    """A member of the family; sizes are those of one layer of width D with N heads of U."""
+    """A member of the family; sizes are those of one layer of width D with N heads of U.
+    mixes_heads: whether what leaves a head depends on others."""
+
+    mixes_heads: ClassVar[bool] = False
 
     @property
     def module(self) -> type["Output"]:
@@ -25,6 +28,10 @@ class OutputMixer(Config):
     def heads(self, heads: int) -> int:
         """Heads that the output projection reads."""
         return heads
+
+    def identity_at_start(self) -> bool:
+        """Whether it promises to start as none."""
+        return False
 
     def misfit(self, heads: int, shared: int) -> str | None:
         """Why it cannot stand behind so many heads, of which `shared` each read one key/value head;
@@ -48,6 +55,9 @@ class OutputMixer(Config):
 
 class NoOutputMixer(OutputMixer):
     """o: the baseline."""
+
+    def identity_at_start(self):
+        return True
 
 
 class HeadGroupNorm(OutputMixer):
@@ -85,6 +95,9 @@ class GatedOutput(OutputMixer):
     @property
     def module(self):
         return Gated
+
+    def identity_at_start(self):
+        return self.start == "identity"
 
     def parameters(self, width, heads, value_dim):
         return width * heads * (value_dim if self.per == "element" else 1)
@@ -131,6 +144,7 @@ class MixtureOfHeads(OutputMixer):
     log R.
     """
 
+    mixes_heads = True
     shared_heads: int = 2
     top_k: int = 3
     gates: Literal["renormalised", "paper_scale"] = "renormalised"

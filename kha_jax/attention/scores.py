@@ -7,7 +7,7 @@ where heads are split over devices the queries are split instead.
 Legend: B batch, N query heads.
 """
 
-from typing import Callable, Literal
+from typing import Callable, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,14 @@ from kha_jax.parameters import Module, Numerics
 
 
 class ScoreMixer(Config):
-    """A member of the family; sizes are those of one layer."""
+    """A member of the family; sizes are those of one layer. mixes_heads: whether a head's scores
+    depend on those of others."""
+
+    mixes_heads: ClassVar[bool] = True
+
+    def identity_at_start(self) -> bool:
+        """Whether it promises to start as none."""
+        return True
 
     def parameters(self, heads: int) -> int:
         """Parameters per layer."""
@@ -36,6 +43,8 @@ class ScoreMixer(Config):
 class NoScoreMixer(ScoreMixer):
     """s: heads stay apart."""
 
+    mixes_heads = False
+
 
 class TalkingHeads(ScoreMixer):
     """s~_m = sum over heads n of s_n P[n, m] (talking-heads attention, arXiv 2003.02436).
@@ -45,6 +54,9 @@ class TalkingHeads(ScoreMixer):
     """
 
     init: Literal["identity", "variance_scaling"] = "identity"
+
+    def identity_at_start(self):
+        return self.init == "identity"
 
     def parameters(self, heads):
         return heads**2

@@ -2,7 +2,16 @@
 (`measures`) and figures (`figures` of matrices, `heads`, `curves` of runs, all in one `style`); and
 from a sweep folder to what it says (`sweeps`, `comparisons`)."""
 
-from kha_jax.inspect import comparisons, curves, figures, heads, measures, style, sweeps
+from kha_jax.inspect import (
+    comparisons,
+    costs,
+    curves,
+    figures,
+    heads,
+    measures,
+    style,
+    sweeps,
+)
 from kha_jax.inspect.leaves import Checkpoint, differences
 from kha_jax.inspect.models import streams, variants
 from kha_jax.inspect.reading import Run, read_metrics, trace
@@ -11,6 +20,7 @@ __all__ = [
     "Checkpoint",
     "Run",
     "comparisons",
+    "costs",
     "curves",
     "differences",
     "figures",

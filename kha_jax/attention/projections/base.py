@@ -25,10 +25,13 @@ class Projection(Config):
     """What attention and accounting ask of a projection; sizes are per layer.
 
     stream_weights: for each stream, the parameter [..., heads, H] that makes it, into which a
-    linear mixer folds.
+    linear mixer folds. cache_fields: the sizes that decide how much is cached, the first ones to
+    change first. mixes_heads: whether heads share what tells them apart.
     """
 
     stream_weights: ClassVar[dict[str, str]] = {}
+    cache_fields: ClassVar[tuple[str, ...]] = ()
+    mixes_heads: ClassVar[bool] = False
 
     def streams(self, width: int) -> dict[str, tuple[int, int, int]]:
         """(heads, head width, rows of the weights that make it) of each mixable stream, for a model

@@ -35,6 +35,8 @@ class Collaborative(Projection):
     """
 
     stream_weights = {"value": "value"}
+    cache_fields = ("head_dim",)
+    mixes_heads = True
     query_heads: int = 8
     head_dim: int = 64
     shared_dim: int | None = None

@@ -31,6 +31,7 @@ class GroupedQuery(Projection):
     """
 
     stream_weights = {"query": "query", "key": "key", "value": "value"}
+    cache_fields = ("kv_heads", "head_dim")
     query_heads: int = 8
     kv_heads: int = 4
     head_dim: int = 64
@@ -144,6 +145,7 @@ class GroupedTied(Projection):
     """
 
     stream_weights = {"query": "query", "value": "state"}
+    cache_fields = ("kv_heads", "head_dim")
     query_heads: int = 8
     kv_heads: int = 4
     head_dim: int = 64

@@ -30,6 +30,7 @@ class Latent(Projection):
     """
 
     stream_weights = {"query": "query", "key": "key_up", "value": "value_up"}
+    cache_fields = ("kv_lora",)
     query_heads: int = 8
     head_dim: int = 64
     value_dim: int | None = None

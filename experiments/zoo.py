@@ -1,0 +1,285 @@
+"""Compares ways for heads to interact under one budget.
+
+    python -m experiments.zoo --config=configs/kha_tiny.py --match=params
+    python -m experiments.zoo --match=cache,flops --add=mine.py:variant --csv=zoo.csv
+    python -m experiments.zoo --train=300 --seeds=3 --only=mlp,linear,mea --out=runs/zoo
+    python -m experiments.zoo --check
+    python -m experiments.zoo --scaling --out=figures
+
+Every projection and every mechanism of configs/base.py, and what --add names, is brought to the
+parameters, training FLOPs per token or cached numbers per token of the config without mixers, by
+the one size that is free: the feed-forward's width, or what the cache is made of. The table says
+what each has then; --measure times a training step and decoding; --train trains each over seeds, in
+folders of a sweep, and goes on where it was stopped. --check measures what every variant has to
+keep (kha_jax/properties.py), a line each; exit code 1 names what fails. --scaling draws step time
+and memory against the length, with what the accounting predicts.
+"""
+
+import csv
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import command_line, members, results, runner
+from experiments.command_line import UsageError
+from experiments.members import Member, Row
+from kha_jax.budget import MEASURES, TOLERANCE
+from kha_jax.config import near
+from kha_jax.statistics import paired
+from kha_jax.training import RunConfig
+
+CONFIG = command_line.define_config()
+MATCH = flags.DEFINE_list(
+    "match", ["params"], "params, flops or cache; or the cache and then one of the others."
+)
+ADD = flags.DEFINE_list("add", [], "Also FILE.py:VARIANT, configs of your own, by commas.")
+ONLY = flags.DEFINE_list("only", [], "Of all variants, these, the baseline and --add.")
+MULTIPLE = flags.DEFINE_integer(
+    "multiple", 1, "Feed-forward widths are multiples of it.", lower_bound=1
+)
+MEASURE = flags.DEFINE_bool("measure", False, "Also time a training step and decoding.")
+ROUNDS = flags.DEFINE_integer("rounds", 8, "Turns of each in what is timed.", lower_bound=1)
+TRAIN = flags.DEFINE_integer("train", None, "Also train each for so many steps.", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each in --train.", lower_bound=1)
+JSON = flags.DEFINE_bool("json", False, "Print the table as JSON.")
+CSV = flags.DEFINE_string("csv", None, "Also write the table to this file.")
+CHECK = flags.DEFINE_bool("check", False, "Check what every variant has to keep instead.")
+SCALING = flags.DEFINE_bool("scaling", False, "Time steps at several lengths instead.")
+LENGTHS = flags.DEFINE_list("lengths", ["256", "512", "1024", "2048", "4096"], "Of --scaling.")
+OUT = flags.DEFINE_string(
+    "out", None, "Folder of --train (runs/zoo), or of the figure of --scaling (figures)."
+)
+
+log = logging.getLogger("kha_jax")
+BROKEN = 1  # exit code of a check that failed
+
+
+def measured(found: dict[str, Member], rows: dict[str, Row]) -> tuple[float, dict[str, Row]]:
+    """The machine's FLOP/s in one square product, and the rows with their times."""
+    from experiments import peers
+    from experiments.timing import decoding_step, interleaved, training_step
+
+    steps = {"matmul": peers.matmul_step()}
+    for name, member in found.items():
+        log.info("compiling %s", name)
+        steps[name] = training_step(member.run).step
+    took = interleaved(steps, ROUNDS.value)
+    decoders = {name: decoding_step(member.run.model) for name, member in found.items()}
+    tokens = interleaved(decoders, ROUNDS.value)
+    timed = {
+        name: of._replace(step_seconds=took[name], decode_seconds=tokens[name])
+        for name, of in rows.items()
+    }
+    return 2 * 2048**3 / took["matmul"], timed
+
+
+def trained(found: dict[str, Member], rows: dict[str, Row]) -> tuple[int, dict[str, Row]]:
+    """Trains what is missing in the sweep's folder; the exit code, and the rows with their
+    losses."""
+    folder = Path(OUT.value or command_line.REPOSITORY / "runs" / "zoo")
+    steps = f"--config.steps={TRAIN.value}"
+    wanted = [
+        runner.Wanted(name, (*member.line(), steps), "baseline") for name, member in found.items()
+    ]
+    sweep, code = runner.Sweep(folder, runner.planned(wanted, SEEDS.value)), command_line.DONE
+    fields = ("name", "baseline", "printed", "note")
+    about = {
+        "title": f"Ways for heads to interact at the same {' and '.join(MATCH.value)}",
+        "command": " ".join(["python -m experiments.zoo", *sys.argv[1:]]),
+        "scale": None,
+        "commit": results.commit(),
+        "rows": [{field: getattr(row, field) for field in fields} for row in wanted],
+    }
+    sweep.begin(about)
+    for run in sweep.missing():
+        log.info("training %s", run.name)
+        ended = sweep.train(run, lambda: None)
+        if ended == command_line.PREEMPTED:
+            return ended, rows
+        if ended:
+            log.info("%s failed with %d: %s", run.name, ended, sweep.why(run))
+            code = code or ended
+    losses: dict[str, dict[int, float]] = {name: {} for name in rows}
+    for result in sweep.done().values():
+        losses[result.row][result.seed] = result.val_loss
+    out = {}
+    for name, row in rows.items():
+        own, first = losses[name], losses["baseline"]
+        out[name] = row._replace(
+            loss=interval(own, dict.fromkeys(own, 0.0)),
+            difference=interval(own, first) if name != "baseline" else None,
+        )
+    return code, out
+
+
+def interval(
+    values: dict[int, float], baseline: dict[int, float]
+) -> tuple[float, float | None] | None:
+    """(mean, half width of its 95% interval) of what is above the baseline, by seed."""
+    found = paired(values, baseline)
+    if not found.count:
+        return None
+    return found.mean, found.high - found.mean if found.count > 1 else None
+
+
+def columns(name: str, row: Row) -> dict[str, str]:
+    """What the table for people says of a row."""
+    from experiments.timing import NEW
+
+    def yes(value):
+        return "" if value is None else "yes" if value else "no"
+
+    def with_width(pair, sign=""):
+        if pair is None:
+            return ""
+        return f"{pair[0]:{sign}.4f}" + ("" if pair[1] is None else f" ± {pair[1]:.4f}")
+
+    off = (f"{e:+.2%}{'' if abs(e) <= TOLERANCE else '!'}" for e in row.errors.values())
+    out = {
+        "": name,
+        "solved": ", ".join(f"{path.split('.')[-1]} {size:,}" for path, size in row.sizes.items()),
+        "off": " ".join(off),
+        "parameters": f"{row.parameters:,}",
+        "training FLOPs a token": f"{row.training_flops / 1e6:,.3f}M",
+        "cache, bytes a token": f"{row.cache_bytes:,}",
+        "collectives": "-" if row.collectives is None else counts(row.collectives),
+        "fused on TPU": row.tpu or "-",
+        "on GPU": row.gpu or "-",
+        "folds": yes(row.folds),
+        "starts as none": yes(row.identity),
+    }
+    if row.step_seconds:
+        out["step ms"] = f"{row.step_seconds * 1e3:.1f}"
+        out["ms a token in 8 rows"] = f"{row.decode_seconds / NEW * 1e3:.2f}"
+    if row.loss:
+        out["validation loss"] = with_width(row.loss)
+        out["less the baseline's"] = with_width(row.difference, "+")
+    return out
+
+
+def show(rows: dict[str, Row], rate: float | None) -> None:
+    """The table for people."""
+    matched = " and ".join(MATCH.value)
+    title = f"{matched} as the baseline's; collectives of a layer's forward pass, heads split in 2"
+    if rate:
+        title += f"; medians of {ROUNDS.value} turns, matmul rate {rate / 1e9:.0f} GFLOP/s"
+    lines = [columns(name, row) for name, row in rows.items()]
+    names = list(dict.fromkeys(column for line in lines for column in line))
+    table = Table(title=title)
+    for index, name in enumerate(names):
+        table.add_column(name, justify="left" if index < 2 else "right")
+    for line in lines:
+        table.add_row(*(line.get(name, "") for name in names))
+    width = None if sys.stdout.isatty() else 260
+    Console(soft_wrap=True, highlight=False, width=width).print(table)
+    far = [name for name, row in rows.items() if max(map(abs, row.errors.values())) > TOLERANCE]
+    if far:
+        nearest = f"further than {TOLERANCE:.1%} from the budget, the nearest that its size allows"
+        print(f"! {nearest}: {', '.join(far)}")
+
+
+def counts(found: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(found.items()))
+
+
+def write_csv(path: str, rows: dict[str, Row]) -> None:
+    """One line a variant; what is a group of figures is one column each."""
+    flat = []
+    for name, row in rows.items():
+        values: dict[str, Any] = {"variant": name, **row._asdict()}
+        values["sizes"] = " ".join(f"{field}={value}" for field, value in row.sizes.items())
+        values["collectives"] = counts(row.collectives or {})
+        for pair in ("loss", "difference"):
+            values[pair], values[f"{pair}_half_width"] = values[pair] or (None, None)
+        errors = values.pop("errors")
+        flat.append({**values, **{f"off_{measure}": error for measure, error in errors.items()}})
+    try:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, flat[0])
+            writer.writeheader()
+            writer.writerows(flat)
+    except OSError as error:
+        raise UsageError(f"--csv={path} cannot be written: {error.strerror}") from None
+
+
+def quickly_on_cpus() -> None:
+    """Eight virtual devices, whose products are float32, and code that is not optimised, which
+    compiles in a third of the time. jax reads this when it first computes."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
+
+
+def check(found: dict[str, Member]) -> int:
+    """A line for each variant, and the exit code."""
+    from kha_jax.properties import check
+
+    failed = []
+    for name, member in found.items():
+        began = time.perf_counter()
+        kept = check(member.run.model)
+        broken = [f"{prop}: {of.text}" for prop, of in kept.items() if of.holds is False]
+        figures = [f"{prop} {of.figure:.1g}" for prop, of in kept.items() if of.holds]
+        words = f"FAILED {'; '.join(broken)}" if broken else f"ok {', '.join(figures)}"
+        failed += [name] if broken else []
+        print(f"{name:16} {words} ({time.perf_counter() - began:.1f} s)", flush=True)
+    print(f"FAILED: {', '.join(failed)}" if failed else "all keep what they have to")
+    return BROKEN if failed else command_line.DONE
+
+
+def check_flags() -> None:
+    """Raises UsageError where flags contradict each other."""
+    for name in MATCH.value:
+        if name not in MEASURES:
+            raise UsageError(f"--match={name}: is not known; {near(name, MEASURES)}")
+    if not MATCH.value or {"params", "flops"} <= set(MATCH.value):
+        raise UsageError(
+            f"--match={','.join(MATCH.value)}: parameters and FLOPs are met by one width; name one "
+            "of params, flops, cache, or cache and one of the others"
+        )
+    if CHECK.value and SCALING.value:
+        raise UsageError("--check: does nothing beside --scaling; leave out one of them")
+
+
+def main() -> int | None:
+    """See the module's docstring."""
+    check_flags()
+    config: RunConfig = command_line.parse_config(RunConfig, CONFIG)
+    if SCALING.value:
+        from experiments import scaling
+
+        return scaling.run(config, LENGTHS.value, ROUNDS.value, Path(OUT.value or "figures"))
+    found = members.members(config, ADD.value, ONLY.value)
+    if CHECK.value:
+        quickly_on_cpus()
+        return check(found)
+    jax.config.update("jax_num_cpu_devices", members.WAYS)
+    budget, found, rows = members.fitted(found, MATCH.value, MULTIPLE.value)
+    rate, code = None, command_line.DONE
+    if MEASURE.value:
+        rate, rows = measured(found, rows)
+    if TRAIN.value:
+        code, rows = trained(found, rows)
+    if CSV.value:
+        write_csv(CSV.value, rows)
+    if JSON.value:
+        shown = {name: row._asdict() for name, row in rows.items()}
+        matched = {name: MEASURES[name](budget) for name in MATCH.value}
+        print(json.dumps({"budget": matched, "matmul_flops": rate, "variants": shown}, indent=1))
+    else:
+        show(rows, rate)
+    return code
+
+
+if __name__ == "__main__":
+    command_line.run(main)
