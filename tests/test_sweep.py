@@ -170,7 +170,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_results(tmp_path):
     settings = [f"--set={flag.removeprefix('--')}" for flag in SMALL]
     line = [sys.executable, "-m", "experiments.sweep", "--seeds=2", *settings]
     line += ["--configs=configs/kha_tiny.py:baseline,configs/kha_tiny.py:mlp"]
-    environment = {**os.environ, "KHA_JAX_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "KHA_JAX_CACHE": str(tmp_path / "cache"), "XLA_FLAGS": ""}
 
     def sweep(name, *more):
         return subprocess.Popen(
