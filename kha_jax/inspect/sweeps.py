@@ -130,10 +130,10 @@ def load(folder: Path) -> Sweep:
     path = folder / "sweep.json"
     try:
         described = json.loads(path.read_text())
-        rows = {
-            row["name"]: Row(row["name"], row["baseline"], row.get("printed"), row.get("note", ""))
-            for row in described["rows"]
-        }
+        rows = {}
+        for row in described["rows"]:
+            printed = None if row.get("printed") is None else float(row["printed"])
+            rows[row["name"]] = Row(row["name"], row["baseline"], printed, row.get("note", ""))
         planned = [(run["name"], run["row"], int(run["seed"])) for run in described["runs"]]
     except OSError as error:
         raise SweepError(f"{path}: {error.strerror}; name the folder of a sweep") from None
