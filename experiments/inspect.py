@@ -58,14 +58,17 @@ def open_runs() -> list[Run]:
     """
     if not WORKDIR.value:
         raise UsageError("--workdir: is required; name run folders, such as runs/kha_tiny")
-    for path in WORKDIR.value:
+    paths = [path.removeprefix("file://") for path in WORKDIR.value]
+    for path in paths:
         try:
             exists = epath.Path(path).exists()
+        except KeyError:
+            raise UsageError(f"--workdir={path}: no such kind of storage is known") from None
         except (ImportError, OSError, ValueError) as error:
             raise UsageError(f"--workdir={path}: {' '.join(str(error).split())}") from None
         if not exists:
             raise UsageError(f"--workdir={path}: no such folder")
-    return [Run(path, STEP.value) for path in WORKDIR.value]
+    return [Run(path, STEP.value) for path in paths]
 
 
 def compared(runs: list[Run], stacks: dict[str, dict[str, Stack]]) -> dict[str, Draw]:
@@ -108,6 +111,9 @@ def of_heads(run: Run) -> dict[str, Draw]:
         weights = run.stream_weights(slot, WIDEST)
         if weights:
             moments[slot] = [measures.moments_of_weights(*layer) for layer in weights]
+    if left_out := [slot for slot in STREAMS if slot not in moments]:
+        named = ", ".join(left_out)
+        log.info("heads are not compared by %s: over %d features or no own weights", named, WIDEST)
     draws: dict[str, Draw] = {}
     mixed = {slot: transforms[slot] for slot in moments if slot in transforms}
     if mixed:

@@ -361,6 +361,7 @@ INPUTS = {
     ),
     "inspect of nothing": (no_damage, ("inspect",), 2, "--workdir: is required"),
     "inspect of no folder": (no_damage, ("inspect", "--workdir={here}/none"), 2, "no such folder"),
+    "inspect of odd storage": (no_damage, ("inspect", "--workdir=odd://a"), 2, "storage is known"),
     "a plan of no slice": (no_damage, ("plan", "--topology=v9:1x1"), 2, "v9:1x1"),
 }
 
