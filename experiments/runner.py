@@ -122,6 +122,7 @@ class Sweep:
         self.known = {(result.hash, result.data): result for result in known}
         self.data: dict[str, str] = {}
         self.failed: dict[str, int] = {}
+        self.asked_to_stop = False
 
     def begin(self, about: dict[str, Any]) -> None:
         """Makes the folder and writes what was asked for.
@@ -190,8 +191,8 @@ class Sweep:
         return self.data[key]
 
     def train(self, run: Planned, watch: Callable[[], None]) -> int | None:
-        """Trains one run in a process of its own, or goes on with it; its exit code, None where
-        another process is training it.
+        """Trains one run in a process of its own, or goes on with it; its exit code, that of a stop
+        where a signal came in its last moments, None where another process is training it.
 
         watch: called about every second meanwhile.
         """
@@ -212,18 +213,34 @@ class Sweep:
             code = command_line.STORAGE  # it says that it is done, and its record is not there
         if code not in (command_line.DONE, command_line.PREEMPTED):
             self.failed[run.name] = code
-        return code
+        return command_line.PREEMPTED if self.asked_to_stop else code
 
     def _train(self, line: list[str], path: Path, watch: Callable[[], None]) -> int:
         with open(path, "ab") as log:
             child = subprocess.Popen(
                 line, stdout=log, stderr=log, cwd=command_line.REPOSITORY, start_new_session=True
             )
-        with _passed_on(child):
+        with self._passed_on(child):
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return child.wait(timeout=1)
                 watch()
+
+    @contextlib.contextmanager
+    def _passed_on(self, child: subprocess.Popen) -> Iterator[None]:
+        """Signals that ask this process to stop go to the child, which saves and leaves."""
+
+        def ask(number: int, _: Any) -> None:
+            self.asked_to_stop = True
+            child.send_signal(number)
+
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = [signal.signal(number, ask) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
 
     def last_line(self, run: Planned) -> dict[str, Any]:
         """The newest metrics of a run; empty without any."""
@@ -258,22 +275,6 @@ def _locked(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
-
-
-@contextlib.contextmanager
-def _passed_on(child: subprocess.Popen) -> Iterator[None]:
-    """Signals that ask this process to stop go to the child, which saves and leaves."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-    def ask(number: int, _: Any) -> None:
-        child.send_signal(number)
-
-    before = [signal.signal(number, ask) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
 
 
 def varied(rows: Sequence[Wanted], settings: Sequence[str]) -> list[Wanted]:

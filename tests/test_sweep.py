@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -149,6 +150,16 @@ def test_a_run_that_another_process_trains_is_passed_over(tmp_path, trained):
         finally:
             holder.kill()
     assert not trained
+
+
+def test_a_sweep_that_is_told_to_stop_begins_no_other_run(tmp_path):
+    """Also where the run that trains ends well before it hears of it."""
+    (run,) = runner.planned([ROW])
+    sweep = Sweep(tmp_path, [run])
+    (tmp_path / run.name).mkdir(parents=True)
+    child = [sys.executable, "-c", "import signal, time; signal.signal(15, print); time.sleep(1)"]
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert sweep._train(child, tmp_path / "log", print) == 0 and sweep.asked_to_stop
 
 
 def test_runs_of_a_seed_start_from_the_same_values():
