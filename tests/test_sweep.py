@@ -154,12 +154,19 @@ def test_a_run_that_another_process_trains_is_passed_over(tmp_path, trained):
 
 def test_a_sweep_that_is_told_to_stop_begins_no_other_run(tmp_path):
     """Also where the run that trains ends well before it hears of it."""
-    (run,) = runner.planned([ROW])
-    sweep = Sweep(tmp_path, [run])
-    (tmp_path / run.name).mkdir(parents=True)
-    child = [sys.executable, "-c", "import signal, time; signal.signal(15, print); time.sleep(1)"]
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    assert sweep._train(child, tmp_path / "log", print) == 0 and sweep.asked_to_stop
+    sweep = Sweep(tmp_path, [])
+    log = tmp_path / "log"
+    log.touch()
+    handler = "signal.signal(15, lambda *_: sys.exit(0))"
+    child = f"import signal, sys, time; {handler}; print('ready', flush=True); time.sleep(60)"
+
+    def stop():
+        while not log.read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    assert sweep._train([sys.executable, "-c", child], log, print) == 0 and sweep.asked_to_stop
 
 
 def test_runs_of_a_seed_start_from_the_same_values():
