@@ -162,9 +162,9 @@ def test_what_the_compiler_wanted_is_read_from_its_complaint():
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, temporaries "
         "(21.40G) exceeds available HBM (15.75G)."
     )
-    assert planning._needed(wanted) == 21.4 * GIB
-    assert planning._needed("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: 17.1M") is None
-    assert planning._needed("INTERNAL: HBM (1.0G)") is None
+    assert planning.memory.needed(wanted) == 21.4 * GIB
+    assert planning.memory.needed("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: 17.1M") is None
+    assert planning.memory.needed("INTERNAL: HBM (1.0G)") is None
 
 
 def test_a_larger_batch_sees_the_same_tokens():
