@@ -119,8 +119,10 @@ def kept(config: RunConfig, segment: Segment, layout: Layout) -> tuple[dict[str,
     parts = remat.parts(
         segment.attention, feed_forward, config.model.width, context, config.tokens_per_step
     )
-    names = set(remat.POLICIES[config.model.remat].names)
-    floats = sum(parts[name].floats for name in names)
+    policy = remat.POLICIES[config.model.remat]
+    names = set(policy.names)
+    # of the products that no gradient reads, the feed-forward's last one is not named
+    floats = sum(parts[name].floats for name in names) + (config.model.width if policy.also else 0)
     chunked = feed_forward.tokens_at_once(layout.local_tokens) < layout.local_tokens
     if config.model.remat == "none" and chunked:
         names -= {INNER}

@@ -1,5 +1,6 @@
 """What would make a run fit, and what would make it faster."""
 
+import math
 from typing import Any, Iterator, NamedTuple
 
 from kha_jax.config import ConfigError, to_dict
@@ -78,11 +79,15 @@ class Setting(NamedTuple):
 
 
 def settings(
-    config: RunConfig, slice_: Topology, sequences: int | None = None, meshes: bool = False
+    config: RunConfig,
+    slice_: Topology,
+    sequences: int | None = None,
+    meshes: bool = False,
+    remat: str | None = None,
 ) -> list[Setting]:
     """All settings of rematerialisation, sequences at once and accumulation (with meshes, sizes of
     `model` and `expert` too) that divide, with their plans from the sizes, fastest to expect first,
-    then by memory. sequences: only so many."""
+    then by memory. sequences, remat: only these."""
     found, seen = [], set()
     for mesh in _meshes(config, slice_) if meshes else [config.mesh]:
         try:
@@ -91,8 +96,8 @@ def settings(
             rows = [sequences] if sequences else [n for n in range(1, most + 1) if most % n == 0]
             for n in rows:
                 run = placed(config.replace(mesh=mesh), slice_, n)
-                for remat in POLICIES:
-                    changed = run.replace(model=run.model.replace(remat=remat))
+                for policy in [remat] if remat else POLICIES:
+                    changed = run.replace(model=run.model.replace(remat=policy))
                     if changed in seen:
                         continue
                     seen.add(changed)
@@ -103,8 +108,21 @@ def settings(
     return sorted(found, key=_order)
 
 
+def _worthwhile(found: list[Setting]) -> list[Setting]:
+    """Without those that differ from a faster one, or one as fast, in rematerialisation alone and
+    take no less memory."""
+    out, least = [], {}
+    for setting in found:
+        apart = tuple((k, v) for k, v in setting.changes.items() if k != "model.remat")
+        peak = setting.plan.peak_bytes_per_device
+        if peak < least.get(apart, math.inf):
+            least[apart] = peak
+            out.append(setting)
+    return out
+
+
 def _order(setting: Setting) -> tuple[float, float]:
-    # a thousandth of a step is no difference that the memory should be paid for
+    # less than about a thousandth of a step is no reason to take more memory
     per_token = setting.plan.expected_step_seconds / setting.config.tokens_per_step
     return float(f"{per_token:.3g}"), setting.plan.peak_bytes_per_device
 
@@ -136,12 +154,13 @@ def fastest(
     compiled: int = COMPILED,
     sequences: int | None = None,
     meshes: bool = False,
+    remat: str | None = None,
 ) -> list[Setting]:
     """Settings that fit, fastest to expect first. compiled: so many are compiled, and as many more
     as it takes until one of them fits; those that XLA knows not to fit are left out, and those that
     it does not know come after those that it does. 0: none is, and all fit with MARGIN to spare."""
     room = slice_.chip.hbm_bytes
-    found = settings(config, slice_, sequences, meshes)
+    found = _worthwhile(settings(config, slice_, sequences, meshes, remat))
     if not compiled:
         return [s for s in found if s.plan.peak_bytes_per_device <= room * (1 - MARGIN)]
     worth = [s for s in found if s.plan.peak_bytes_per_device <= room * (1 + MARGIN)]

@@ -2,10 +2,12 @@
 
 The roofline has the matrix units at EFFICIENCY of their data-sheet rate, memory and links at all of
 theirs, everything perfectly overlapped, so that the step is as long as its slowest part. What to
-expect adds up what a TPU core does one after another, each at the efficiency of its kernel. None of
-these constants was measured here: DENSE, EXPERTS, ATTENTION and HBM are set by four published
-training runs of MaxText, the others by the structure of the hardware and of the kernels; README has
-all runs that were looked at, with the four marked, against the plan.
+expect adds up what a TPU core does one after another, each at the efficiency of its kernel.
+
+None of these constants was measured here. Five of them (DENSE, EXPERTS, ATTENTION_KERNEL, HBM,
+EXPOSED) are round numbers that agree with nine runs on three kinds of chip which the authors of
+MaxText published (`tests/published.py`, README); none is of one chip or one run. The others follow
+from how chips and kernels are built.
 """
 
 import math
@@ -26,25 +28,32 @@ from kha_jax.training import RunConfig
 
 # Of the peak, in the matrix products and the attention kernel: an assumption, not a measurement.
 EFFICIENCY = 0.75
-# Large dense products in bfloat16, of the peak.
-DENSE = 0.92
-# Grouped products of experts, of the peak, where a matrix unit is full and groups are long.
+# Of the peak, large dense products in bfloat16. Published: dense 32B on v5e, where nothing else
+# takes long, spends 0.88 of the peak over its whole step.
+DENSE = 0.90
+# Of the peak, grouped products of experts where a matrix unit is full and groups are long.
+# Published: Mixtral 8x7B without dropping on v5p.
 EXPERTS = 0.75
-# The flash kernel of attention, of the peak, where a matrix unit is full: exponentials and masks
-# run on the vector unit, whose rate is a fraction of the matrix unit's.
+# Of the peak, the flash kernel of attention where a matrix unit is full: exponentials and masks run
+# on the vector unit in between. Published: Llama 3.1 8B at 8192 on v6e, a quarter of it attention.
 ATTENTION_KERNEL = 0.50
-# Products of the flash kernel's backward pass over those of its forward pass: five to two.
+# Products of the flash kernel's backward pass over those of its forward pass: five to two, since it
+# computes the scores again (arXiv 2205.14135).
 ATTENTION_BACKWARD = 2.5
-# Rows of a grouped product's tile: one more of them runs for every group, since groups end anywhere
-# (megablox and ragged_dot take 128 by default; at groups of 128 rows others saw 0.56 of the rate).
+# Rows of a grouped product's tile: one more of them runs for every group, since groups end
+# anywhere. megablox and ragged_dot take 128 by default; at groups of 128 rows on v5p others saw
+# 0.56 of the rate, where this says 0.5.
 GROUP_ROWS = 128
 # Of the memory's data-sheet rate, for what is not part of a product: norms, residuals, activations.
+# Published: the runs on v6e, which has the least bandwidth for its products.
 HBM = 0.80
-# Of the collectives' time, what computation does not hide: each layer's first gather and last
-# scatter, and what the scheduler misses.
-EXPOSED = 0.25
-# Of the time on the network between slices, the same: it starts when a layer's gradient is ready.
-NETWORK_EXPOSED = 0.25
+# Of the links' time at their data-sheet rate, what computation does not hide: links fall short of
+# the sheet, and each layer's first gather and last scatter have nothing to hide behind. Published:
+# Llama 2 70B on v6e, which gathers 138 GB three times for 8192 tokens.
+EXPOSED = 0.50
+# Of the time on the network between slices, the same. Published: dense 32B loses 3% from one slice
+# of 256 v5e to two, and this says 1%: nothing of it is hidden.
+NETWORK_EXPOSED = 1.0
 
 
 class Work(NamedTuple):
@@ -181,9 +190,7 @@ def network_seconds(slice_: Topology, moved: dict[str, float]) -> float:
     return across / slice_.chip.network_bandwidth
 
 
-def expected_seconds(
-    products: dict[str, float], hbm: float, links: float, network: float
-) -> float:
+def expected_seconds(products: dict[str, float], hbm: float, links: float, network: float) -> float:
     """Products and memory one after another, and what they do not hide of the collectives, all of
     them where those take longer."""
     busy = sum(products.values()) + hbm / HBM
