@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Collection, Sequence
 
 from absl import flags
 from ml_collections import config_flags
@@ -162,6 +162,7 @@ def parse_config(cls: type, holder: Any) -> Any:
         UsageError: names the field, what was found and what would work.
     """
     typed = config_flags.get_override_values(flags.FLAGS["config"])
+    _set_preset(holder.value, typed)
     try:
         config = from_dict(cls, holder.value, typed={f"config.{path}" for path in typed})
     except ConfigError as error:
@@ -171,6 +172,16 @@ def parse_config(cls: type, holder: Any) -> Any:
         print("To see the fields of another kind, name it beside --config.help.")
         sys.exit(DONE)
     return config
+
+
+def _set_preset(config: ConfigDict, typed: Collection[str]) -> None:
+    """Sets the fields that the config file's PRESETS, if it has them, give to `mesh.preset`, but
+    for those that were typed."""
+    if "mesh.preset" not in typed:
+        return
+    presets = runpy.run_path(flags.FLAGS["config"].config_filename.partition(":")[0]).get("PRESETS")
+    meant = (presets or {}).get(config.mesh.preset, {})
+    config.update_from_flattened_dict({k: v for k, v in meant.items() if k not in typed})
 
 
 def load_variant(cls: type, path: str, variant: str) -> Any:

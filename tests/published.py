@@ -92,3 +92,28 @@ RUNS = [
         "Mixtral 8x7B, capacity 1.25", MIXTRAL_8X7B, "v6e-256", 4096, 12, "projections", 3645, False
     ),
 ]
+
+
+def main() -> None:
+    """The table of the README: published and expected tokens a second and chip."""
+    from kha_jax.planning import placed, plan, topology
+
+    print("| run | chips | sequences x tokens | published | expected | off by | bound |")
+    print("|---|---|---|---|---|---|---|")
+    for run in RUNS:
+        slice_ = topology(run.where)
+        placed_run = placed(run.run(slice_.chips), slice_, run.sequences)
+        found, tokens = plan(placed_run, slice_, compiled=False), placed_run.tokens_per_step
+        expected, bound = (
+            tokens / seconds / slice_.chips
+            for seconds in (found.expected_step_seconds, found.step_seconds)
+        )
+        print(
+            f"| {run.name}{'' if run.same else ' (*)'} | {slice_.chips}, `{run.where}` "
+            f"| {run.sequences} x {run.seq_len}, `{run.remat}` | {run.tokens_per_second:,.0f} | "
+            f"{expected:,.0f} | {expected / run.tokens_per_second - 1:+.0%} | {bound:,.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -86,8 +86,17 @@ def test_state_shrinks_with_the_chips_and_moves_with_the_micro_batches():
 
 @pytest.mark.parametrize("where", SLICES)
 def test_preset_matches_its_golden_plan(where):
-    name = "kha_moe_6b" if topology(where).chips >= 32 else "dense_600m"
-    text = json.dumps(planned(where=where, sequences=1, name=name)._asdict(), indent=1) + "\n"
+    large = topology(where).chips >= 32
+    run, sequences = config(name="kha_moe_6b" if large else "dense_600m"), 1
+    presets = runpy.run_path(str(ROOT / "configs" / "kha_moe_6b.py"))["PRESETS"]
+    assert presets.keys() <= SLICES.keys() and large == (where in presets)
+    if large:
+        remat, accumulation = presets[where]["model.remat"], presets[where]["accumulation"]
+        run = run.replace(model=run.model.replace(remat=remat), accumulation=accumulation)
+        sequences = None
+    found = plan(placed(run, topology(where), sequences), topology(where), compiled=False)
+    assert found.fits
+    text = json.dumps(found._asdict(), indent=1) + "\n"
     golden = ROOT / "tests" / "golden" / f"plan_{where}.json"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(text)

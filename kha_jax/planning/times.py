@@ -1,8 +1,8 @@
-"""How long a step takes: a roofline that no run beats, and what to expect.
+"""How long a step takes: a roofline, and what to expect.
 
 The roofline has the matrix units at EFFICIENCY of their data-sheet rate, memory and links at all of
-theirs, everything perfectly overlapped, so that the step is as long as its slowest part. What to
-expect adds up what a TPU core does one after another, each at the efficiency of its kernel.
+theirs, everything perfectly overlapped, so that the step is as long as its slowest part; large
+dense products beat EFFICIENCY, most else falls short of it. What to expect adds up what a TPU core does one after another, each at the efficiency of its kernel.
 
 None of these constants was measured here. Five of them (DENSE, EXPERTS, ATTENTION_KERNEL, HBM,
 EXPOSED) are round numbers that agree with nine runs on three kinds of chip which the authors of
