@@ -2,7 +2,8 @@
 
 The roofline has the matrix units at EFFICIENCY of their data-sheet rate, memory and links at all of
 theirs, everything perfectly overlapped, so that the step is as long as its slowest part; large
-dense products beat EFFICIENCY, most else falls short of it. What to expect adds up what a TPU core does one after another, each at the efficiency of its kernel.
+dense products beat EFFICIENCY, most else falls short of it. What to expect adds up what a TPU core
+does one after another, each at the efficiency of its kernel.
 
 None of these constants was measured here. Five of them (DENSE, EXPERTS, ATTENTION_KERNEL, HBM,
 EXPOSED) are round numbers that agree with nine runs on three kinds of chip which the authors of
@@ -18,7 +19,8 @@ import numpy as np
 
 from kha_jax import sharding
 from kha_jax.model import Segment
-from kha_jax.ops.attention import splash_blocks
+from kha_jax.ops.attention import best_kernel, splash_blocks
+from kha_jax.ops.attention_chunked import chunks
 from kha_jax.ops.keep import ATTENTION, INNER
 from kha_jax.planning.memory import Layout, head_floats, held, kept
 from kha_jax.planning.slices import Topology
@@ -119,7 +121,10 @@ def _full(width: float, side: int) -> float:
 def _diagonal(config: RunConfig, segment: Segment) -> float:
     """Scores that the causal kernel computes over those that it needs: blocks on the diagonal are
     computed whole."""
-    block = splash_blocks(config.seq_len, segment.attention.projection.key_width())[0]
+    attention, length = segment.attention, config.seq_len
+    case = attention.case("tpu", config.model.numerics.dtype, length)
+    fused = best_kernel(case) == "splash"
+    block = splash_blocks(length, case.key_width)[0] if fused else chunks(length)[0][1]
     return (config.seq_len + block) / (config.seq_len + 1)
 
 
