@@ -89,7 +89,8 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     if compiled:
         peak, temporaries = memory.compiled_memory(config, slice_)
     else:
-        temporaries = params_bytes + memory.estimated_temporaries(config, layout)
+        gradients = (2 if config.accumulation > 1 else 1) * params_bytes  # their sum besides
+        temporaries = gradients + memory.estimated_temporaries(config, layout)
         peak = params_bytes + optimizer_bytes + temporaries
     moved = times.collectives(config, layout.state.params, layout.sizes)
     work = times.work(config, layout, cost.forward_flops)
