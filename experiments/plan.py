@@ -280,6 +280,12 @@ def check_flags() -> None:
         raise UsageError(
             "--fastest: ranks one run on one slice; leave out --compare and --sweep_topologies"
         )
+    searched = "--config.accumulation", "--config.model.remat"
+    if FASTEST.value and (typed := [a for a in sys.argv if a.startswith(searched)]):
+        raise UsageError(
+            f"--fastest: searches what {typed[0]} sets; leave it out, or use "
+            "--sequences_per_device or --remat"
+        )
     if MESHES.value and not FASTEST.value:
         raise UsageError("--meshes: does nothing without --fastest")
 

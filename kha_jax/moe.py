@@ -42,8 +42,8 @@ class MoE(FeedForward):
     of assignments and P the mean of the normalised scores (Switch, arXiv 2101.03961); `none` does
     nothing. router_z_loss: weight of the mean squared log-sum-exp of the router's logits. kernel:
     `kha_jax.ops.experts.KERNELS`. chunk_tokens: tokens of a device that go through the experts at
-    once (all by default); what a chunk keeps for its gradient is recomputed, which is free where
-    the layer is rematerialised anyway.
+    once (all by default); what a chunk keeps for its gradient is recomputed, but for what the
+    model's `remat` keeps by name, `none` nothing.
     """
 
     experts: int = 16
