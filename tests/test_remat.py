@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from kha_jax.attention.projections import GroupedQuery
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
 from kha_jax.moe import MoE
+from kha_jax.parameters import Numerics
 
 B, T, LAYERS, WIDTH = 2, 64, 3, 48
 ATTENTION = AttentionConfig(projection=GroupedQuery(query_heads=4, kv_heads=2, head_dim=16))
@@ -103,3 +105,27 @@ def test_dots_keeps_every_product_and_the_rest_less(kind):
     dots, inner = counted(kind, "dots"), counted(kind, "inner")
     assert dots[0] >= inner[0] and dots[1] <= inner[1] and dots[2] == inner[2]
     assert counted(kind, "full")[2] >= dots[2]
+
+
+def test_what_a_chunk_of_experts_keeps_gives_the_same_gradient():
+    """Dense layers are compared in test_model."""
+    ids = jax.random.randint(jax.random.key(0), (B, T), 0, 32)
+    batch = {name: ids for name in ("tokens", "targets")} | {"weights": jnp.ones((B, T))}
+    batch |= {"positions": jnp.arange(T) + 0 * ids, "segment_ids": 0 * ids}
+    plain, inner = (
+        model("mixture", policy).replace(layers=1, numerics=Numerics(dtype="float32"))
+        for policy in ("none", "inner")
+    )
+    variables = nn.unbox(jax.jit(plain.build().init)(jax.random.key(1), ids))
+    params = variables.pop("params")
+    gradients = [
+        jax.jit(
+            jax.grad(
+                lambda params, built=config.build(): built.apply(
+                    {"params": params, **variables}, batch, method="loss"
+                )[0]
+            )
+        )(params)
+        for config in (plain, inner)
+    ]
+    chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=1e-5)
