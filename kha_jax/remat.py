@@ -14,11 +14,10 @@ REST = "rest"  # norms, rotary, mixers, activations: what no policy but `none` k
 
 class Policy(NamedTuple):
     """names: of `kha_jax.ops.keep`, kept beside the layer's input. also: a policy of jax that keeps
-    more. host: keep the names in the host's memory."""
+    more."""
 
     names: tuple[str, ...] = ()
     also: Callable | None = None
-    host: bool = False
 
 
 # From the least that is kept to the most; `none` keeps all and is no policy of jax.
@@ -38,13 +37,6 @@ POLICIES = {
 def jax_policy(remat: str) -> Callable[..., Any]:
     """The policy for jax.checkpoint of a key of POLICIES but `none`."""
     policy = POLICIES[remat]
-    if policy.host:
-        return jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=list(policy.names),
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
     named = jax.checkpoint_policies.save_only_these_names(*policy.names)
     if policy.also is None:
         return named
