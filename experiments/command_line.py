@@ -31,7 +31,7 @@ class UsageError(Exception):
     """A command line that cannot be used; shown as one line, exit code 2."""
 
 
-def define_config(default: str = DEFAULT_CONFIG) -> Any:
+def define_config(default: str = DEFAULT_CONFIG) -> None:
     """The flag --config=file.py[:variant], with --config.a.b=value for single fields; complaints
     end the program at once.
 
@@ -43,7 +43,7 @@ def define_config(default: str = DEFAULT_CONFIG) -> Any:
         if help_text.wanted():
             arguments = arguments[:1]
         _check_config_arguments(arguments[1:], default)
-        holder = config_flags.DEFINE_config_file(
+        config_flags.DEFINE_config_file(
             "config",
             default,
             "Run config, FILE.py or FILE.py:VARIANT; --config.FIELD=VALUE sets a field of it.",
@@ -51,7 +51,6 @@ def define_config(default: str = DEFAULT_CONFIG) -> Any:
             sys_argv=arguments,
         )
         flags.DEFINE_bool("config.help", False, "List the config's fields with their meaning.")
-        return holder
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USAGE)
@@ -148,22 +147,20 @@ def config_of(cls: type, arguments: Sequence[str]) -> Any:
     )
     try:
         values(line)
-        typed = config_flags.get_override_values(values["config"])
-        return from_dict(cls, values["config"].value, typed={f"config.{path}" for path in typed})
+        return _parsed(cls, values["config"])
     except (flags.Error, ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from None
 
 
-def parse_config(cls: type, holder: Any) -> Any:
+def parse_config(cls: type) -> Any:
     """The frozen config of type `cls` from the parsed flag; --config.help lists it and ends the
     program.
 
     Raises:
         UsageError: names the field, what was found and what would work.
     """
-    typed = config_flags.get_override_values(flags.FLAGS["config"])
     try:
-        config = from_dict(cls, holder.value, typed={f"config.{path}" for path in typed})
+        config = _parsed(cls, flags.FLAGS["config"])
     except ConfigError as error:
         raise UsageError(str(error)) from None
     if flags.FLAGS["config.help"].value:
@@ -171,6 +168,17 @@ def parse_config(cls: type, holder: Any) -> Any:
         print("To see the fields of another kind, name it beside --config.help.")
         sys.exit(DONE)
     return config
+
+
+def _parsed(cls: type, flag: Any) -> Any:
+    """The frozen config of a flag that has been read. Where the config file has PRESETS, those of
+    `mesh.preset` set their fields, but for what was typed."""
+    typed = config_flags.get_override_values(flag)
+    if "mesh.preset" in typed:
+        presets = runpy.run_path(flag.config_filename.partition(":")[0]).get("PRESETS", {})
+        meant = presets.get(flag.value.mesh.preset, {})
+        flag.value.update_from_flattened_dict({k: v for k, v in meant.items() if k not in typed})
+    return from_dict(cls, flag.value, typed={f"config.{path}" for path in typed})
 
 
 def load_variant(cls: type, path: str, variant: str, flag: str = "--config") -> Any:

@@ -3,10 +3,12 @@
     python -m experiments.plan --config=configs/kha_moe_6b.py --topology=v5p:4x4x4
     python -m experiments.plan --compare=baseline,linear,mlp --sequences_per_device=4
     python -m experiments.plan --sweep_topologies=v5e-64,v5p-64,v6e-64 --nocompile --json
+    python -m experiments.plan --config=configs/kha_moe_6b.py --topology=v5p-128 --fastest
 
 Compiles the real train step for the slice, without a TPU, through libtpu (extra: plan), and prints
-memory per device, FLOPs, bytes moved, a roofline of the step, and days and chip-hours for the whole
-run. Without libtpu memory is estimated, and it says so.
+memory per device, FLOPs, bytes moved, a roofline of the step, the step to expect, and days and
+chip-hours for the whole run. --fastest searches rematerialisation, sequences at once and
+micro-batches and ranks what fits. Without libtpu memory is estimated, and it says so.
 """
 
 import json
@@ -22,11 +24,13 @@ from experiments import command_line
 from experiments.command_line import UsageError
 from kha_jax import planning
 from kha_jax.config import ConfigError, under
-from kha_jax.planning import EFFICIENCY, Plan
+from kha_jax.planning import EFFICIENCY, Plan, Setting, Topology
+from kha_jax.planning.search import COMPILED, MARGIN
+from kha_jax.remat import POLICIES
 from kha_jax.sharding import SLICES
 from kha_jax.training import RunConfig
 
-CONFIG = command_line.define_config(str(command_line.REPOSITORY / "configs" / "kha_moe_6b.py"))
+command_line.define_config(str(command_line.REPOSITORY / "configs" / "kha_moe_6b.py"))
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
@@ -36,8 +40,15 @@ TOPOLOGY = flags.DEFINE_string(
 SEQUENCES = flags.DEFINE_integer(
     "sequences_per_device", None, "Rows of a micro-batch on a device.", lower_bound=1
 )
-REMAT = flags.DEFINE_enum(
-    "remat", None, ["none", "dots", "full"], "Instead of the config's policy."
+REMAT = flags.DEFINE_enum("remat", None, list(POLICIES), "Instead of the config's policy.")
+FASTEST = flags.DEFINE_bool(
+    "fastest",
+    False,
+    "Rank settings of rematerialisation, sequences at once and micro-batches that fit; the "
+    f"{COMPILED} that are expected to be fastest are compiled.",
+)
+MESHES = flags.DEFINE_bool(
+    "meshes", False, "With --fastest: other sizes of the mesh's `model` and `expert` too."
 )
 SWEEP = flags.DEFINE_list("sweep_topologies", [], "Plan for each of these slices.")
 COMPARE = flags.DEFINE_list(
@@ -49,6 +60,7 @@ COMPILE = flags.DEFINE_bool("compile", True, "Compile for the slice; off: estima
 JSON = flags.DEFINE_bool("json", False, "Print the plans as JSON.")
 
 GIB = 2**30
+SHOWN = 10  # settings of a ranking
 
 
 def leave_chips_alone() -> None:
@@ -63,17 +75,29 @@ def leave_chips_alone() -> None:
         os.environ.setdefault(quiet, "3")
 
 
-def plans() -> dict[str, Plan]:
-    """What the flags ask for, by name."""
+def runs() -> dict[str, RunConfig]:
+    """The runs that the flags name."""
     holder = flags.FLAGS["config"]
-    config: RunConfig = command_line.parse_config(RunConfig, CONFIG)
-    runs = {holder.config_filename: config}
+    found = {holder.config_filename: command_line.parse_config(RunConfig)}
     if COMPARE.value:
         path = holder.config_filename.partition(":")[0]
-        runs = {name: command_line.load_variant(RunConfig, path, name) for name in COMPARE.value}
-    meant = config.mesh.preset if config.mesh.preset in SLICES else "v5p-128"
-    named = SWEEP.value or [TOPOLOGY.value or meant]
-    slices = {name: planning.topology(name) for name in named}
+        found = {name: command_line.load_variant(RunConfig, path, name) for name in COMPARE.value}
+    if REMAT.value is None:
+        return found
+    return {
+        name: run.replace(model=run.model.replace(remat=REMAT.value)) for name, run in found.items()
+    }
+
+
+def slices() -> dict[str, Topology]:
+    """The slices that the flags name."""
+    preset = command_line.parse_config(RunConfig).mesh.preset
+    named = SWEEP.value or [TOPOLOGY.value or (preset if preset in SLICES else "v5p-128")]
+    return {name: planning.topology(name) for name in named}
+
+
+def compiles() -> bool:
+    """Whether plans are compiled, and a line where they are to be and cannot."""
     compiled = COMPILE.value and planning.has_libtpu()
     if COMPILE.value and not compiled:
         print(
@@ -81,14 +105,14 @@ def plans() -> dict[str, Plan]:
             "-e '.[plan]'",
             file=sys.stderr,
         )
-    out = {}
-    for slice_name, slice_ in slices.items():
-        for name, run in runs.items():
-            run = (
-                run
-                if REMAT.value is None
-                else run.replace(model=run.model.replace(remat=REMAT.value))
-            )
+    return compiled
+
+
+def plans() -> dict[str, Plan]:
+    """What the flags ask for, by name."""
+    compiled, out = compiles(), {}
+    for slice_name, slice_ in slices().items():
+        for name, run in runs().items():
             label = (
                 name
                 if COMPARE.value and not SWEEP.value
@@ -96,6 +120,20 @@ def plans() -> dict[str, Plan]:
             )
             out[label] = advise(run, slice_, compiled)
     return out
+
+
+def ranking() -> list[Setting]:
+    """The fastest settings of one run on one slice that fit."""
+    (run,), (slice_,) = runs().values(), slices().values()
+    count = COMPILED if compiles() else 0
+    with under("config"):
+        found = planning.fastest(run, slice_, count, SEQUENCES.value, MESHES.value, REMAT.value)
+    if not found:
+        raise UsageError(
+            f"--fastest: no setting fits {slice_.name}; take a larger slice"
+            f"{'' if MESHES.value else ', or --meshes'}"
+        )
+    return found[:SHOWN]
 
 
 def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
@@ -132,6 +170,14 @@ def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
                 break
         peak, room = found.peak_bytes_per_device / GIB, slice_.chip.hbm_bytes / GIB
         print(f"{slice_.name}: {peak:.1f} GiB do not fit {room:.2f}; {remedy}", file=sys.stderr)
+    elif better := planning.faster(asked, slice_, found):
+        print(
+            f"{slice_.name}: fits; {' '.join(better.flags)} is faster and fits too, by its "
+            f"estimate of {better.plan.peak_bytes_per_device / GIB:.1f} GiB: bound "
+            f"{better.plan.mfu:.1%} instead of {found.mfu:.1%}, expected "
+            f"{better.plan.expected_mfu:.1%} instead of {found.expected_mfu:.1%}",
+            file=sys.stderr,
+        )
     return found
 
 
@@ -163,10 +209,13 @@ def show(found: dict[str, Plan]) -> None:
         "s compute / HBM / links": lambda p: (
             f"{p.compute_seconds:.3f} / {p.hbm_seconds:.3f} / {p.link_seconds:.3f}"
         ),
+        "rematerialisation": lambda p: p.remat,
         "s a step, bound by": lambda p: f"{p.step_seconds:.4f}, {p.bound}",
         "planned MFU": lambda p: f"{p.mfu:.1%}",
         "tokens a second": lambda p: f"{p.tokens_per_second:,.0f}",
         "days, chip-hours": lambda p: f"{p.days:.1f}, {p.chip_hours:,.0f}",
+        "expected: s a step, MFU": lambda p: f"{p.expected_step_seconds:.4f}, {p.expected_mfu:.1%}",
+        "expected: chip-hours": lambda p: f"{p.expected_chip_hours:,.0f}",
     }
     table = Table(
         title=(
@@ -184,8 +233,33 @@ def show(found: dict[str, Plan]) -> None:
     ).print(table)
 
 
-def main() -> None:
-    """See the module's docstring."""
+def show_ranking(found: list[Setting]) -> None:
+    """One line a setting, fastest first."""
+    chips = f"{found[0].plan.chips} chips of {found[0].plan.topology}"
+    title = f"{chips}; bound: the roofline; expected: by the kernels' efficiencies"
+    table = Table(title=title)
+    for name in ("flags", "GiB", "bound", "chip-hours", "expected", "chip-hours"):
+        table.add_column(name, justify="left" if name == "flags" else "right")
+    for setting in found:
+        p = setting.plan
+        estimated = "" if p.source == "compiled" else "~"
+        table.add_row(
+            " ".join(setting.flags),
+            f"{estimated}{p.peak_bytes_per_device / GIB:.1f}",
+            f"{p.mfu:.1%}",
+            f"{p.chip_hours:,.0f}",
+            f"{p.expected_mfu:.1%}",
+            f"{p.expected_chip_hours:,.0f}",
+        )
+    Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160).print(
+        table
+    )
+    if any(setting.plan.source != "compiled" for setting in found):
+        print(f"~ estimated from the sizes, with {MARGIN:.0%} of the memory to spare")
+
+
+def check_flags() -> None:
+    """Flags that do nothing beside each other are refused."""
     if COMPARE.value and any(argument.startswith("--config.") for argument in sys.argv):
         raise UsageError(
             "--compare: takes the variants of the config file as they are; leave out "
@@ -202,13 +276,35 @@ def main() -> None:
         raise UsageError(
             "--topology: does nothing beside --sweep_topologies; leave out one of them"
         )
+    if FASTEST.value and (COMPARE.value or SWEEP.value):
+        raise UsageError(
+            "--fastest: ranks one run on one slice; leave out --compare and --sweep_topologies"
+        )
+    searched = "--config.accumulation", "--config.model.remat"
+    if FASTEST.value and (typed := [a for a in sys.argv if a.startswith(searched)]):
+        raise UsageError(
+            f"--fastest: searches what {typed[0]} sets; leave it out, or use "
+            "--sequences_per_device or --remat"
+        )
+    if MESHES.value and not FASTEST.value:
+        raise UsageError("--meshes: does nothing without --fastest")
+
+
+def main() -> None:
+    """See the module's docstring."""
+    check_flags()
     leave_chips_alone()
     try:
-        found = plans()
+        found = ranking() if FASTEST.value else plans()
     except planning.SliceError as error:
         flag = "--sweep_topologies" if SWEEP.value else "--topology"
         raise UsageError(f"{flag}: {error}") from None
-    if JSON.value:
+    if JSON.value and FASTEST.value:
+        ranked = [{"flags": setting.flags, **setting.plan._asdict()} for setting in found]
+        print(json.dumps({"plans": ranked}, indent=1))
+    elif FASTEST.value:
+        show_ranking(found)
+    elif JSON.value:
         as_dict = {name: plan._asdict() for name, plan in found.items()}
         print(json.dumps(next(iter(as_dict.values())) if len(found) == 1 else as_dict, indent=1))
     else:

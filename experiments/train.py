@@ -37,7 +37,7 @@ from kha_jax.metrics import bits_per_byte
 from kha_jax.training import RunConfig, Trainer, TrainState, make_trainer
 from kha_jax.watchdog import Watchdog
 
-CONFIG = command_line.define_config()
+command_line.define_config()
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run folder; runs/NAME of the config file by default."
 )
@@ -165,7 +165,7 @@ def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str,
 def main() -> int:
     """See the module's docstring."""
     started = time.perf_counter()
-    config: RunConfig = command_line.parse_config(RunConfig, CONFIG)
+    config: RunConfig = command_line.parse_config(RunConfig)
     if PRINT_CONFIG.value:
         print(json.dumps(to_dict(config), indent=1))
         return command_line.DONE

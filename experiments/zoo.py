@@ -37,7 +37,7 @@ from kha_jax.config import near
 from kha_jax.statistics import paired
 from kha_jax.training import RunConfig
 
-CONFIG = command_line.define_config()
+command_line.define_config()
 MATCH = flags.DEFINE_list(
     "match", ["params"], "params, flops or cache; or the cache and then one of the others."
 )
@@ -254,7 +254,7 @@ def check_flags() -> None:
 def main() -> int | None:
     """See the module's docstring."""
     check_flags()
-    config: RunConfig = command_line.parse_config(RunConfig, CONFIG)
+    config: RunConfig = command_line.parse_config(RunConfig)
     if SCALING.value:
         from experiments import scaling
 

@@ -7,6 +7,7 @@ import jax
 
 from kha_jax.config import Config
 from kha_jax.ops.gating import swiglu
+from kha_jax.ops.keep import INNER, keep
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Aux, Module, no_aux
 from kha_jax.sharding import constrain
@@ -32,6 +33,15 @@ class FeedForward(Config):
         """Numbers per token that the forward pass makes between the layer's input and its
         output."""
         raise NotImplementedError
+
+    def inner_floats(self, model_width: int) -> int:
+        """Numbers per token of the products that the activation reads: those of [D, F]
+        matrices."""
+        raise NotImplementedError
+
+    def router_width(self) -> int:
+        """Logits per token of a router, if there is one."""
+        return 0
 
     def tokens_at_once(self, tokens: float) -> float:
         """How many of a device's tokens have them at the same time."""
@@ -61,6 +71,9 @@ class SwiGLU(FeedForward):
     def stream_floats(self, model_width):
         return 3 * self.width
 
+    def inner_floats(self, model_width):
+        return 2 * self.width
+
     def build(self, **arguments: Any) -> "SwiGLULayer":
         return SwiGLULayer(config=self, **arguments)
 
@@ -75,7 +88,7 @@ class SwiGLULayer(Module):
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Aux]:
         """The layer's output [B, T, D], and nothing beside it."""
         D, F = self.model_width, self.config.width
-        gate_BTF = linear(x_BTD, self.weight("gate", embed=D, feed_forward=F))
-        up_BTF = linear(x_BTD, self.weight("up", embed=D, feed_forward=F))
+        gate_BTF = keep(linear(x_BTD, self.weight("gate", embed=D, feed_forward=F)), INNER)
+        up_BTF = keep(linear(x_BTD, self.weight("up", embed=D, feed_forward=F)), INNER)
         h_BTF = constrain(swiglu(gate_BTF, up_BTF), "batch", "length", "feed_forward")
         return linear(h_BTF, self.weight("down", feed_forward=F, embed=D)), no_aux()

@@ -18,13 +18,11 @@ from kha_jax.config import Config, ConfigError, choice
 from kha_jax.feed_forward import FeedForward, SwiGLU
 from kha_jax.moe import MoE
 from kha_jax.ops import losses
+from kha_jax.ops.keep import STREAM, keep
 from kha_jax.parameters import Aux, Module, Numerics, RMSNorm, no_aux
+from kha_jax.remat import POLICIES, jax_policy
 from kha_jax.sharding import constrain, per_device, sum_over, ways
 
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 FEED_FORWARDS = {"swiglu": SwiGLU, "moe": MoE}
 Batch = dict[str, jax.Array]
 
@@ -73,8 +71,11 @@ class ModelConfig(Config):
 
     layers, width (D), vocabulary_size (V). embeddings: `tied` shares the input and output table,
     `untied` has two. stack: `scan` compiles one block for all layers, `unroll` lays them out (the
-    parameters are the same tree). remat: what the backward pass recomputes: `none`, `dots` keeps
-    matrix products of the layer, `full` keeps the layer's input only.
+    parameters are the same tree). remat: what of a layer is kept for the backward pass, which
+    computes the rest again, from most memory to least: `none` keeps all; `dots` every matrix
+    product, those of kernels too; `inner` the products that a gradient reads; `projections` not
+    those of the feed-forward; `attention` what attention and the router give, without the queries,
+    keys and values; `full` the layer's input alone (`kha_jax.remat.POLICIES`).
     """
 
     layers: int = 4
@@ -82,7 +83,7 @@ class ModelConfig(Config):
     vocabulary_size: int = 264
     embeddings: Literal["tied", "untied"] = "tied"
     stack: Literal["scan", "unroll"] = "scan"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal[tuple(POLICIES)] = "none"
     attention: AttentionConfig = AttentionConfig()
     later: SameAttention | AttentionFrom = choice(
         LATER, SameAttention(), like={"attention": "attention"}
@@ -189,7 +190,7 @@ class Block(Module):
     def _residuals(self, x_BTD, attend):
         x_BTD = constrain(x_BTD, "batch", "length", "features")
         y_BTD, from_attention = attend(self.attention_norm(x_BTD))
-        x_BTD = x_BTD + y_BTD
+        x_BTD = keep(x_BTD + y_BTD, STREAM)
         y_BTD, aux = self.feed_forward(self.feed_forward_norm(x_BTD))
         return constrain(x_BTD + y_BTD, "batch", "length", "features"), from_attention, aux
 
@@ -234,7 +235,7 @@ class Transformer(Module):
         self.final_norm = RMSNorm(numerics=self.numerics, axis="embed")
         block = Block
         if c.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=c.stack == "unroll")
+            block = nn.remat(Block, policy=jax_policy(c.remat), prevent_cse=c.stack == "unroll")
         for segment in c.segments():
             layers = nn.scan(
                 block,

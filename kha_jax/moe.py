@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kha_jax.feed_forward import FeedForward, SwiGLU
 from kha_jax.ops import experts
+from kha_jax.ops.keep import ROUTER, keep
 from kha_jax.parameters import Aux, Module
 from kha_jax.sharding import (
     constrain,
@@ -41,8 +42,8 @@ class MoE(FeedForward):
     of assignments and P the mean of the normalised scores (Switch, arXiv 2101.03961); `none` does
     nothing. router_z_loss: weight of the mean squared log-sum-exp of the router's logits. kernel:
     `kha_jax.ops.experts.KERNELS`. chunk_tokens: tokens of a device that go through the experts at
-    once (all by default); what a chunk keeps for its gradient is recomputed, which is free where
-    the layer is rematerialised anyway.
+    once (all by default); what a chunk keeps for its gradient is recomputed, but for what the
+    model's `remat` keeps by name, `none` nothing.
     """
 
     experts: int = 16
@@ -113,6 +114,12 @@ class MoE(FeedForward):
             self.top_k * (2 * model_width + 3 * self.width) + 3 * self.width * self.shared_experts
         )
 
+    def inner_floats(self, model_width):
+        return 2 * self.width * (self.top_k + self.shared_experts)
+
+    def router_width(self):
+        return self.experts
+
     def tokens_at_once(self, tokens):
         return min(tokens, self.chunk_tokens or tokens)
 
@@ -140,6 +147,7 @@ class MoELayer(Module):
                 router_DE,
                 precision=jax.lax.Precision.HIGHEST,
             )
+            logits_BTE = keep(logits_BTE, ROUTER)
             scores_BTE = nn.sigmoid(logits_BTE) if c.scores == "sigmoid" else nn.softmax(logits_BTE)
             biased_BTE = scores_BTE
             if c.balancing in BIAS_RULES:
@@ -147,6 +155,7 @@ class MoELayer(Module):
                     "balance", "bias", jnp.zeros, (c.experts,), jnp.float32
                 ).value
             chosen_BTK = jax.lax.top_k(jax.lax.stop_gradient(biased_BTE), c.top_k)[1]
+            chosen_BTK = keep(chosen_BTK, ROUTER)
             weights_BTK = jnp.take_along_axis(scores_BTE, chosen_BTK, axis=-1)
             weights_BTK *= c.routed_scaling / jnp.maximum(
                 jnp.sum(weights_BTK, axis=-1, keepdims=True), 1e-20

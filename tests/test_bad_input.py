@@ -363,6 +363,12 @@ INPUTS = {
     "inspect of no folder": (no_damage, ("inspect", "--workdir={here}/none"), 2, "no such folder"),
     "inspect of odd storage": (no_damage, ("inspect", "--workdir=odd://a"), 2, "storage is known"),
     "a plan of no slice": (no_damage, ("plan", "--topology=v9:1x1"), 2, "v9:1x1"),
+    "a ranking of one": (
+        no_damage,
+        ("plan", "--fastest", "--config.accumulation=2"),
+        2,
+        "--config.accumulation=2",
+    ),
 }
 
 

@@ -22,6 +22,7 @@ LAYERS = {
     "attention": 2,
     "feed_forward": 2,
     "moe": 2,
+    "remat": 2.4,
     "model": 2.5,
     "accounting": 2.6,  # what a block is made of, then the whole
     "training": 3,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from kha_jax.config import Config
 from kha_jax.ops.gating import sigmoid_gate
+from kha_jax.ops.keep import PROJECTED, keep
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Module, Numerics
 from kha_jax.sharding import ways
@@ -289,8 +290,8 @@ class Mixer(Module):
         """What is cached, for x[..., rows] and W[rows, heads, H]: mixer(x W), through the weights
         where the config says so."""
         if self.config.on_weights(kernel.shape[0], math.prod(x.shape[:-1])):
-            return linear(x, self(kernel))
-        return self(linear(x, kernel))
+            return keep(linear(x, self(kernel)), PROJECTED)
+        return self(keep(linear(x, kernel), PROJECTED))
 
     def read(self, z: jax.Array, axis: int) -> jax.Array:
         """What the scores read of cached z, whose heads are along `axis`."""
@@ -361,7 +362,7 @@ class Composition(Mixer):
 
     def project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         late = self.config.late(self.heads)
-        return linear(x, kernel) if late else super().project(x, kernel)
+        return keep(linear(x, kernel), PROJECTED) if late else super().project(x, kernel)
 
     def read(self, z: jax.Array, axis: int) -> jax.Array:
         return compose(z, self.kernel, axis) if self.config.late(self.heads) else z

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kha_jax.ops.attention_chunked import MASKED, chunked
+from kha_jax.ops.keep import ATTENTION
 
 
 class ScoreMaps(NamedTuple):
@@ -271,7 +272,7 @@ def splash(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale, interpret=False):
         [splash_attention_mask.CausalMask((T, T)) for _ in range(N // K)]
     )
     make = splash_attention_kernel.make_splash_mqa_single_device
-    run = make(mask, block_sizes=sizes, interpret=interpret)
+    run = make(mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name=ATTENTION)
     q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
     ids = (
         None

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kha_jax.ops.experts_cpu import blocked
 from kha_jax.ops.gating import swiglu
+from kha_jax.ops.keep import INNER, keep
 
 
 def experts(
@@ -68,9 +69,8 @@ def _ragged(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
     sizes_E = jnp.sum(jax.nn.one_hot(chosen_NK, E, dtype=jnp.int32), axis=(0, 1))
     x_MD = _spread(x_ND, order_M // K, row_NK)
     weight_M1 = _spread(weights_NK.reshape(-1, 1), order_M, row_NK.reshape(-1, 1))
-    h_MF = swiglu(
-        jax.lax.ragged_dot(x_MD, gate_EDF, sizes_E), jax.lax.ragged_dot(x_MD, up_EDF, sizes_E)
-    )
+    products = (jax.lax.ragged_dot(x_MD, weight_EDF, sizes_E) for weight_EDF in (gate_EDF, up_EDF))
+    h_MF = swiglu(*(keep(product_MF, INNER) for product_MF in products))
     y_MD = jax.lax.ragged_dot(h_MF * weight_M1, down_EFD, sizes_E)
     # rows of experts held elsewhere
     y_MD = jnp.where((jnp.arange(N * K) < jnp.sum(sizes_E))[:, None], y_MD, 0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kha_jax.attention.projections.base import Projection, ProjectionModule
 from kha_jax.ops import rope
+from kha_jax.ops.keep import PROJECTED, keep
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import RMSNorm
 from kha_jax.sharding import constrain
@@ -141,7 +142,7 @@ class LatentProjection(ProjectionModule):
         nope = mixers["query"].project(source, self.query)
         rotated = rope.rotate(linear(source, self.query_rope), positions_BT, theta)
         q_BTNH = jnp.concatenate([nope, rotated], axis=-1)
-        latents = linear(x_BTD, self.down)
+        latents = keep(linear(x_BTD, self.down), PROJECTED)
         normed = [norm(latents[:, :, g]) for g, norm in enumerate(self.latent_norms)]
         rotary_key = rope.rotate(linear(x_BTD, self.rotary_key)[:, :, None], positions_BT, theta)
         state = {"latent": jnp.stack(normed, axis=2), "rotary_key": rotary_key}

@@ -1,0 +1,172 @@
+"""Memory of a run on a slice: how its state lies on the devices, XLA's analysis of the compiled
+step, and an estimate from the sizes."""
+
+import functools
+import importlib.util
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kha_jax import remat, sharding
+from kha_jax.model import Segment
+from kha_jax.ops.attention import ROWS
+from kha_jax.ops.keep import INNER
+from kha_jax.planning.slices import SliceError, Topology
+from kha_jax.sharding import ways_of
+from kha_jax.training import RunConfig, TrainState, make_trainer
+
+
+def has_libtpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def compiled_memory(config: RunConfig, slice_: Topology) -> tuple[float, float]:
+    """(peak, temporaries) in bytes per device of one train step, compiled for the slice through
+    libtpu.
+
+    Raises:
+        SliceError: libtpu knows no such slice.
+    """
+    from jax.experimental import topologies
+
+    several = {"num_slices": slice_.slices} if slice_.slices > 1 else {}
+    try:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=slice_.name, **several
+        ).devices
+    except RuntimeError as error:
+        raise SliceError(
+            f"libtpu knows no slice {slice_.name}: {' '.join(str(error).split())}"
+        ) from None
+    trainer = make_trainer(config, sharding.make_mesh(config.mesh, devices))
+    try:
+        memory = trainer.lower().compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = needed(str(error))
+        if wanted is None:
+            raise
+        return wanted + held_bytes(trainer.abstract), wanted
+    whole = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    return float(getattr(memory, "peak_memory_in_bytes", 0) or whole), float(
+        memory.temp_size_in_bytes
+    )
+
+
+def needed(message: str) -> float | None:
+    """Bytes of temporaries that the compiler wanted when it ran out of HBM, or None for another
+    failure."""
+    sizes = [float(number) * 2**30 for number in re.findall(r"\b([\d.]+)G", message)]
+    return max(sizes) if "HBM" in message and "RESOURCE_EXHAUSTED" in message and sizes else None
+
+
+class Layout(NamedTuple):
+    """How a run lies on the devices: its abstract state, the mesh's sizes, the devices that split a
+    batch and a layer, the tokens that a device has at once, and the weights that it computes
+    with."""
+
+    state: TrainState
+    sizes: dict[str, int]
+    batch_ways: int
+    model_ways: int
+    local_tokens: float
+    weights: float
+
+
+def layout(config: RunConfig, chips: int) -> Layout:
+    """The run's layout on so many chips."""
+    sizes = config.mesh.sizes(chips)
+    # neither the batch nor what is kept for the backward pass changes the state
+    model = config.model.replace(remat="none")
+    plain = config.replace(model=model, batch_size=chips, accumulation=1)
+    state, ways = _abstract(plain, tuple(sizes.items())), ways_of(sizes, "batch")
+    leaves = jax.tree.leaves(state.params)
+    weights = sum(held(leaf) * sharding.gathered_ways(leaf.sharding) for leaf in leaves)
+    tokens = config.tokens_per_step / config.accumulation / ways
+    return Layout(state, sizes, ways, ways_of(sizes, "heads"), tokens, weights)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: RunConfig, sizes: tuple[tuple[str, int], ...]) -> TrainState:
+    axes, shape = zip(*sizes)
+    return make_trainer(config, jax.sharding.AbstractMesh(shape, axes)).abstract
+
+
+def held(leaf: jax.ShapeDtypeStruct) -> int:
+    """Elements of an array on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def held_bytes(tree: Any) -> float:
+    """Bytes of a tree of arrays on one device."""
+    return float(sum(held(leaf) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)))
+
+
+def kept(config: RunConfig, segment: Segment, layout: Layout) -> tuple[dict[str, float], float]:
+    """Of one layer and token: forward FLOPs of what is run again, by name (see
+    `kha_jax.remat.parts`), and the numbers that are kept beside the layer's input.
+
+    What a mixture computes in chunks is kept by name alone: `none` runs it again.
+    """
+    feed_forward, context = segment.feed_forward, (config.seq_len + 1) / 2
+    parts = remat.parts(
+        segment.attention, feed_forward, config.model.width, context, config.tokens_per_step
+    )
+    policy = remat.POLICIES[config.model.remat]
+    names = set(policy.names)
+    # of the products that no gradient reads, the feed-forward's last one is not named
+    floats = sum(parts[name].floats for name in names) + (config.model.width if policy.also else 0)
+    chunked = feed_forward.tokens_at_once(layout.local_tokens) < layout.local_tokens
+    if config.model.remat == "none" and chunked:
+        names -= {INNER}
+        floats -= feed_forward.stream_floats(config.model.width)
+    return {name: part.flops for name, part in parts.items() if name not in names}, floats
+
+
+def activation_bytes(config: RunConfig, layout: Layout) -> float:
+    """What all layers keep for the backward pass, their inputs among it, of the tokens that a
+    device has at once; what heads and feed-forward make is split over `model`."""
+    model = config.model
+    floats = sum(
+        s.layers * (model.width + kept(config, s, layout)[1] / layout.model_ways)
+        for s in model.segments()
+    )
+    return layout.local_tokens * floats * np.dtype(model.numerics.dtype).itemsize
+
+
+def head_floats(segment: Segment) -> int:
+    """Numbers per token of the queries and the outputs of all heads together: the keys of
+    collaborative heads are wider than their values."""
+    projection = segment.attention.projection
+    heads, value_width = projection.output_shape()
+    return heads * (projection.key_width() + value_width)
+
+
+def estimated_temporaries(config: RunConfig, layout: Layout) -> float:
+    """Saved activations, one layer's gathered weights with their gradients, its streams, and the
+    loss's table and logits; the gradients of the parameters are not among them."""
+    model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
+    table = model.vocabulary_size * model.width / layout.model_ways
+    layer = 2 * item * (layout.weights - table) / model.layers
+    streams = max(_layer_bytes(config, segment, layout) for segment in model.segments())
+    output = (item + 4) * model.vocabulary_size * model.width
+    return activation_bytes(config, layout) + max(layer + streams, output)
+
+
+def _layer_bytes(config: RunConfig, segment: Segment, layout: Layout) -> float:
+    """What a layer of this segment holds between its input and its output, with its gradients:
+    streams, and four times the float32 scores of the queries whose heads meet at a time."""
+    model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
+    attention = 8 * model.width + 4 * head_floats(segment) / layout.model_ways
+    tokens = segment.feed_forward.tokens_at_once(layout.local_tokens)
+    between = 2 * tokens * segment.feed_forward.stream_floats(model.width) / layout.model_ways
+    at_once = layout.local_tokens * min(1, ROWS / config.seq_len)
+    scores = 4 * 4 * at_once * segment.attention.score_floats(config.seq_len)
+    return item * (layout.local_tokens * attention + between) + scores

@@ -1,0 +1,186 @@
+"""What would make a run fit, and what would make it faster."""
+
+import math
+from typing import Any, Iterator, NamedTuple
+
+from kha_jax.config import ConfigError, to_dict
+from kha_jax.planning.plans import Plan, placed, plan
+from kha_jax.planning.slices import Topology, topology
+from kha_jax.remat import POLICIES
+from kha_jax.sharding import SLICES, ways_of
+from kha_jax.training import RunConfig
+
+
+class Remedy(NamedTuple):
+    """A change that saves memory: fields of the run by their dotted names, the slice where it is
+    another one, and what they make of the run and the slice."""
+
+    changes: dict[str, Any]
+    moved_to: str | None
+    config: RunConfig
+    slice_: Topology
+
+
+def remedies(config: RunConfig, slice_: Topology) -> Iterator[Remedy]:
+    """What may make a run fit that `placed` has put on the slice, cheapest first.
+
+    Full rematerialisation, then fewer sequences at once, then larger slices of the kind, whose FSDP
+    leaves each device less state.
+    """
+    full: dict[str, Any] = {}
+    if config.model.remat != "full":
+        full = {"model.remat": "full"}
+        config = config.replace(model=config.model.replace(remat="full"))
+        yield Remedy(full, None, config, slice_)
+    apart = ways_of(config.mesh.sizes(slice_.chips), "batch")
+    sequences = config.batch_size // config.accumulation // apart
+    for fewer in (n for n in range(sequences - 1, 0, -1) if sequences % n == 0):
+        accumulation = config.accumulation * sequences // fewer
+        changed = config.replace(accumulation=accumulation)
+        yield Remedy({**full, "accumulation": accumulation}, None, changed, slice_)
+    for name in SLICES:
+        larger = topology(name)
+        if larger.chip != slice_.chip or larger.chips <= slice_.chips:
+            continue
+        mesh = config.mesh.moved(name)
+        try:
+            fewest = placed(config.replace(mesh=mesh), larger, 1)
+        except ConfigError:
+            continue  # something does not divide over it
+        moved = {
+            f"mesh.{field}": value
+            for field, value in to_dict(mesh).items()
+            if value != getattr(config.mesh, field)
+        }
+        changes = {**full, "accumulation": fewest.accumulation, **moved}
+        yield Remedy(changes, name, fewest, larger)
+
+
+# The memory estimate errs by up to this much of what a device has, and a setting that fits only by
+# less than that is left to the compiler.
+MARGIN = 0.15
+# Settings that are compiled.
+COMPILED = 3
+MODEL_WAYS = (1, 2, 4, 8)
+EXPERT_WAYS = (1, 2, 4, 8, 16)
+
+
+class Setting(NamedTuple):
+    """Fields of the run by their dotted names, what they make of it, and its plan."""
+
+    changes: dict[str, Any]
+    config: RunConfig
+    plan: Plan
+
+    @property
+    def flags(self) -> list[str]:
+        """What to write behind a command."""
+        return [f"--config.{field}={value}" for field, value in self.changes.items()]
+
+
+def settings(
+    config: RunConfig,
+    slice_: Topology,
+    sequences: int | None = None,
+    meshes: bool = False,
+    remat: str | None = None,
+) -> list[Setting]:
+    """All settings of rematerialisation, sequences at once and accumulation (with meshes, sizes of
+    `model` and `expert` too) that divide, with their plans from the sizes, fastest to expect first,
+    then by memory. sequences, remat: only these."""
+    found, seen = [], set()
+    for mesh in _meshes(config, slice_) if meshes else [config.mesh]:
+        try:
+            ways = ways_of(mesh.sizes(slice_.chips), "batch")
+            most = max(1, config.batch_size // ways)
+            rows = [sequences] if sequences else [n for n in range(1, most + 1) if most % n == 0]
+            for n in rows:
+                run = placed(config.replace(mesh=mesh), slice_, n)
+                for policy in [remat] if remat else POLICIES:
+                    changed = run.replace(model=run.model.replace(remat=policy))
+                    if changed in seen:
+                        continue
+                    seen.add(changed)
+                    changes = _changes(config, changed)
+                    found.append(Setting(changes, changed, plan(changed, slice_, compiled=False)))
+        except ConfigError:
+            continue  # something does not divide over it
+    return sorted(found, key=_order)
+
+
+def _worthwhile(found: list[Setting]) -> list[Setting]:
+    """Without those that differ from a faster one, or one as fast, in rematerialisation alone and
+    take no less memory."""
+    out, least = [], {}
+    for setting in found:
+        apart = tuple((k, v) for k, v in setting.changes.items() if k != "model.remat")
+        peak = setting.plan.peak_bytes_per_device
+        if peak < least.get(apart, math.inf):
+            least[apart] = peak
+            out.append(setting)
+    return out
+
+
+def _order(setting: Setting) -> tuple[float, float]:
+    # less than about a thousandth of a step is no reason to take more memory
+    per_token = setting.plan.expected_step_seconds / setting.config.tokens_per_step
+    return float(f"{per_token:.3g}"), setting.plan.peak_bytes_per_device
+
+
+def _meshes(config: RunConfig, slice_: Topology) -> list[Any]:
+    """The run's own mesh, then others of the slice, `data` taking the rest."""
+    mixture = config.model.segments()[-1].feed_forward.router_width()
+    sizes = [
+        config.mesh.replace(data=-1, model=model, expert=expert)
+        for model in MODEL_WAYS
+        for expert in (EXPERT_WAYS if mixture else (1,))
+        if slice_.chips % (model * expert) == 0
+    ]
+    return [config.mesh, *(mesh for mesh in sizes if mesh != config.mesh)]
+
+
+def _changes(asked: RunConfig, run: RunConfig) -> dict[str, Any]:
+    """What to set, also where the config has it already, so that the line says it all."""
+    changes: dict[str, Any] = {"model.remat": run.model.remat, "accumulation": run.accumulation}
+    if run.batch_size != asked.batch_size:
+        changes |= {"batch_size": run.batch_size, "steps": run.steps}
+    own, mesh = to_dict(asked.mesh), to_dict(run.mesh)
+    return changes | {f"mesh.{k}": value for k, value in mesh.items() if value != own[k]}
+
+
+def fastest(
+    config: RunConfig,
+    slice_: Topology,
+    compiled: int = COMPILED,
+    sequences: int | None = None,
+    meshes: bool = False,
+    remat: str | None = None,
+) -> list[Setting]:
+    """Settings that fit, fastest to expect first. compiled: so many are compiled, and as many more
+    as it takes until one of them fits; those that XLA knows not to fit are left out, and those that
+    it does not know come after those that it does. 0: none is, and all fit with MARGIN to spare."""
+    room = slice_.chip.hbm_bytes
+    found = _worthwhile(settings(config, slice_, sequences, meshes, remat))
+    if not compiled:
+        return [s for s in found if s.plan.peak_bytes_per_device <= room * (1 - MARGIN)]
+    worth = [s for s in found if s.plan.peak_bytes_per_device <= room * (1 + MARGIN)]
+    known: list[Setting] = []
+    for at, setting in enumerate(worth):
+        if at >= compiled and known:
+            break
+        truth = plan(setting.config, slice_, compiled=True)
+        if truth.fits:
+            known.append(setting._replace(plan=truth))
+    sure = [s for s in worth[at:] if s.plan.peak_bytes_per_device <= room * (1 - MARGIN)]
+    return known + (sure if known else [])
+
+
+def faster(config: RunConfig, slice_: Topology, than: Plan) -> Setting | None:
+    """A setting of the same mesh that fits by its estimate, with MARGIN to spare, and is expected
+    to take less of the time by a hundredth or more; None: there is none."""
+    found = fastest(config, slice_, compiled=0)
+    now = than.expected_step_seconds / config.tokens_per_step
+    if not found:
+        return None
+    best = found[0].plan.expected_step_seconds / found[0].config.tokens_per_step
+    return found[0] if best < 0.99 * now else None
