@@ -56,7 +56,9 @@ def read(path: Path) -> list[Result]:
         with open(path, newline="") as file:
             lines = list(csv.DictReader(file))
         return [Result(**{name: value(name, line[name]) for name in types}) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UsageError(f"{path}: is no table of runs ({error!r})") from None
 
 

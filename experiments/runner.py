@@ -6,6 +6,7 @@ line for each run that has ended well (`results.Result`). Several commands may w
 once: a run that another one is training is passed over.
 """
 
+import collections
 import contextlib
 import fcntl
 import hashlib
@@ -291,7 +292,10 @@ def varied(rows: Sequence[Wanted], settings: Sequence[str]) -> list[Wanted]:
         if not equals or not field.startswith("config."):
             problem = "must be config.FIELD=VALUE or config.FIELD=VALUE,VALUE,..."
             raise UsageError(f"--set={text}: {problem}")
-        axes.append([(field, value) for value in values.split(",")])
+        if field == "config.seed":
+            raise UsageError(f"--set={text}: runs differ by their seeds; use --seeds=N")
+        # not the commas of a tuple
+        axes.append([(field, value) for value in re.split(r",(?![^(]*\))", values)])
     combinations = list(itertools.product(*axes))
 
     def named(name: str, combination: tuple[tuple[str, str], ...]) -> str:
@@ -321,12 +325,18 @@ def planned(
     for rate in learning_rates:
         if not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", rate):
             raise UsageError(f"--learning_rates={rate}: must be a number, such as 3e-3")
-    return [
+    runs = [
         _planned(row, seed, rate)
         for seed in range(seeds)
         for row in rows
         for rate in learning_rates or [""]
     ]
+    counts = collections.Counter((run.row, run.seed, run.learning_rate) for run in runs)
+    for (row, _, rate), count in counts.items():
+        if count > 1:
+            which = row if rate is None else f"{row} at the learning rate {rate:g}"
+            raise UsageError(f"--learning_rates, --set: ask for {which} twice; name each once")
+    return runs
 
 
 def _planned(row: Wanted, seed: int, rate: str) -> Planned:

@@ -252,6 +252,8 @@ def main() -> int:
     """See the module's docstring."""
     title, rows = wanted()
     runs = runner.planned(rows, SEEDS.value, RATES.value)
+    if INDEX.value is not None and INDEX.value >= len(runs):
+        raise UsageError(f"--index={INDEX.value}: there are {len(runs)} runs, from 0 on")
     name = TABLES.get(TABLE.value or "", "ablation")
     default = command_line.REPOSITORY / "runs" / f"{name}-{SCALE.value}"
     folder = stored.local_folder("out", OUT.value or str(default))
@@ -273,8 +275,6 @@ def main() -> int:
     if taken:
         print(f"{taken} runs are known")
     if INDEX.value is not None:
-        if INDEX.value >= len(runs):
-            raise UsageError(f"--index={INDEX.value}: there are {len(runs)} runs, from 0 on")
         sweep.runs = [runs[INDEX.value]]
     with Board(sweep, rows) as board:
         return train(sweep, board)

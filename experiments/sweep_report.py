@@ -88,6 +88,8 @@ def findings(sweep: Sweep, summary: Summary) -> list[str]:
     named = {name: one for name, one in summary.results.items() if one.differences}
     said = [f"{summary.finished} of {summary.planned} runs are finished; the loss is the "]
     said[0] += LOSSES[summary.loss] + "."
+    if sweep.others:
+        said.append(f"Left out, trained with another config: {', '.join(sweep.others)}.")
     absent = [name for name in sweep.rows if name not in summary.results]
     if absent:
         said.append(f"Rows without a finished run: {', '.join(absent)}.")

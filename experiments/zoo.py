@@ -21,7 +21,6 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line, members, results, runner
+from experiments import command_line, members, results, runner, stored
 from experiments.command_line import UsageError
 from experiments.members import Member, Row
 from kha_jax.budget import MEASURES, TOLERANCE
@@ -85,7 +84,7 @@ def measured(found: dict[str, Member], rows: dict[str, Row]) -> tuple[float, dic
 def trained(found: dict[str, Member], rows: dict[str, Row]) -> tuple[int, dict[str, Row]]:
     """Trains what is missing in the sweep's folder; the exit code, and the rows with their
     losses."""
-    folder = Path(OUT.value or command_line.REPOSITORY / "runs" / "zoo")
+    folder = stored.local_folder("out", OUT.value or str(command_line.REPOSITORY / "runs" / "zoo"))
     steps = f"--config.steps={TRAIN.value}"
     wanted = [
         runner.Wanted(name, (*member.line(), steps), "baseline") for name, member in found.items()
@@ -258,13 +257,16 @@ def main() -> int | None:
     if SCALING.value:
         from experiments import scaling
 
-        return scaling.run(config, LENGTHS.value, ROUNDS.value, Path(OUT.value or "figures"))
+        out = stored.local_folder("out", OUT.value or "figures")
+        return scaling.run(config, LENGTHS.value, ROUNDS.value, out)
     found = members.members(config, ADD.value, ONLY.value)
     if CHECK.value:
         quickly_on_cpus()
         return check(found)
     jax.config.update("jax_num_cpu_devices", members.WAYS)
     budget, found, rows = members.fitted(found, MATCH.value, MULTIPLE.value)
+    if CSV.value:
+        write_csv(CSV.value, rows)  # what cannot be written is known before hours of training
     rate, code = None, command_line.DONE
     if MEASURE.value:
         rate, rows = measured(found, rows)

@@ -13,7 +13,7 @@ import numpy as np
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import HeadComposition
 from kha_jax.attention.projections import GroupedQuery, GroupedTied
-from kha_jax.config import ConfigError
+from kha_jax.config import ConfigError, under
 from kha_jax.decoding import Variables, absorb_model, restack, unstack
 from kha_jax.model import AttentionFrom, ModelConfig
 
@@ -78,7 +78,9 @@ def compress(
     Raises:
         ConfigError: a mixer does not fold, or the model has no such form.
     """
-    model, variables = absorb_model(model, variables)
+    with under("attention"):
+        model, variables = absorb_model(model, variables)
+        fewer = compressed(model.attention, kv_heads)
     if first == 0:
         made = model.with_attention(lambda attention: compressed(attention, kv_heads))
     else:
@@ -87,7 +89,7 @@ def compress(
                 f"layers differ from number {model.later.layer} on already; leave out --layers"
             )
             raise ConfigError("later.layer", problem)
-        later = AttentionFrom(layer=first, attention=compressed(model.attention, kv_heads))
+        later = AttentionFrom(layer=first, attention=fewer)
         made = model.replace(later=later)
     outer, layers = unstack(model, variables)
     profiles: dict[str, dict[int, np.ndarray]] = {}

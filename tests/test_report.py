@@ -212,3 +212,22 @@ def test_spikes_of_a_log_are_listed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "rolling median of the last 40 values" in done.stdout
     assert "1 spikes; spike score 0.7143% of steps" in done.stdout
+
+
+def test_runs_of_another_config_are_left_out_and_named(tmp_path):
+    lines = [finished("baseline", 0, 2.0, hash="a"), finished("linear", 0, 1.0, hash="old")]
+    folder = write_sweep(tmp_path, [row("baseline"), row("linear")], lines)
+    described = json.loads((folder / "sweep.json").read_text())
+    described["runs"] = [{**run, "hash": "a"} for run in described["runs"]]
+    (folder / "sweep.json").write_text(json.dumps(described))
+    sweep = sweeps.load(folder)
+    assert sweep.others == ("linear-seed0",) and list(sweep.finished) == ["baseline-seed0"]
+    assert sweeps.summarise(sweep).finished == 1
+
+
+def test_a_table_of_runs_that_is_cut_off_is_damaged(tmp_path):
+    folder = write_sweep(tmp_path, [row("baseline")], [finished("baseline", 0, 2.0)])
+    text = (folder / "runs.csv").read_text()
+    (folder / "runs.csv").write_text(text[: text.index(",2.0,")])
+    with pytest.raises(sweeps.SweepError, match="line 2 is damaged"):
+        sweeps.load(folder)

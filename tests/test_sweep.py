@@ -97,11 +97,19 @@ def test_settings_make_rows_with_their_baselines():
         (["config.steps=3,x"], [], "config.steps: expected int, found 'x'"),
         (["config.evaluation.every=0"], [], "config.evaluation.every: .* found 0"),
         ([], ["fast"], "--learning_rates=fast: must be a number"),
+        (["config.seed=1,2"], [], "use --seeds"),
+        (["config.steps=4,4"], [], "twice"),
+        ([], ["1e-3", "0.001"], "twice"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(settings, rates, message):
     with pytest.raises(UsageError, match=message):
         runner.planned(runner.varied([ROW], settings), learning_rates=rates)
+
+
+def test_the_commas_of_a_tuple_make_no_axis():
+    (one,) = runner.varied([ROW], ["config.data.roots=('stdlib','packages')"])
+    assert one.arguments[-1] == "--config.data.roots=('stdlib','packages')"
 
 
 def test_a_sweep_trains_what_is_missing_and_goes_past_what_fails(tmp_path, trained):
@@ -126,7 +134,7 @@ def test_known_results_are_not_trained_again_whatever_they_are_called(tmp_path, 
     train_all(tmp_path / "here", runs)
     path = tmp_path / "here" / "runs.csv"
     known = results.known([str(path)])
-    assert known == list(Sweep(tmp_path / "here", runs).done().values())
+    assert repr(known) == repr(list(Sweep(tmp_path / "here", runs).done().values()))  # with NaN
     renamed = [run._replace(name=f"other-{run.name}", row="other") for run in runs]
     sweep, taken, codes = train_all(tmp_path / "there", renamed, known)
     assert (taken, codes, len(trained)) == (2, [], 2)

@@ -47,6 +47,7 @@ class Finished(NamedTuple):
     row: str
     seed: int
     numbers: dict[str, float]
+    hash: str
     hardware: str
     commit: str
     curve: dict[int, float]
@@ -59,13 +60,15 @@ class Finished(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """A sweep as it is stored. planned: (name, row, seed) of its runs. finished: by name."""
+    """A sweep as it is stored. planned: (name, row, seed) of its runs. finished: by name. others:
+    names in runs.csv that are planned with another config, which nothing else counts."""
 
     folder: Path
     about: dict[str, str]
     rows: dict[str, Row]
     planned: list[tuple[str, str, int]]
     finished: dict[str, Finished]
+    others: tuple[str, ...] = ()
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """The lines of a run's metrics.jsonl; none where its folder is not here."""
@@ -135,6 +138,7 @@ def load(folder: Path) -> Sweep:
             printed = None if row.get("printed") is None else float(row["printed"])
             rows[row["name"]] = Row(row["name"], row["baseline"], printed, row.get("note", ""))
         planned = [(run["name"], run["row"], int(run["seed"])) for run in described["runs"]]
+        hashes = {run["name"]: run.get("hash") for run in described["runs"]}
     except OSError as error:
         raise SweepError(f"{path}: {error.strerror}; name the folder of a sweep") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -144,7 +148,10 @@ def load(folder: Path) -> Sweep:
             raise SweepError(f"{path}: rows: {row.name}: its baseline {row.baseline!r} is no row")
     words = "title", "command", "hardware", "commit"
     about = {word: str(described.get(word, "")) for word in words}
-    return Sweep(folder, about, rows, planned, _read_runs(folder / "runs.csv"))
+    there = _read_runs(folder / "runs.csv")
+    others = {name for name, run in there.items() if (hashes.get(name) or run.hash) != run.hash}
+    finished = {name: run for name, run in there.items() if name not in others}
+    return Sweep(folder, about, rows, planned, finished, tuple(sorted(others)))
 
 
 def _read_runs(path: Path) -> dict[str, Finished]:
@@ -154,12 +161,15 @@ def _read_runs(path: Path) -> dict[str, Finished]:
     try:
         with open(path, newline="") as file:
             for at, line in enumerate(csv.DictReader(file), 2):
+                if None in line.values():
+                    raise ValueError("it is cut off")
                 pairs = (pair.split(":") for pair in (line.get("curve") or "").split())
                 finished[line["name"]] = Finished(
                     line["name"],
                     line["row"],
                     int(line["seed"]),
                     {name: float(line.get(name) or math.nan) for name in NUMBERS},
+                    line.get("hash") or "",
                     line.get("hardware") or "",
                     line.get("commit") or "",
                     {int(step): float(loss) for step, loss in pairs},
