@@ -146,7 +146,7 @@ def list_spikes(console: Console) -> None:
         console.print(table)
     score = metrics.spike_score(rows, VALUES.value)
     share = "not known: the log is too short" if math.isnan(score) else f"{score:.4%} of steps"
-    console.print(f"{len(found)} spikes; spike score {share}")
+    console.print(f"spikes: {len(found)}; spike score {share}")
 
 
 def main() -> None:
