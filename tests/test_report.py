@@ -211,7 +211,7 @@ def test_spikes_of_a_log_are_listed(tmp_path):
     done = report(f"--spikes={path}", "--values=loss")
     assert done.returncode == 0, done.stderr
     assert "rolling median of the last 40 values" in done.stdout
-    assert "1 spikes; spike score 0.7143% of steps" in done.stdout
+    assert "spikes: 1; spike score 0.7143% of steps" in done.stdout
 
 
 def test_runs_of_another_config_are_left_out_and_named(tmp_path):
