@@ -156,7 +156,8 @@ def compress() -> None:
             config.model, variables, KV_HEADS.value, first
         )
     except ConfigError as error:
-        raise UsageError(str(error.under("config.model"))) from None
+        asked = f"--kv_heads={KV_HEADS.value} --layers={LAYERS.value}"
+        raise UsageError(f"{asked}: {error.under('config.model')}") from None
     change, largest = logit_change((config.model, variables), (model, changed), config.seq_len)
     written = config.replace(model=model)
     write_run(out, written, step, changed, WORKDIR.value)

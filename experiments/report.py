@@ -108,8 +108,9 @@ def report_sweep(console: Console) -> None:
         (out / "report.md").write_text(markdown)
         page = sweep_report.as_page(sweep, summary, sections, command)
         (out / "report.html").write_text(page)
-        if (folder / "runs.csv").resolve() != (out / "runs.csv").resolve():
-            shutil.copyfile(folder / "runs.csv", out / "runs.csv")
+        for name in ("sweep.json", "runs.csv"):  # a report can be made from a report
+            if (folder / name).resolve() != (out / name).resolve():
+                shutil.copyfile(folder / name, out / name)
     except style.PlotsMissing as error:
         raise UsageError(str(error)) from None
     except OSError as error:

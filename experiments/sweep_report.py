@@ -14,6 +14,10 @@ from kha_jax.inspect.sweeps import LOSSES, Result, Summary, Sweep
 from kha_jax.statistics import POWER, detectable, pairs_needed
 
 TARGET = 0.01  # nats that a sweep should be able to tell apart
+TIMES = (
+    "Step times are those of the runs, whatever else the machine did meanwhile; what a variant costs "
+    "is measured in turns by `python -m experiments.zoo --measure`."
+)
 COLUMNS = (
     "row, baseline, learning rate, seeds, loss, difference, 95% interval, not 0, printed, "
     "printed difference, sign agrees, time / baseline, spike share"
@@ -103,7 +107,7 @@ def findings(sweep: Sweep, summary: Summary) -> list[str]:
     if summary.freedom:
         said += [_precision(summary), _told_apart(named)]
     said += _against_print(summary) if summary.agreement.rows else []
-    return said
+    return [*said, TIMES]
 
 
 def _precision(summary: Summary) -> str:
