@@ -15,8 +15,8 @@ from kha_jax.statistics import POWER, detectable, pairs_needed
 
 TARGET = 0.01  # nats that a sweep should be able to tell apart
 TIMES = (
-    "Step times are those of the runs, whatever else the machine did meanwhile; what a variant costs "
-    "is measured in turns by `python -m experiments.zoo --measure`."
+    "Step times are those of the runs, whatever else the machine did meanwhile; what a variant "
+    "costs is measured in turns by `python -m experiments.zoo --measure`."
 )
 COLUMNS = (
     "row, baseline, learning rate, seeds, loss, difference, 95% interval, not 0, printed, "
