@@ -110,8 +110,9 @@ def compiles() -> bool:
 
 def plans() -> dict[str, Plan]:
     """What the flags ask for, by name."""
-    compiled, out = compiles(), {}
-    for slice_name, slice_ in slices().items():
+    named, out = slices(), {}
+    compiled = compiles()
+    for slice_name, slice_ in named.items():
         for name, run in runs().items():
             label = (
                 name

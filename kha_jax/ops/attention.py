@@ -159,8 +159,8 @@ def largest_logit(
     s_BNRS = s_BNRS if maps.logits is None else maps.logits(s_BNRS)
     visible_BRS = (positions_R[:, None] >= jnp.arange(S))[None]
     if segment_ids_BS is not None:
-        ids_BR1 = segment_ids_BS[:, positions_R, None]
-        visible_BRS = visible_BRS & (ids_BR1 == segment_ids_BS[:, None])
+        ids_BS = jnp.asarray(segment_ids_BS)
+        visible_BRS = visible_BRS & (ids_BS[:, positions_R, None] == ids_BS[:, None])
     return jnp.max(s_BNRS, (2, 3), where=visible_BRS[:, None], initial=-jnp.inf)
 
 
