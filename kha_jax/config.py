@@ -155,10 +155,8 @@ def to_dict(config: Config) -> dict[str, Any]:
         value = getattr(config, field.name)
         if "choices" in field.metadata:
             out[field.name] = {field.metadata["by"]: kind_of(field, value), **to_dict(value)}
-        elif isinstance(value, Config):
-            out[field.name] = to_dict(value)
         else:
-            out[field.name] = list(value) if isinstance(value, tuple) else value
+            out[field.name] = to_dict(value) if isinstance(value, Config) else value
     return out
 
 

@@ -114,6 +114,7 @@ def test_print_config_shows_the_resolved_config(cache, tmp_path):
         "kind": "linear",
         "diag_init": 1.0,
         "parameterization": "direct",
+        "init": "diagonal",
         "apply": "auto",
     }
     assert not list(tmp_path.iterdir())
