@@ -224,6 +224,7 @@ def cache_lengths(
     lengths: tuple[int, ...] = (256, 1024, 4096, 16384), batch: int = 8
 ) -> dict[str, Any]:
     """Milliseconds of one token in every row of a batch, by projection and length of the cache."""
+    from experiments.timing import interleaved
     from kha_jax.attention import AttentionConfig
     from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 
@@ -252,86 +253,11 @@ def cache_lengths(
             name: peers.one_more_token(projection, length, batch)
             for name, projection in projections.items()
         }
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(2 + ROUNDS.value):
-            for name, step in steps.items():
-                began = time.perf_counter()
-                step()
-                times[name] += [time.perf_counter() - began] if turn >= 2 else []
-        for name in steps:
-            out[name].append(statistics.median(times[name]) * 1e3)
+        for name, seconds in interleaved(steps, ROUNDS.value).items():
+            out[name].append(seconds * 1e3)
     for name, projection in projections.items():
         floats = AttentionConfig(projection=projection).cache_floats()
         table.add_row(name, str(floats), *[f"{ms:.2f}" for ms in out[name]])
-    CONSOLE.print(table)
-    return out
-
-
-WIDTH, LAYERS, LENGTH, STEP = 1536, 18, 4096, 32768  # the paper's 0.8B-6.6B attention
-
-
-def layer_costs(config: Any) -> dict[str, Any]:
-    """What one attention layer of that shape costs, and what it lets one do."""
-    from kha_jax.budget import folds, fused_kernel
-
-    can = folds(config)
-    return {
-        "parameters": config.parameters(WIDTH),
-        "flops": config.flops(WIDTH, (LENGTH + 1) / 2, STEP),
-        "decoding_flops": config.flops(WIDTH, 1, 1) if can is False else 0,
-        "cache_bytes": 2 * LAYERS * config.cache_floats(),
-        "folds": {None: "", True: "yes", False: "no"}[can],
-        "tpu": fused_kernel(config, "tpu", "bfloat16", LENGTH) or "-",
-        "gpu": fused_kernel(config, "gpu", "bfloat16", LENGTH) or "-",
-    }
-
-
-def variants() -> dict[str, Any]:
-    """See the module's docstring."""
-    from configs import base
-    from kha_jax.attention import AttentionConfig
-    from kha_jax.attention.mixers import STREAM_MIXERS
-    from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
-
-    projections = {
-        "MHA 16/16": GroupedQuery(query_heads=16, kv_heads=16, head_dim=128),
-        "GQA 32/4": GroupedQuery(query_heads=32, kv_heads=4, head_dim=128),
-        "MQA 32/1": GroupedQuery(query_heads=32, kv_heads=1, head_dim=128),
-        "GTA 32/4": GroupedTied(query_heads=32, kv_heads=4, head_dim=128),
-        "MLA 512": Latent(query_heads=32, head_dim=128, q_lora=1024),
-        "GLA 2 x 256": Latent(query_heads=32, head_dim=128, q_lora=1024, groups=2),
-        "collaborative 16": Collaborative(query_heads=16, head_dim=128),
-    }
-    title = f"one attention layer of width {WIDTH}, {LENGTH} visible tokens at most"
-    table = Table(title=f"{title}; {LAYERS} layers of cache in bf16")
-    columns = ("", "parameters, M", "forward MFLOP per token", "cache, bytes per token")
-    for column in (*columns, "takes on v", "fused on TPU", "on GPU"):
-        table.add_column(column, justify="right")
-    out = {}
-    for name, projection in projections.items():
-        cost = layer_costs(AttentionConfig(projection=projection))
-        fits = [k for k, m in STREAM_MIXERS.items() if projection.refusal("value", m()) is None]
-        figures = f"{cost['parameters'] / 1e6:.2f}", f"{cost['flops'] / 1e6:.1f}"
-        cache, takes = f"{cost['cache_bytes']:,}", ", ".join(k for k in fits if k != "none")
-        table.add_row(name, *figures, cache, takes, cost["tpu"], cost["gpu"])
-        out[name] = cost
-    CONSOLE.print(table)
-
-    plain = AttentionConfig(projection=projections["GQA 32/4"])
-    baseline = layer_costs(plain)
-    table = Table(
-        title=f"variants on GQA 32/4, a step of {STEP:,} tokens: added to the layer above"
-    )
-    columns = ("", "parameters", "of the attention's training FLOPs", "cache", "folds")
-    for column in (*columns, "fused on TPU", "on GPU"):
-        table.add_column(column, justify="right")
-    for name in base.variants(plain):
-        cost = layer_costs(base.varied(plain, name))
-        added = f"{cost['parameters'] - baseline['parameters']:+,}"
-        share = f"{cost['flops'] / baseline['flops'] - 1:+.3%}"
-        cache = f"x {cost['cache_bytes'] / baseline['cache_bytes']:.3g}"
-        table.add_row(name, added, share, cache, cost["folds"], cost["tpu"], cost["gpu"])
-        out[name] = cost
     CONSOLE.print(table)
     return out
 
@@ -419,6 +345,16 @@ def machine() -> str:
 def moe() -> dict[str, Any]:
     """See the module's docstring."""
     return {**dense(mixture=True), "experts": expert_kernels()}
+
+
+def variants() -> dict[str, Any]:
+    """See the module's docstring."""
+    from experiments import layer_costs
+
+    tables, out = layer_costs.tables()
+    for table in tables:
+        CONSOLE.print(table)
+    return out
 
 
 SUITES = {

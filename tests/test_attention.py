@@ -65,11 +65,9 @@ def output(config, params):
     return properties.output(layer_of(config), params)
 
 
-def held(measure, name, projection):
-    """The finding of a property that has to hold for this case."""
-    found = measure(layer_of(config_of(name, projection)))
-    assert found.holds, found.text
-    return found
+def finding(measure, name, projection):
+    """What a property says of this case."""
+    return measure(layer_of(config_of(name, projection)))
 
 
 @each_case
@@ -103,7 +101,8 @@ def test_promises_what_its_row_says(name, projection):
 
 @pytest.mark.parametrize(("name", "projection"), CLAIMING, ids=IDS(CLAIMING))
 def test_starts_as_its_projection_alone(name, projection):
-    found = held(properties.start, name, projection)
+    found = finding(properties.start, name, projection)
+    assert found.holds, found.text
     assert ROWS[name].starts == "close" or found.figure == 0
 
 
@@ -111,13 +110,16 @@ def test_starts_as_its_projection_alone(name, projection):
 def test_only_heads_that_meet_show_a_permutation(name, projection):
     """Nothing is summed over heads in knocking: moving whole heads moves nothing else. Heads x
     heads matrices, the common misreading, would fail here."""
-    held(properties.heads, name, projection)
+    found = finding(properties.heads, name, projection)
+    assert found.holds, found.text
 
 
 @each_row
 def test_causal_and_packed(name, projection):
-    held(properties.causality, name, projection)
-    held(properties.documents, name, projection)
+    found = finding(properties.causality, name, projection)
+    assert found.holds, found.text
+    found = finding(properties.documents, name, projection)
+    assert found.holds, found.text
     layer, params = layer_of(config_of(name, projection)), random(config_of(name, projection))
     visible = np.zeros((2, B, T), bool)
     visible[0, 0, :7] = True
@@ -128,7 +130,8 @@ def test_causal_and_packed(name, projection):
 
 @each_row
 def test_eight_devices_compute_what_one_does(name, projection):
-    held(properties.devices, name, projection)
+    found = finding(properties.devices, name, projection)
+    assert found.holds, found.text
 
 
 @pytest.mark.slow
@@ -152,7 +155,8 @@ def test_eight_devices_have_the_gradients_of_one(name, projection):
 
 @each_case
 def test_the_accounting_counts_what_is_there(name, projection):
-    held(properties.accounting, name, projection)
+    found = finding(properties.accounting, name, projection)
+    assert found.holds, found.text
 
 
 REDUCTIONS = {
