@@ -4,8 +4,9 @@
     python -m experiments.sweep --table=3 --scale=tiny --seeds=3 --out=runs/table3
 
 Rows: mla, gta, mqa, gqa8 (16 query heads), gqa4 (32) and mha with their cache, and gla, which the
-paper names and does not print; each also with knocking, on queries, keys and values as mla_linear
-and gla_linear (what decodes from a latent must fold into it), else on values as gta_mlp and so on.
+paper names and does not print (two latents of 256: as much cache as mla). Each also with knocking:
+mla_linear and gla_linear on queries, keys and values (what decodes from a latent must fold into
+it), the others on values, as gta_mlp and so on.
 MLA cannot be as printed: 8 query heads give no 970M active parameters with a cache of 512 + 64; 32
 heads with a query rank of 1024 give 971.7M.
 """
@@ -25,7 +26,7 @@ PRINTED = {
     "gqa8": (GroupedQuery(query_heads=16, kv_heads=8, head_dim=128), 2048, "795M", 1.801, 1.791),
     "gqa4": (base.PAPER_ATTENTION.projection, 1024, "880M", 1.807, 1.787),
     "mha": (GroupedQuery(query_heads=16, kv_heads=16, head_dim=128), 4096, "852M", 1.795, 1.785),
-    "gla": (LATENT.replace(groups=2), None, None, None, None),
+    "gla": (LATENT.replace(groups=2, kv_lora=256), 512 + 64, None, None, None),
 }
 KNOCKING = {
     "linear": dict.fromkeys(("query", "key", "value"), KnockingLinear()),
