@@ -105,7 +105,7 @@ def test_a_known_sweep_is_summed_up(tmp_path):
     assert good.printed_difference == pytest.approx(-0.024)
     assert (good.sign_agrees, bad.sign_agrees) == (True, False)
     assert good.time_ratio == pytest.approx(1.2)
-    assert (summary.deviation, summary.freedom) == (pytest.approx(0.01), 4)
+    assert summary.scatter["baseline"] == (pytest.approx(0.01), 4, 3)
     assert (summary.agreement.rows, summary.agreement.same_sign) == (2, 1)
     base = summary.results["baseline"]
     assert base.difference is None and base.sign_agrees is None and not base.differences

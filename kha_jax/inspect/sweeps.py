@@ -23,7 +23,7 @@ LOSSES = {
     "train_loss": "training loss of the last tenth of the steps, nats per token",
 }
 NUMBERS = ("learning_rate", "parameters", "flops_per_token", *LOSSES)
-NUMBERS += ("step_seconds", "spike_share")
+NUMBERS += ("val_accuracy", "step_seconds", "spike_share")
 
 
 class SweepError(ValueError):
@@ -95,6 +95,7 @@ class Result(NamedTuple):
     differences: dict[int, float]
     difference: Difference | None
     printed_difference: float | None
+    accuracy: float
     time_ratio: float
     spike_share: float
 
@@ -111,16 +112,24 @@ class Result(NamedTuple):
         return (_mean(self.differences.values()) > 0) == (self.printed_difference > 0)
 
 
+class Scatter(NamedTuple):
+    """How much one paired difference varies over seeds. deviation: NaN without a second pair.
+    freedom: its degrees of freedom. pairs: the most that a row has."""
+
+    deviation: float
+    freedom: int
+    pairs: int
+
+
 class Summary(NamedTuple):
     """What a sweep says. loss: of LOSSES, the one that is compared. finished, planned: counts of
-    runs. deviation: of one paired difference, pooled over rows, with its degrees of freedom."""
+    runs. scatter: of one paired difference, pooled over the rows of each baseline."""
 
     loss: str
     results: dict[str, Result]
     finished: int
     planned: int
-    deviation: float
-    freedom: int
+    scatter: dict[str, Scatter]
     agreement: Agreement
 
 
@@ -184,6 +193,11 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
+def _mean_number(runs: list[Finished], name: str) -> float:
+    """Of the runs that have it."""
+    return _mean(z for run in runs if math.isfinite(z := run.numbers[name]))
+
+
 def best_rate(runs: list[Finished], loss: str) -> float:
     """The learning rate with the lowest mean loss over the seeds that all rates have; without any
     such seed, of the rates with the most seeds. A loss that is not finite is the worst."""
@@ -227,11 +241,17 @@ def summarise(sweep: Sweep) -> Summary:
             chosen[name] = [run for run in runs if run.rate == best]
     results = {name: _result(sweep, chosen, name, rates[name], loss) for name in chosen}
     compared = [one for one in results.values() if one.differences]
-    deviation, freedom = pooled_deviation([one.difference for one in compared])
+    scatter = {name: _scatter(compared, name) for name in {one.row.baseline: 0 for one in compared}}
     both = [one for one in compared if one.printed_difference]
     agreed = agreement([one.differences for one in both], [one.printed_difference for one in both])
     names = {name for name, _, _ in sweep.planned} | {run.name for run in known}
-    return Summary(loss, results, len(known), len(names), deviation, freedom, agreed)
+    return Summary(loss, results, len(known), len(names), scatter, agreed)
+
+
+def _scatter(compared: list[Result], baseline: str) -> Scatter:
+    differences = [one.difference for one in compared if one.row.baseline == baseline]
+    most = max(difference.count for difference in differences)
+    return Scatter(*pooled_deviation(differences), most)
 
 
 def _result(
@@ -255,8 +275,9 @@ def _result(
         {seed: own[seed] - base[seed] for seed in sorted(own) if compared and seed in base},
         paired(own, base) if compared else None,
         row.printed - of_baseline.printed if printed else None,
+        _mean_number(runs, "val_accuracy"),
         _time_ratio(runs, baseline),
-        _mean(z for run in runs if math.isfinite(z := run.numbers["spike_share"])),
+        _mean_number(runs, "spike_share"),
     )
 
 
