@@ -64,8 +64,8 @@ log = logging.getLogger("kha_jax")
 
 
 class Change(NamedTuple):
-    """Of the logits. largest: change of one. logit: the largest one. share: of their spread over
-    the vocabulary, the change of which is as large, both as root mean squares."""
+    """Of the logits. largest: change of one. logit: the largest one. share: spread of the changes
+    over the vocabulary by the spread of the logits, both root mean squares around their means."""
 
     largest: float
     logit: float
