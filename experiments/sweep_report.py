@@ -15,6 +15,7 @@ from kha_jax.inspect.sweeps import LOSSES, Result, Scatter, Summary, Sweep
 from kha_jax.statistics import POWER, detectable, pairs_needed
 
 TARGET = 0.01  # nats that a sweep should be able to tell apart
+NAMED = 5  # of the runs that are left out
 TIMES = (
     "Step times are those of the runs, whatever else the machine did meanwhile; what a variant "
     "costs is measured in turns by `python -m experiments.zoo --measure`."
@@ -98,6 +99,11 @@ def findings(sweep: Sweep, summary: Summary) -> list[str]:
     said[0] += LOSSES[summary.loss] + "."
     if sweep.others:
         said.append(f"Left out, trained with another config: {', '.join(sweep.others)}.")
+    if sweep.dropped:
+        said.append(
+            f"Left out, in runs.csv but not among the planned runs: {len(sweep.dropped)} "
+            f"({', '.join(sweep.dropped[:NAMED])}{', ...' if sweep.dropped[NAMED:] else ''})."
+        )
     absent = [name for name in sweep.rows if name not in summary.results]
     if absent:
         said.append(f"Rows without a finished run: {', '.join(absent)}.")

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import sweep_report
 from kha_jax.inspect import sweeps
+from tests.commands import run_all
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
@@ -212,6 +214,24 @@ def test_spikes_of_a_log_are_listed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "rolling median of the last 40 values" in done.stdout
     assert "spikes: 1; spike score 0.7143% of steps" in done.stdout
+    assert "not looked at" not in done.stdout
+
+
+def test_a_log_without_one_of_the_values_is_told_by_the_others(tmp_path):
+    """grad_norm is absent, or never a number."""
+    cases = {"absent.jsonl": {}, "null.jsonl": {"grad_norm": None}}
+    for name, norm in cases.items():
+        lines = ({"step": x["step"], "loss": x["loss"], **norm} for x in log(0, (150, 151)))
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = [[f"--spikes={tmp_path / name}"] for name in cases]
+    asked += [[*asked[0], "--values=a,grad_norm"]]
+    *told, none = run_all([("report", flags) for flags in asked], tmp_path / "cache")
+    for done in told:
+        assert done.code == 0 and "spikes: 1; spike score 0.7143% of steps" in done.out, done.err
+        (said,) = [line for line in done.out.splitlines() if line.startswith("not looked at")]
+        assert said.startswith("not looked at: grad_norm; no line") and said.endswith("['loss']")
+    assert none.code == 2 and none.err.count("\n") == 1
+    assert "--values=a,grad_norm: no line of" in none.err and "has ['loss']" in none.err
 
 
 def test_runs_of_another_config_are_left_out_and_named(tmp_path):
@@ -223,6 +243,25 @@ def test_runs_of_another_config_are_left_out_and_named(tmp_path):
     sweep = sweeps.load(folder)
     assert sweep.others == ("linear-seed0",) and list(sweep.finished) == ["baseline-seed0"]
     assert sweeps.summarise(sweep).finished == 1
+
+
+def test_runs_that_are_not_planned_any_more_are_left_out_and_counted(tmp_path):
+    """Three seeds were trained, then two are asked for, and a rate that is none of the grid."""
+    lines = [finished(name, s, 2.0 + s) for name in ("baseline", "a") for s in range(3)]
+    lines += [finished("a", 0, 0.5, rate=0.1, name="a-lr0.1-seed0")]
+    folder = write_sweep(tmp_path, [row("baseline"), row("a")], lines)
+    described = json.loads((folder / "sweep.json").read_text())
+    described["runs"] = [
+        run for run in described["runs"] if run["seed"] < 2 and "lr" not in run["name"]
+    ]
+    (folder / "sweep.json").write_text(json.dumps(described))
+    sweep = sweeps.load(folder)
+    summary = sweeps.summarise(sweep)
+    assert sweep.dropped == ("a-lr0.1-seed0", "a-seed2", "baseline-seed2")
+    assert (summary.finished, summary.planned) == (4, 4)
+    assert (summary.results["a"].rates, summary.results["a"].losses) == (1, {0: 2.0, 1: 3.0})
+    said = " ".join(sweep_report.findings(sweep, summary))
+    assert "4 of 4 runs are finished" in said and "not among the planned runs: 3 (a-lr0.1" in said
 
 
 def test_a_table_of_runs_that_is_cut_off_is_damaged(tmp_path):

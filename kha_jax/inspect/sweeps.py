@@ -60,8 +60,9 @@ class Finished(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """A sweep as it is stored. planned: (name, row, seed) of its runs. finished: by name. others:
-    names in runs.csv that are planned with another config, which nothing else counts."""
+    """A sweep as it is stored. planned: (name, row, seed) of its runs. finished: by name. others,
+    dropped: names in runs.csv that are planned with another config, and that are not planned any
+    more, which nothing else counts."""
 
     folder: Path
     about: dict[str, str]
@@ -69,6 +70,7 @@ class Sweep(NamedTuple):
     planned: list[tuple[str, str, int]]
     finished: dict[str, Finished]
     others: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """The lines of a run's metrics.jsonl; none where its folder is not here."""
@@ -158,9 +160,12 @@ def load(folder: Path) -> Sweep:
     words = "title", "command", "hardware", "commit"
     about = {word: str(described.get(word, "")) for word in words}
     there = _read_runs(folder / "runs.csv")
-    others = {name for name, run in there.items() if (hashes.get(name) or run.hash) != run.hash}
-    finished = {name: run for name, run in there.items() if name not in others}
-    return Sweep(folder, about, rows, planned, finished, tuple(sorted(others)))
+    dropped = there.keys() - hashes.keys()
+    known = {name: run for name, run in there.items() if name in hashes}
+    others = {name for name, run in known.items() if (hashes[name] or run.hash) != run.hash}
+    finished = {name: run for name, run in known.items() if name not in others}
+    left_out = (tuple(sorted(names)) for names in (others, dropped))
+    return Sweep(folder, about, rows, planned, finished, *left_out)
 
 
 def _read_runs(path: Path) -> dict[str, Finished]:
@@ -244,8 +249,7 @@ def summarise(sweep: Sweep) -> Summary:
     scatter = {name: _scatter(compared, name) for name in {one.row.baseline: 0 for one in compared}}
     both = [one for one in compared if one.printed_difference]
     agreed = agreement([one.differences for one in both], [one.printed_difference for one in both])
-    names = {name for name, _, _ in sweep.planned} | {run.name for run in known}
-    return Summary(loss, results, len(known), len(names), scatter, agreed)
+    return Summary(loss, results, len(known), len(sweep.planned), scatter, agreed)
 
 
 def _scatter(compared: list[Result], baseline: str) -> Scatter:
