@@ -16,6 +16,7 @@ from kha_jax.attention.projections import PROJECTIONS, GroupedQuery, Projection,
 from kha_jax.attention.scores import SCORE_MIXERS, NoScoreMixer, ScoreMixer
 from kha_jax.config import Config, choice
 from kha_jax.ops import attention as ops
+from kha_jax.ops import attention_cached
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Aux, Module
 from kha_jax.sharding import constrain, index_along, per_device, platform, ways
@@ -186,28 +187,58 @@ class Attention(Module):
 
     def extend(
         self,
-        x_B1D: jax.Array,
-        positions_B1: jax.Array,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
         cache: State,
         slot: jax.Array,
-        visible_BS: jax.Array,
+        pad_B: jax.Array,
     ) -> tuple[jax.Array, State]:
-        """One more token: its output [B, 1, D] and the cache with its state written at `slot`.
+        """T more tokens: their output [B, T, D] and the cache with their state written from `slot`
+        on.
 
-        cache: as from `prefill`, with room for S tokens. visible_BS: the cached tokens, this one
-        included, that each row may see.
+        cache: as from `prefill`, with room for S tokens, of which row b sees those from pad_B[b] up
+        to its own. One new token looks at all of them, T new ones at T after another.
         """
+        (B, T, _), slots = x_BTD.shape, jax.tree.leaves(cache)[0].shape[1]
         with jax.named_scope("project"):
-            q_B1NH, state = self.projection(x_B1D, positions_B1, self.mixers)
+            q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
             cache = jax.tree.map(write, cache, _as_cache(state))
+
+        def visible(places_C):
+            own_T1 = slot + jnp.arange(T)[:, None]
+            return (places_C >= pad_B[:, None, None]) & (places_C <= own_T1)
+
+        scale, maps = self.config.projection.scale(), self._maps()
         with jax.named_scope("attention_cached"):
-            parts, values = self.projection.read(q_B1NH, cache, self.mixers)
-            scale, maps = self.config.projection.scale(), self._maps()
-            o = ops.cached_attention(parts, values, visible_BS, scale, maps)
-            o_B1NU = self.projection.finish(o, self.mixers)
-        _, own_B1KU = self.projection.keys_and_values(state, self.mixers)
-        return self._finish(o_B1NU, x_B1D, own_B1KU)[0], cache
+            if T == 1:
+                parts, values = self.projection.read(q_BTNH, cache, self.mixers)
+                seen_BS = visible(jnp.arange(slots))[:, 0]
+                o = attention_cached.one_query(parts, values, seen_BS, scale, maps)
+                o_BTNU = self.projection.finish(o, self.mixers)
+            else:
+                keys = min(T, slots), slots, slot + T
+                read = self._reader(cache, B, keys[0])
+                o_BTNU = attention_cached.many_queries(q_BTNH, read, visible, keys, scale, maps)
+        _, own_BTKU = self.projection.keys_and_values(state, self.mixers)
+        return self._finish(o_BTNU, x_BTD, own_BTKU)[0], cache
+
+    def _reader(self, cache: State, batch: int, size: int):
+        """Place -> keys and values of the `size` cached tokens from there on, as a function that a
+        loop may call: it holds this module's variables and not the module."""
+        bare, variables = self.clone(parent=None, name=None), self.variables
+
+        def read(first):
+            pieces = jax.tree.map(
+                lambda z: jax.lax.dynamic_slice_in_dim(z, first, size, axis=1), cache
+            )
+            return bare.apply(variables, _as_state(pieces, batch), method="keys_and_values")
+
+        return read
+
+    def keys_and_values(self, state: State) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, S, K, H] and values [B, S, K, U] of a state, as the scores read them."""
+        return self.projection.keys_and_values(state, self.mixers)
 
     def _whole(self, x_BTD, positions_BT, segment_ids_BT):
         with jax.named_scope("project"):
@@ -280,4 +311,10 @@ class Attention(Module):
 
 
 def _as_cache(state: State) -> State:
+    """[B, S, heads, width] -> [B heads, S, width]."""
     return jax.tree.map(lambda z: z.swapaxes(1, 2).reshape(-1, z.shape[1], z.shape[3]), state)
+
+
+def _as_state(cache: State, batch: int) -> State:
+    """The inverse of _as_cache."""
+    return jax.tree.map(lambda z: z.reshape(batch, -1, *z.shape[1:]).swapaxes(1, 2), cache)

@@ -120,7 +120,7 @@ class ProjectionModule(parameters.Module):
         raise NotImplementedError
 
     def read(self, q_B1NH: jax.Array, cache: State, mixers: Mixers) -> tuple[Parts, jax.Array]:
-        """(parts, values) for `ops.attention.cached_attention`, from a cache of [B heads, S,
+        """(parts, values) for `ops.attention_cached.one_query`, from a cache of [B heads, S,
         width]."""
         raise NotImplementedError
 
