@@ -52,7 +52,7 @@ class Sampling(Config):
 def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """Token ids [B] drawn from the logits."""
     if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return _likeliest(logits_BV)
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None:
         least = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
@@ -65,6 +65,14 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
         least = jnp.min(jnp.where(chosen, descending, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < least, MASKED, logits_BV)
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+
+
+def _likeliest(logits_BV):
+    """The first of the largest, as argmax finds it, which XLA's CPU backend does not vectorise."""
+    V = logits_BV.shape[-1]
+    largest = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
+    # nothing equals the largest where it is no number
+    return jnp.minimum(jnp.min(jnp.where(largest, jnp.arange(V), V), axis=-1), V - 1)
 
 
 class Weights(NamedTuple):
@@ -193,10 +201,8 @@ def _first(model, weights, tokens_BT, pad_B, slots):
     transformer = model.build()
     x_BTD, cache = transformer.apply(weights.outer, tokens_BT, method="embed"), []
     for block, layer in zip(blocks(model), weights.layers):
-        x_BTD, state = block.apply(layer, x_BTD, positions_BT, real_BT, method="prefill")
-        cache.append(
-            jax.tree.map(lambda z: jnp.pad(z, [(0, 0), (0, slots - z.shape[1]), (0, 0)]), state)
-        )
+        x_BTD, state = block.apply(layer, x_BTD, positions_BT, real_BT, slots, method="prefill")
+        cache.append(state)
     return transformer.apply(weights.outer, x_BTD[:, -1], method="next_token_logits"), cache
 
 

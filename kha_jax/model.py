@@ -163,11 +163,17 @@ class Block(Module):
         x_BTD, attention_aux, aux = self._residuals(x_BTD, attend)
         return x_BTD, no_aux().joined(attention=attention_aux, feed_forward=aux)
 
-    def prefill(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array):
-        """The block's output and the state of its attention; see Attention.prefill."""
+    def prefill(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        slots: int | None = None,
+    ):
+        """The block's output and the cache of its attention; see Attention.prefill."""
 
         def attend(y_BTD):
-            return self.attention.prefill(y_BTD, positions_BT, segment_ids_BT)
+            return self.attention.prefill(y_BTD, positions_BT, segment_ids_BT, slots)
 
         return self._residuals(x_BTD, attend)[:2]
 

@@ -140,11 +140,12 @@ def decoded(layer: Layer) -> Callable:
         def bound(method, *arguments):
             return module.apply({"params": params}, *arguments, method=method)
 
-        positions = jnp.maximum(jnp.arange(T) - PAD[:, None], 0)
-        real = (jnp.arange(PREFILLED) >= PAD[:, None]).astype(jnp.int32)
-        first, state = bound("prefill", x[:, :PREFILLED], positions[:, :PREFILLED], real)
-        room = [(0, 0), (0, T - PREFILLED), (0, 0)]
-        cache = jax.tree.map(lambda z: jnp.pad(z, room, constant_values=7.0), state)
+        column = jnp.arange(T)
+        positions = jnp.maximum(column - PAD[:, None], 0)
+        real = (column >= PAD[:, None]).astype(jnp.int32)
+        # what is not there yet holds what must not be looked at
+        known = jnp.where(column[:, None] < PREFILLED, x, 7.0)
+        first, cache = bound("prefill", known, positions, real)
 
         def more(cache, slot, count=1):
             new = (jax.lax.dynamic_slice_in_dim(z, slot, count, axis=1) for z in (x, positions))
@@ -153,7 +154,7 @@ def decoded(layer: Layer) -> Callable:
 
         cache, each = jax.lax.scan(more, cache, jnp.arange(PREFILLED, T - LAST))
         _, last = more(cache, T - LAST, LAST)
-        return jnp.concatenate([first, each[:, :, 0].swapaxes(0, 1), last], axis=1)
+        return jnp.concatenate([first[:, :PREFILLED], each[:, :, 0].swapaxes(0, 1), last], axis=1)
 
     return jax.jit(run)
 

@@ -4,7 +4,6 @@ Legend: B batch, T query position, S key position, D model width, N query heads,
 H query and key width, U value width.
 """
 
-import functools
 from typing import Any, Literal
 
 import jax
@@ -12,7 +11,15 @@ import jax.numpy as jnp
 
 from kha_jax.attention.mixers import STREAM_MIXERS, NoMixer, StreamMixer
 from kha_jax.attention.outputs import OUTPUT_MIXERS, NoOutputMixer, OutputMixer
-from kha_jax.attention.projections import PROJECTIONS, GroupedQuery, Projection, State
+from kha_jax.attention.projections import (
+    PROJECTIONS,
+    GroupedQuery,
+    Projection,
+    State,
+    from_cache,
+    slots_axis,
+    to_cache,
+)
 from kha_jax.attention.scores import SCORE_MIXERS, NoScoreMixer, ScoreMixer
 from kha_jax.config import Config, choice
 from kha_jax.ops import attention as ops
@@ -178,12 +185,23 @@ class Attention(Module):
         return self._whole(x_BTD, positions_BT, segment_ids_BT)[:2]
 
     def prefill(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        slots: int | None = None,
     ) -> tuple[jax.Array, State]:
-        """The attention output [B, T, D] and what a decoder caches: the projection's state as [B
-        heads, S, width]."""
+        """The attention output [B, T, D] and what a decoder caches, the projection's state, with
+        room for so many tokens, T by default."""
         y_BTD, _, state = self._whole(x_BTD, positions_BT, segment_ids_BT)
-        return y_BTD, _as_cache(state)
+        projection, more = self.config.projection, (slots or x_BTD.shape[1]) - x_BTD.shape[1]
+
+        def with_room(name, z):
+            room = [(0, more if axis == slots_axis(projection, name) else 0) for axis in range(3)]
+            return jnp.pad(z, room)
+
+        cache = to_cache(projection, state)
+        return y_BTD, {name: with_room(name, z) for name, z in cache.items()}
 
     def extend(
         self,
@@ -199,17 +217,20 @@ class Attention(Module):
         cache: as from `prefill`, with room for S tokens, of which row b sees those from pad_B[b] up
         to its own. One new token looks at all of them, T new ones at T after another.
         """
-        (B, T, _), slots = x_BTD.shape, jax.tree.leaves(cache)[0].shape[1]
+        projection, (B, T, _) = self.config.projection, x_BTD.shape
         with jax.named_scope("project"):
             q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
-            cache = jax.tree.map(write, cache, _as_cache(state))
+            for name, new in to_cache(projection, state).items():
+                axis = slots_axis(projection, name)
+                written = jax.lax.dynamic_update_slice_in_dim(cache[name], new, slot, axis)
+                cache = {**cache, name: written}
+        slots = cache[name].shape[axis]
 
         def visible(places_C):
             own_T1 = slot + jnp.arange(T)[:, None]
             return (places_C >= pad_B[:, None, None]) & (places_C <= own_T1)
 
-        scale, maps = self.config.projection.scale(), self._maps()
+        scale, maps = projection.scale(), self._maps()
         with jax.named_scope("attention_cached"):
             if T == 1:
                 parts, values = self.projection.read(q_BTNH, cache, self.mixers)
@@ -228,11 +249,15 @@ class Attention(Module):
         loop may call: it holds this module's variables and not the module."""
         bare, variables = self.clone(parent=None, name=None), self.variables
 
+        projection = self.config.projection
+
         def read(first):
-            pieces = jax.tree.map(
-                lambda z: jax.lax.dynamic_slice_in_dim(z, first, size, axis=1), cache
-            )
-            return bare.apply(variables, _as_state(pieces, batch), method="keys_and_values")
+            block = {
+                name: jax.lax.dynamic_slice_in_dim(z, first, size, slots_axis(projection, name))
+                for name, z in cache.items()
+            }
+            state = from_cache(projection, block, batch)
+            return bare.apply(variables, state, method="keys_and_values")
 
         return read
 
@@ -308,13 +333,3 @@ class Attention(Module):
         run = per_device(local, axes, ("batch", heads))
         q_BRNH = q_BTNH[:, (T - 1) % stride :: stride]
         return jnp.max(run(q_BRNH, k_BSKH, segment_ids_BS, maps)[0])
-
-
-def _as_cache(state: State) -> State:
-    """[B, S, heads, width] -> [B heads, S, width]."""
-    return jax.tree.map(lambda z: z.swapaxes(1, 2).reshape(-1, z.shape[1], z.shape[3]), state)
-
-
-def _as_state(cache: State, batch: int) -> State:
-    """The inverse of _as_cache."""
-    return jax.tree.map(lambda z: z.reshape(batch, -1, *z.shape[1:]).swapaxes(1, 2), cache)

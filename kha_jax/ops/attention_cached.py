@@ -28,7 +28,7 @@ def one_query(
     cache.
 
     Args:
-        parts: pieces (q_B1NH, k_RSH) whose products add up to the logits, as if concatenated over
+        parts: pieces (q_B1NH, k_RHS) whose products add up to the logits, as if concatenated over
             H. Each has its own number of key heads, so that a key shared by all heads is read once.
         v_RSU: cached values.
         visible_BS: True where a row may look.
@@ -40,9 +40,9 @@ def one_query(
     """
     (B, _, N, _), (R, S, U) = parts[0][0].shape, v_RSU.shape
 
-    def logits(q_B1NH, k_RSH):
-        q_RGH = q_B1NH.reshape(k_RSH.shape[0], -1, q_B1NH.shape[-1])
-        s_RGS = jnp.einsum("RGH,RSH->RGS", q_RGH, k_RSH, preferred_element_type=jnp.float32)
+    def logits(q_B1NH, k_RHS):
+        q_RGH = q_B1NH.reshape(k_RHS.shape[0], -1, q_B1NH.shape[-1])
+        s_RGS = jnp.einsum("RGH,RHS->RGS", q_RGH, k_RHS, preferred_element_type=jnp.float32)
         return s_RGS.reshape(B, N, S)
 
     s_BNS = sum(logits(*part) for part in parts) * scale
