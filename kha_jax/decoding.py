@@ -18,61 +18,15 @@ import numpy as np
 from kha_jax.attention.absorb import absorb, absorbed, foldable
 from kha_jax.attention.attention import SLOTS
 from kha_jax.attention.projections import State
-from kha_jax.config import Config, ConfigError, under
+from kha_jax.config import ConfigError, under
 from kha_jax.model import Block, ModelConfig, block_fields
-from kha_jax.ops.attention import MASKED
+from kha_jax.sampling import Sampling, draw
 
 log = logging.getLogger("kha_jax")
 PROMPT_MULTIPLE = 32  # prompts are padded to multiples of it, so that few lengths compile
 PROMPT_CHUNK = 512  # and longer ones than this to multiples of this
 Cache = list[State]
 Variables = dict[str, Any]  # by collection: params, and balance where there is one
-
-
-class Sampling(Config):
-    """temperature: 0 takes the likeliest token. top_k: draw among that many likeliest tokens.
-    top_p: draw among the likeliest tokens that together have this probability (nucleus sampling,
-    arXiv 1904.09751)."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-
-    def validate(self):
-        self.at_least(0, "temperature")
-        self.at_least(1, "top_k")
-        self.require(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], found {self.top_p}")
-        for field, idle in (("top_k", self.top_k is None), ("top_p", self.top_p == 1.0)):
-            problem = (
-                f"does nothing with temperature=0, found {getattr(self, field)}; set a temperature"
-            )
-            self.require(idle or self.temperature > 0, field, problem)
-
-
-def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Token ids [B] drawn from the logits."""
-    if sampling.temperature == 0:
-        return _likeliest(logits_BV)
-    logits_BV = logits_BV / sampling.temperature
-    if sampling.top_k is not None:
-        least = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least, MASKED, logits_BV)
-    if sampling.top_p < 1:
-        descending = -jnp.sort(-logits_BV, axis=-1)
-        p = jax.nn.softmax(descending, axis=-1)
-        # those before a token leave it room, so one always stays
-        chosen = jnp.cumsum(p, axis=-1) - p < sampling.top_p
-        least = jnp.min(jnp.where(chosen, descending, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least, MASKED, logits_BV)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
-
-
-def _likeliest(logits_BV):
-    """The first of the largest, as argmax finds it, which XLA's CPU backend does not vectorise."""
-    V = logits_BV.shape[-1]
-    largest = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
-    # nothing equals the largest where it is no number
-    return jnp.minimum(jnp.min(jnp.where(largest, jnp.arange(V), V), axis=-1), V - 1)
 
 
 class Weights(NamedTuple):
@@ -264,8 +218,7 @@ class Decoder:
     def _start_(self, weights, tokens_BT, pad_B, key, *, sampling, slots, end) -> Progress:
         chunk = min(self.prompt_chunk, tokens_BT.shape[1])
         logits_BV, cache = prefill(self.model, weights, tokens_BT, pad_B, slots, chunk)
-        key, now = jax.random.split(key)
-        token_B = sample(logits_BV, now, sampling)
+        token_B, key = draw(logits_BV, key, sampling)
         return Progress(
             cache, token_B, jnp.int32(tokens_BT.shape[1]), pad_B, _is(token_B, end), key
         )
@@ -281,8 +234,7 @@ class Decoder:
             i, p, out_BC = carry
             token_B1 = p.token_B[:, None]
             logits_BV, cache = extend(self.model, weights, p.cache, token_B1, p.slot, p.pad_B)
-            key, now = jax.random.split(p.key)
-            token_B = sample(logits_BV, now, sampling)
+            token_B, key = draw(logits_BV, p.key, sampling)
             token_B = token_B if end is None else jnp.where(p.done_B, end, token_B)
             done_B = p.done_B | _is(token_B, end)
             return (
@@ -317,8 +269,9 @@ class Decoder:
             ValueError: an empty prompt, an id outside the vocabulary, or no tokens to make.
         """
         _check(prompts, tokens, self.model.vocabulary_size)
-        longest, chunk = max(map(len, prompts)), self.prompt_chunk
-        length = _up(longest, PROMPT_MULTIPLE if longest <= chunk else chunk)
+        longest = max(map(len, prompts))
+        one_chunk = longest <= self.prompt_chunk
+        length = _up(longest, PROMPT_MULTIPLE if one_chunk else self.prompt_chunk)
         pad = np.array([length - len(prompt) for prompt in prompts], np.int32)
         padded = np.stack(
             [np.pad(np.asarray(prompt, np.int32), (p, 0)) for prompt, p in zip(prompts, pad)]

@@ -23,11 +23,12 @@ from kha_jax.attention.outputs import HeadGroupNorm, MixtureOfHeads
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
-from kha_jax.decoding import Decoder, Sampling, absorb_model, extend, prefill, sample, unstack
+from kha_jax.decoding import Decoder, absorb_model, extend, prefill, unstack
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import AttentionFrom, ModelConfig
 from kha_jax.moe import MoE
 from kha_jax.parameters import Numerics
+from kha_jax.sampling import Sampling, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 V = 61
@@ -174,6 +175,12 @@ def test_a_row_stops_at_the_end_and_the_batch_when_all_have():
     stopped = decoder("gqa").generate(PROMPTS, 12, end=end)
     assert stopped == [row[: row.index(end)] if end in row else row for row in free]
     assert sum(p.shape[1] for p in decoder("gqa").stream(PROMPTS[:1], 1000, end=end, chunk=8)) < 20
+
+
+def test_the_likeliest_token_is_the_first_of_the_largest():
+    logits = np.random.default_rng(5).integers(0, 4, (50, V)).astype(np.float32)
+    tokens = sample(jnp.asarray(logits), jax.random.key(0), Sampling())
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
 
 
 def test_sampling_stays_within_top_k_and_top_p_and_follows_the_seed():
