@@ -20,7 +20,8 @@ from experiments.command_line import UsageError
 from experiments.run_folder import use_compilation_cache
 from kha_jax.accounting import cache_bytes
 from kha_jax.config import ConfigError
-from kha_jax.decoding import Decoder, Sampling, absorb_if_linear
+from kha_jax.decoding import Decoder, absorb_if_linear
+from kha_jax.sampling import Sampling
 from kha_jax.training import RunConfig
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")

@@ -232,7 +232,7 @@ def one_more_token(projection: Any, slots: int, batch: int) -> Step:
     )
 
     def step():
-        logits, cache = extend(weights, box.pop(), pad, jnp.int32(slots - 1), pad)
+        logits, cache = extend(weights, box.pop(), pad[:, None], jnp.int32(slots - 1), pad)
         box.append(cache)
         logits.block_until_ready()
 

@@ -18,52 +18,15 @@ import numpy as np
 from kha_jax.attention.absorb import absorb, absorbed, foldable
 from kha_jax.attention.attention import SLOTS
 from kha_jax.attention.projections import State
-from kha_jax.config import Config, ConfigError, under
+from kha_jax.config import ConfigError, under
 from kha_jax.model import Block, ModelConfig, block_fields
-from kha_jax.ops.attention import MASKED
+from kha_jax.sampling import Sampling, draw
 
 log = logging.getLogger("kha_jax")
 PROMPT_MULTIPLE = 32  # prompts are padded to multiples of it, so that few lengths compile
+PROMPT_CHUNK = 512  # and longer ones than this to multiples of this
 Cache = list[State]
 Variables = dict[str, Any]  # by collection: params, and balance where there is one
-
-
-class Sampling(Config):
-    """temperature: 0 takes the likeliest token. top_k: draw among that many likeliest tokens.
-    top_p: draw among the likeliest tokens that together have this probability (nucleus sampling,
-    arXiv 1904.09751)."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-
-    def validate(self):
-        self.at_least(0, "temperature")
-        self.at_least(1, "top_k")
-        self.require(0 < self.top_p <= 1, "top_p", f"must be in (0, 1], found {self.top_p}")
-        for field, idle in (("top_k", self.top_k is None), ("top_p", self.top_p == 1.0)):
-            problem = (
-                f"does nothing with temperature=0, found {getattr(self, field)}; set a temperature"
-            )
-            self.require(idle or self.temperature > 0, field, problem)
-
-
-def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Token ids [B] drawn from the logits."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
-    if sampling.top_k is not None:
-        least = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least, MASKED, logits_BV)
-    if sampling.top_p < 1:
-        descending = -jnp.sort(-logits_BV, axis=-1)
-        p = jax.nn.softmax(descending, axis=-1)
-        # those before a token leave it room, so one always stays
-        chosen = jnp.cumsum(p, axis=-1) - p < sampling.top_p
-        least = jnp.min(jnp.where(chosen, descending, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least, MASKED, logits_BV)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
 class Weights(NamedTuple):
@@ -157,13 +120,34 @@ def absorb_if_linear(model: ModelConfig, variables: Variables) -> tuple[ModelCon
 
 
 def prefill(
-    model: ModelConfig, weights: Weights, tokens_BT: jax.Array, pad_B: jax.Array, slots: int
+    model: ModelConfig,
+    weights: Weights,
+    tokens_BT: jax.Array,
+    pad_B: jax.Array,
+    slots: int,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Logits [B, V] after the last token of each row, and a cache of `slots` that holds the rows in
     its first T.
 
-    tokens_BT: row b begins with pad_B[b] tokens that nothing looks at.
+    tokens_BT: row b begins with pad_B[b] tokens that nothing looks at. chunk: tokens of a row that
+    are computed at once, a divisor of T; all by default. What is held beside the cache grows with
+    it and not with T.
     """
+    size = chunk or tokens_BT.shape[1]
+    filled = _first(model, weights, tokens_BT[:, :size], pad_B, slots)
+    if size == tokens_BT.shape[1]:
+        return filled
+
+    def more(i, filled):
+        tokens_BC = jax.lax.dynamic_slice_in_dim(tokens_BT, i * size, size, axis=1)
+        return extend(model, weights, filled[1], tokens_BC, i * size, pad_B)
+
+    return jax.lax.fori_loop(1, tokens_BT.shape[1] // size, more, filled)
+
+
+def _first(model, weights, tokens_BT, pad_B, slots):
+    """`prefill` of what the platform's kernel takes at once."""
     column = jnp.arange(tokens_BT.shape[1])
     positions_BT = jnp.maximum(column - pad_B[:, None], 0)
     # as segment ids: padding is a document of its own
@@ -171,10 +155,8 @@ def prefill(
     transformer = model.build()
     x_BTD, cache = transformer.apply(weights.outer, tokens_BT, method="embed"), []
     for block, layer in zip(blocks(model), weights.layers):
-        x_BTD, state = block.apply(layer, x_BTD, positions_BT, real_BT, method="prefill")
-        cache.append(
-            jax.tree.map(lambda z: jnp.pad(z, [(0, 0), (0, slots - z.shape[1]), (0, 0)]), state)
-        )
+        x_BTD, state = block.apply(layer, x_BTD, positions_BT, real_BT, slots, method="prefill")
+        cache.append(state)
     return transformer.apply(weights.outer, x_BTD[:, -1], method="next_token_logits"), cache
 
 
@@ -182,22 +164,19 @@ def extend(
     model: ModelConfig,
     weights: Weights,
     cache: Cache,
-    tokens_B: jax.Array,
+    tokens_BT: jax.Array,
     slot: jax.Array,
     pad_B: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] after one more token in every row, and the cache with it at `slot`."""
-    column = jnp.arange(jax.tree.leaves(cache)[0].shape[1])
-    visible_BS = (column >= pad_B[:, None]) & (column <= slot)
-    positions_B1 = (slot - pad_B)[:, None]
+    """Logits [B, V] after T more tokens in every row, and the cache with them from `slot` on."""
+    places_T = slot + jnp.arange(tokens_BT.shape[1])
+    positions_BT = jnp.maximum(places_T - pad_B[:, None], 0)
     transformer = model.build()
-    x_B1D, extended = transformer.apply(weights.outer, tokens_B[:, None], method="embed"), []
+    x_BTD, extended = transformer.apply(weights.outer, tokens_BT, method="embed"), []
     for block, layer, state in zip(blocks(model), weights.layers, cache):
-        x_B1D, state = block.apply(
-            layer, x_B1D, positions_B1, state, slot, visible_BS, method="extend"
-        )
+        x_BTD, state = block.apply(layer, x_BTD, positions_BT, state, slot, pad_B, method="extend")
         extended.append(state)
-    return transformer.apply(weights.outer, x_B1D[:, 0], method="next_token_logits"), extended
+    return transformer.apply(weights.outer, x_BTD[:, -1], method="next_token_logits"), extended
 
 
 class Progress(NamedTuple):
@@ -220,9 +199,15 @@ class Decoder:
             it says.
         variables: as trained, {"params": ...}. Linear mixers are best absorbed before
             (`absorb_if_linear`); any model works as it is.
+        prompt_chunk: tokens of a prompt that are computed at once; a longer one comes in chunks, so
+            that it takes no more memory but for its cache.
     """
 
-    def __init__(self, model: ModelConfig, variables: Variables):
+    def __init__(self, model: ModelConfig, variables: Variables, prompt_chunk: int = PROMPT_CHUNK):
+        if prompt_chunk < 1 or prompt_chunk % PROMPT_MULTIPLE:
+            problem = f"must be a positive multiple of {PROMPT_MULTIPLE}, found {prompt_chunk}"
+            raise ValueError(f"prompt_chunk: {problem}")
+        self.prompt_chunk = prompt_chunk
         self.model = model.with_attention(lambda attention: attention.replace(kernel="auto"))
         self.weights = unstack(model, variables)
         self._start = jax.jit(self._start_, static_argnames=("sampling", "slots", "end"))
@@ -231,9 +216,9 @@ class Decoder:
         )
 
     def _start_(self, weights, tokens_BT, pad_B, key, *, sampling, slots, end) -> Progress:
-        logits_BV, cache = prefill(self.model, weights, tokens_BT, pad_B, slots)
-        key, now = jax.random.split(key)
-        token_B = sample(logits_BV, now, sampling)
+        chunk = min(self.prompt_chunk, tokens_BT.shape[1])
+        logits_BV, cache = prefill(self.model, weights, tokens_BT, pad_B, slots, chunk)
+        token_B, key = draw(logits_BV, key, sampling)
         return Progress(
             cache, token_B, jnp.int32(tokens_BT.shape[1]), pad_B, _is(token_B, end), key
         )
@@ -247,9 +232,9 @@ class Decoder:
 
         def one(carry):
             i, p, out_BC = carry
-            logits_BV, cache = extend(self.model, weights, p.cache, p.token_B, p.slot, p.pad_B)
-            key, now = jax.random.split(p.key)
-            token_B = sample(logits_BV, now, sampling)
+            token_B1 = p.token_B[:, None]
+            logits_BV, cache = extend(self.model, weights, p.cache, token_B1, p.slot, p.pad_B)
+            token_B, key = draw(logits_BV, p.key, sampling)
             token_B = token_B if end is None else jnp.where(p.done_B, end, token_B)
             done_B = p.done_B | _is(token_B, end)
             return (
@@ -285,12 +270,13 @@ class Decoder:
         """
         _check(prompts, tokens, self.model.vocabulary_size)
         longest = max(map(len, prompts))
-        length = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        one_chunk = longest <= self.prompt_chunk
+        length = _up(longest, PROMPT_MULTIPLE if one_chunk else self.prompt_chunk)
         pad = np.array([length - len(prompt) for prompt in prompts], np.int32)
         padded = np.stack(
             [np.pad(np.asarray(prompt, np.int32), (p, 0)) for prompt, p in zip(prompts, pad)]
         )
-        slots = length + -(-tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        slots = length + _up(tokens, PROMPT_MULTIPLE)
         progress = self._start(
             self.weights, padded, pad, jax.random.key(seed), sampling=sampling, slots=slots, end=end
         )
@@ -313,6 +299,10 @@ class Decoder:
         ).tolist()
         end = settings.get("end")
         return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _is(token_B: jax.Array, end: int | None) -> jax.Array:

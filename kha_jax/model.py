@@ -163,29 +163,35 @@ class Block(Module):
         x_BTD, attention_aux, aux = self._residuals(x_BTD, attend)
         return x_BTD, no_aux().joined(attention=attention_aux, feed_forward=aux)
 
-    def prefill(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array):
-        """The block's output and the state of its attention; see Attention.prefill."""
+    def prefill(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        slots: int | None = None,
+    ):
+        """The block's output and the cache of its attention; see Attention.prefill."""
 
         def attend(y_BTD):
-            return self.attention.prefill(y_BTD, positions_BT, segment_ids_BT)
+            return self.attention.prefill(y_BTD, positions_BT, segment_ids_BT, slots)
 
         return self._residuals(x_BTD, attend)[:2]
 
     def extend(
         self,
-        x_B1D: jax.Array,
-        positions_B1: jax.Array,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
         cache: State,
         slot: jax.Array,
-        visible_BS: jax.Array,
+        pad_B: jax.Array,
     ):
-        """The block's output for one more token and the cache that holds it; see
+        """The block's output for T more tokens and the cache that holds them; see
         Attention.extend."""
 
-        def attend(y_B1D):
-            return self.attention.extend(y_B1D, positions_B1, cache, slot, visible_BS)
+        def attend(y_BTD):
+            return self.attention.extend(y_BTD, positions_BT, cache, slot, pad_B)
 
-        return self._residuals(x_B1D, attend)[:2]
+        return self._residuals(x_BTD, attend)[:2]
 
     def _residuals(self, x_BTD, attend):
         x_BTD = constrain(x_BTD, "batch", "length", "features")

@@ -30,7 +30,7 @@ B, T = 2, 12
 # The second row holds two documents; in decoding it is padded by three.
 SEGMENTS = np.array([[0] * T, [0] * 4 + [1] * (T - 4)])
 POSITIONS = np.array([np.arange(T), [*range(4), *range(T - 4)]])
-PAD, PREFILLED = np.array([0, 3]), 4
+PAD, PREFILLED, LAST = np.array([0, 3]), 4, 5
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -133,29 +133,28 @@ def influence(layer: Layer, params: Any, row: int, position: int) -> np.ndarray:
 @functools.cache
 def decoded(layer: Layer) -> Callable:
     """(params, x) -> the output [B, T, D] at the positions of a decoder, compiled once: PREFILLED
-    tokens at once, the others one by one, row 1 padded."""
+    tokens at once, the others one by one but the LAST ones, which come together; row 1 padded."""
     module = layer.config.build(width=layer.width, numerics=EXACT)
 
     def run(params, x):
         def bound(method, *arguments):
             return module.apply({"params": params}, *arguments, method=method)
 
-        positions = jnp.maximum(jnp.arange(T) - PAD[:, None], 0)
-        real = (jnp.arange(PREFILLED) >= PAD[:, None]).astype(jnp.int32)
-        first, state = bound("prefill", x[:, :PREFILLED], positions[:, :PREFILLED], real)
-        room = [(0, 0), (0, T - PREFILLED), (0, 0)]
-        cache = jax.tree.map(lambda z: jnp.pad(z, room, constant_values=7.0), state)
+        column = jnp.arange(T)
+        positions = jnp.maximum(column - PAD[:, None], 0)
+        real = (column >= PAD[:, None]).astype(jnp.int32)
+        # what is not there yet holds what must not be looked at
+        known = jnp.where(column[:, None] < PREFILLED, x, 7.0)
+        first, cache = bound("prefill", known, positions, real)
 
-        def one(cache, slot):
-            visible = (jnp.arange(T) >= PAD[:, None]) & (jnp.arange(T) <= slot)
-            x_B1D, positions_B1 = (
-                jax.lax.dynamic_slice_in_dim(z, slot, 1, axis=1) for z in (x, positions)
-            )
-            y, cache = bound("extend", x_B1D, positions_B1, cache, slot, visible)
-            return cache, y[:, 0]
+        def more(cache, slot, count=1):
+            new = (jax.lax.dynamic_slice_in_dim(z, slot, count, axis=1) for z in (x, positions))
+            y, cache = bound("extend", *new, cache, slot, PAD)
+            return cache, y
 
-        _, rest = jax.lax.scan(one, cache, jnp.arange(PREFILLED, T))
-        return jnp.concatenate([first, rest.swapaxes(0, 1)], axis=1)
+        cache, each = jax.lax.scan(more, cache, jnp.arange(PREFILLED, T - LAST))
+        _, last = more(cache, T - LAST, LAST)
+        return jnp.concatenate([first[:, :PREFILLED], each[:, :, 0].swapaxes(0, 1), last], axis=1)
 
     return jax.jit(run)
 

@@ -23,11 +23,12 @@ from kha_jax.attention.outputs import HeadGroupNorm, MixtureOfHeads
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
-from kha_jax.decoding import Decoder, Sampling, absorb_model, extend, prefill, sample, unstack
+from kha_jax.decoding import Decoder, absorb_model, extend, prefill, unstack
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import AttentionFrom, ModelConfig
 from kha_jax.moe import MoE
 from kha_jax.parameters import Numerics
+from kha_jax.sampling import Sampling, sample
 from tests.commands import run_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +114,56 @@ def test_ragged_greedy_decoding_is_that_of_whole_forward_passes(name):
     assert rows == [greedy(named(name), prompt, 12) for prompt in PROMPTS]
 
 
+FEW = ["everything", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gta", "gla", "moe"))]
+CHUNK = 8
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_prompt_in_chunks_gives_the_logits_and_the_cache_of_the_whole(name):
+    """One row fills it, one begins in the first chunk and one in the last."""
+    config, pad = named(name), np.array([0, 5, 19])
+    tokens = np.random.default_rng(3).integers(0, V, (3, 3 * CHUNK))
+    weights = unstack(config, random(config))
+    run = jax.jit(functools.partial(prefill, config), static_argnums=(3, 4))
+    (ours, cache), (expected, other) = (
+        run(weights, tokens, pad, 32, chunk) for chunk in (CHUNK, None)
+    )
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(other), strict=True):
+        for row, first in enumerate(pad):
+            rows = (np.split(np.asarray(z), 3)[row] for z in (a, b))
+            left, right = (np.moveaxis(z, z.shape.index(32), 0)[first:] for z in rows)
+            np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
+
+
+def test_a_prompt_in_chunks_takes_no_more_memory_for_being_longer():
+    """By XLA's count, what is neither weights nor cache."""
+    config = named("everything")
+    weights = jax.eval_shape(functools.partial(unstack, config), random(config))
+    pad = jax.ShapeDtypeStruct((3,), jnp.int32)
+
+    def temporaries(length, chunk):
+        tokens = jax.ShapeDtypeStruct((3, length), jnp.int32)
+        run = jax.jit(lambda w, t, p: prefill(config, w, t, p, length + 32, chunk))
+        return run.lower(weights, tokens, pad).compile().memory_analysis().temp_size_in_bytes
+
+    few, many, whole = (temporaries(n * CHUNK, c) for n, c in ((4, CHUNK), (16, CHUNK), (16, None)))
+    assert few == many < whole
+
+
+@pytest.mark.slow
+def test_prompts_of_one_number_of_chunks_share_what_is_compiled():
+    drawn = np.random.default_rng(4).integers(0, V, 64).tolist()
+    chunked = Decoder(named("moe"), random(named("moe")), prompt_chunk=32)
+    for rows in ([drawn[:40], drawn[:3]], [drawn, drawn[:33]]):
+        assert chunked.generate(rows, 4) == decoder("moe").generate(rows, 4)
+    assert chunked._start._cache_size() == 1
+    with pytest.raises(
+        ValueError, match="prompt_chunk: must be a positive multiple of 32, found 8"
+    ):
+        Decoder(named("moe"), random(named("moe")), prompt_chunk=8)
+
+
 def test_streaming_yields_the_same_tokens_in_pieces():
     pieces = list(decoder("gqa").stream(PROMPTS, 12, chunk=5))
     assert [piece.shape[1] for piece in pieces] == [1, 5, 5, 1]
@@ -125,6 +176,12 @@ def test_a_row_stops_at_the_end_and_the_batch_when_all_have():
     stopped = decoder("gqa").generate(PROMPTS, 12, end=end)
     assert stopped == [row[: row.index(end)] if end in row else row for row in free]
     assert sum(p.shape[1] for p in decoder("gqa").stream(PROMPTS[:1], 1000, end=end, chunk=8)) < 20
+
+
+def test_the_likeliest_token_is_the_first_of_the_largest():
+    logits = np.random.default_rng(5).integers(0, 4, (50, V)).astype(np.float32)
+    tokens = sample(jnp.asarray(logits), jax.random.key(0), Sampling())
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
 
 
 def test_sampling_stays_within_top_k_and_top_p_and_follows_the_seed():
@@ -208,7 +265,7 @@ def step_flops(attention):
     )
     return (
         jax.jit(functools.partial(extend, config))
-        .lower(weights, cache, ids, slot, ids)
+        .lower(weights, cache, jax.ShapeDtypeStruct((2, 1), jnp.int32), slot, ids)
         .compile()
         .cost_analysis()["flops"]
     )

@@ -18,6 +18,7 @@ LAYERS = {
     "optimizer": 1,
     "metrics": 1,
     "statistics": 1,
+    "sampling": 1,
     "processes": 1,
     "attention": 2,
     "feed_forward": 2,

@@ -4,7 +4,6 @@ Legend: B batch, T query position, S key position, D model width, N query heads,
 H query and key width, U value width.
 """
 
-import functools
 from typing import Any, Literal
 
 import jax
@@ -12,10 +11,19 @@ import jax.numpy as jnp
 
 from kha_jax.attention.mixers import STREAM_MIXERS, NoMixer, StreamMixer
 from kha_jax.attention.outputs import OUTPUT_MIXERS, NoOutputMixer, OutputMixer
-from kha_jax.attention.projections import PROJECTIONS, GroupedQuery, Projection, State
+from kha_jax.attention.projections import (
+    PROJECTIONS,
+    GroupedQuery,
+    Projection,
+    State,
+    from_cache,
+    slots_axis,
+    to_cache,
+)
 from kha_jax.attention.scores import SCORE_MIXERS, NoScoreMixer, ScoreMixer
 from kha_jax.config import Config, choice
 from kha_jax.ops import attention as ops
+from kha_jax.ops import attention_cached
 from kha_jax.ops.linear import linear
 from kha_jax.parameters import Aux, Module
 from kha_jax.sharding import constrain, index_along, per_device, platform, ways
@@ -177,37 +185,85 @@ class Attention(Module):
         return self._whole(x_BTD, positions_BT, segment_ids_BT)[:2]
 
     def prefill(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        slots: int | None = None,
     ) -> tuple[jax.Array, State]:
-        """The attention output [B, T, D] and what a decoder caches: the projection's state as [B
-        heads, S, width]."""
+        """The attention output [B, T, D] and what a decoder caches, the projection's state, with
+        room for so many tokens, T by default."""
         y_BTD, _, state = self._whole(x_BTD, positions_BT, segment_ids_BT)
-        return y_BTD, _as_cache(state)
+        projection, more = self.config.projection, (slots or x_BTD.shape[1]) - x_BTD.shape[1]
+
+        def with_room(name, z):
+            room = [(0, more if axis == slots_axis(projection, name) else 0) for axis in range(3)]
+            return jnp.pad(z, room)
+
+        cache = to_cache(projection, state)
+        return y_BTD, {name: with_room(name, z) for name, z in cache.items()}
 
     def extend(
         self,
-        x_B1D: jax.Array,
-        positions_B1: jax.Array,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
         cache: State,
         slot: jax.Array,
-        visible_BS: jax.Array,
+        pad_B: jax.Array,
     ) -> tuple[jax.Array, State]:
-        """One more token: its output [B, 1, D] and the cache with its state written at `slot`.
+        """T more tokens: their output [B, T, D] and the cache with their state written from `slot`
+        on.
 
-        cache: as from `prefill`, with room for S tokens. visible_BS: the cached tokens, this one
-        included, that each row may see.
+        cache: as from `prefill`, with room for S tokens, of which row b sees those from pad_B[b] up
+        to its own. One new token looks at all of them, T new ones at T after another.
         """
+        projection, (B, T, _) = self.config.projection, x_BTD.shape
         with jax.named_scope("project"):
-            q_B1NH, state = self.projection(x_B1D, positions_B1, self.mixers)
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
-            cache = jax.tree.map(write, cache, _as_cache(state))
+            q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
+            for name, new in to_cache(projection, state).items():
+                axis = slots_axis(projection, name)
+                written = jax.lax.dynamic_update_slice_in_dim(cache[name], new, slot, axis)
+                cache = {**cache, name: written}
+        slots = cache[name].shape[axis]
+
+        def visible(places_C):
+            own_T1 = slot + jnp.arange(T)[:, None]
+            return (places_C >= pad_B[:, None, None]) & (places_C <= own_T1)
+
+        scale, maps = projection.scale(), self._maps()
         with jax.named_scope("attention_cached"):
-            parts, values = self.projection.read(q_B1NH, cache, self.mixers)
-            scale, maps = self.config.projection.scale(), self._maps()
-            o = ops.cached_attention(parts, values, visible_BS, scale, maps)
-            o_B1NU = self.projection.finish(o, self.mixers)
-        _, own_B1KU = self.projection.keys_and_values(state, self.mixers)
-        return self._finish(o_B1NU, x_B1D, own_B1KU)[0], cache
+            if T == 1:
+                parts, values = self.projection.read(q_BTNH, cache, self.mixers)
+                seen_BS = visible(jnp.arange(slots))[:, 0]
+                o = attention_cached.one_query(parts, values, seen_BS, scale, maps)
+                o_BTNU = self.projection.finish(o, self.mixers)
+            else:
+                keys = min(T, slots), slots, slot + T
+                read = self._reader(cache, B, keys[0])
+                o_BTNU = attention_cached.many_queries(q_BTNH, read, visible, keys, scale, maps)
+        _, own_BTKU = self.projection.keys_and_values(state, self.mixers)
+        return self._finish(o_BTNU, x_BTD, own_BTKU)[0], cache
+
+    def _reader(self, cache: State, batch: int, size: int):
+        """Place -> keys and values of the `size` cached tokens from there on, as a function that a
+        loop may call: it holds this module's variables and not the module."""
+        bare, variables = self.clone(parent=None, name=None), self.variables
+
+        projection = self.config.projection
+
+        def read(first):
+            block = {
+                name: jax.lax.dynamic_slice_in_dim(z, first, size, slots_axis(projection, name))
+                for name, z in cache.items()
+            }
+            state = from_cache(projection, block, batch)
+            return bare.apply(variables, state, method="keys_and_values")
+
+        return read
+
+    def keys_and_values(self, state: State) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, S, K, H] and values [B, S, K, U] of a state, as the scores read them."""
+        return self.projection.keys_and_values(state, self.mixers)
 
     def _whole(self, x_BTD, positions_BT, segment_ids_BT):
         with jax.named_scope("project"):
@@ -277,7 +333,3 @@ class Attention(Module):
         run = per_device(local, axes, ("batch", heads))
         q_BRNH = q_BTNH[:, (T - 1) % stride :: stride]
         return jnp.max(run(q_BRNH, k_BSKH, segment_ids_BS, maps)[0])
-
-
-def _as_cache(state: State) -> State:
-    return jax.tree.map(lambda z: z.swapaxes(1, 2).reshape(-1, z.shape[1], z.shape[3]), state)

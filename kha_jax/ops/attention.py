@@ -95,42 +95,6 @@ def softmax(s: jax.Array, visible: jax.Array, maps: ScoreMaps) -> jax.Array:
     return p if maps.probabilities is None else maps.probabilities(p)
 
 
-def cached_attention(
-    parts: list[tuple[jax.Array, jax.Array]],
-    v_RSU: jax.Array,
-    visible_BS: jax.Array,
-    scale: float,
-    maps: ScoreMaps = ScoreMaps(),
-) -> jax.Array:
-    """Attention of one token to cached ones: softmax(scale * sum over the parts of q k^T) v.
-
-    Caches have R = B K rows, one for each key head of each row of the batch: on a CPU both products
-    take eight times as long when slots come before heads, and a K = 1 of its own makes XLA copy the
-    cache.
-
-    Args:
-        parts: pieces (q_B1NH, k_RSH) whose products add up to the logits, as if concatenated over
-            H. Each has its own number of key heads, so that a key shared by all heads is read once.
-        v_RSU: cached values.
-        visible_BS: True where a row may look.
-        scale: factor on the logits.
-        maps: what heads do to each other's scores.
-
-    Returns:
-        o_B1NU in the dtype of the values; the softmax is float32.
-    """
-    (B, _, N, _), (R, S, U) = parts[0][0].shape, v_RSU.shape
-
-    def logits(q_B1NH, k_RSH):
-        q_RGH = q_B1NH.reshape(k_RSH.shape[0], -1, q_B1NH.shape[-1])
-        s_RGS = jnp.einsum("RGH,RSH->RGS", q_RGH, k_RSH, preferred_element_type=jnp.float32)
-        return s_RGS.reshape(B, N, S)
-
-    s_BNS = sum(logits(*part) for part in parts) * scale
-    p_BNS = softmax(s_BNS, visible_BS[:, None], maps).astype(v_RSU.dtype)
-    return jnp.einsum("RGS,RSU->RGU", p_BNS.reshape(R, -1, S), v_RSU).reshape(B, 1, N, U)
-
-
 def visible_keys(
     segment_ids_BS: jax.Array | None, queries: int, keys: int, start: int | jax.Array = 0
 ) -> jax.Array:

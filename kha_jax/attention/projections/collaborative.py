@@ -36,6 +36,7 @@ class Collaborative(Projection):
 
     stream_weights = {"value": "value"}
     cache_fields = ("head_dim",)
+    keys_only = ("key",)
     mixes_heads = True
     query_heads: int = 8
     head_dim: int = 64

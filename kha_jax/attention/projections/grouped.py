@@ -32,6 +32,7 @@ class GroupedQuery(Projection):
 
     stream_weights = {"query": "query", "key": "key", "value": "value"}
     cache_fields = ("kv_heads", "head_dim")
+    keys_only = ("key", "key_factor")
     query_heads: int = 8
     kv_heads: int = 4
     head_dim: int = 64
@@ -146,6 +147,7 @@ class GroupedTied(Projection):
 
     stream_weights = {"query": "query", "value": "state"}
     cache_fields = ("kv_heads", "head_dim")
+    keys_only = ("rotary_key",)
     query_heads: int = 8
     kv_heads: int = 4
     head_dim: int = 64
@@ -227,4 +229,4 @@ class GroupedTiedProjection(ProjectionModule):
         tied = by_head(mixers["value"].read(by_row(cache["tied"], len(q_B1NH)), 1))
         # The tied state is read whole, which is cheaper than cutting the cache in half.
         unrotated = q_B1NH.at[..., half:].set(0)
-        return [(unrotated, tied), (q_B1NH[..., half:], cache["rotary_key"])], tied
+        return [(unrotated, tied.swapaxes(1, 2)), (q_B1NH[..., half:], cache["rotary_key"])], tied

@@ -32,6 +32,7 @@ class Latent(Projection):
 
     stream_weights = {"query": "query", "key": "key_up", "value": "value_up"}
     cache_fields = ("kv_lora",)
+    keys_only = ("rotary_key",)
     query_heads: int = 8
     head_dim: int = 64
     value_dim: int | None = None
@@ -165,8 +166,9 @@ class LatentProjection(ProjectionModule):
         nope_BTgnH = self._grouped(q_B1NH[..., :H])
         q_latent = jnp.einsum("BTgnH,gCnH->BTgnC", nope_BTgnH, mixers["key"](self.key_up))
         q_latent = q_latent.reshape(*q_B1NH.shape[:3], -1)
-        parts = [(q_latent, cache["latent"]), (q_B1NH[..., H:], cache["rotary_key"])]
-        return parts, cache["latent"]
+        latent = cache["latent"]
+        rotary = q_B1NH[..., H:], cache["rotary_key"]
+        return [(q_latent, latent.swapaxes(1, 2)), rotary], latent
 
     def finish(self, o_BTNC, mixers):
         value_up = mixers["value"](self.value_up)
