@@ -310,7 +310,7 @@ def command(base, name, *arguments):
     environment = {**os.environ, "KHA_JAX_CACHE": str(base / "cache"), "XLA_FLAGS": ""}
     line = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
     done = subprocess.run(
-        line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     return done.returncode, done.stdout, done.stderr
 
