@@ -88,14 +88,14 @@ def _chunked_forward(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale):
         )
         log_z.append(top + jnp.log(z))
     o_BTNU, log_z = keep((_unfold(jnp.concatenate(out, axis=1), B, T), log_z), ATTENTION)
-    return o_BTNU, (q_PRH, k_PSH, v_PSU, segment_ids_BT, o_BTNU, log_z)
+    return o_BTNU, (q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, o_BTNU, log_z)
 
 
 def _chunked_backward(scale, residuals, d_o_BTNU):
-    q_PRH, k_PSH, v_PSU, segment_ids_BT, o_BTNU, log_z = residuals
-    B, T, N, _ = o_BTNU.shape
-    K = k_PSH.shape[0] // B
-    d_o_PRU = _fold(d_o_BTNU, K)
+    q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, o_BTNU, log_z = residuals
+    B, T, N, _ = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_PRH, k_PSH, v_PSU, d_o_PRU = (_fold(z, K) for z in (q_BTNH, k_BSKH, v_BSKU, d_o_BTNU))
     row_sum_BTN1 = jnp.sum((d_o_BTNU * o_BTNU).astype(jnp.float32), axis=-1, keepdims=True)
     row_sum_PR1 = _fold(row_sum_BTN1, K)
     G, d_q = N // K, []
@@ -120,7 +120,7 @@ def _chunked_backward(scale, residuals, d_o_BTNU):
         )
         d_v_PUS = d_v_PUS.at[..., :stop].add(d_v)
     d_k_BSKH, d_v_BSKU = (
-        _unfold(z.transpose(0, 2, 1), B, T).astype(k_PSH.dtype) for z in (d_k_PHS, d_v_PUS)
+        _unfold(z.transpose(0, 2, 1), B, T).astype(k_BSKH.dtype) for z in (d_k_PHS, d_v_PUS)
     )
     return _unfold(jnp.concatenate(d_q, axis=1), B, T), d_k_BSKH, d_v_BSKU, None
 

@@ -1,7 +1,6 @@
 """Cross-entropy over a large vocabulary that never holds [tokens, vocabulary] at once.
 
-Legend: B batch, T position, C positions of one chunk, R = B*C rows of it, D model width, V
-vocabulary.
+Legend: B batch, T position, C positions of one chunk, D model width, V vocabulary.
 """
 
 import functools
@@ -35,25 +34,24 @@ def _chunk_length(batch: int, length: int, chunk_tokens: int) -> int:
 
 
 def _split(z: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [T / C, R, ...]: chunks run along positions, so a sharded batch stays where
-    it is. One axis of rows, so that XLA's CPU backend multiplies without transposing logits."""
-    z = jnp.moveaxis(z.reshape(z.shape[0], -1, chunk, *z.shape[2:]), 1, 0)
-    return z.reshape(z.shape[0], -1, *z.shape[3:])
+    """[B, T, ...] -> [T / C, B, C, ...]: chunks run along positions, so a sharded batch stays where
+    it is."""
+    return jnp.moveaxis(z.reshape(z.shape[0], -1, chunk, *z.shape[2:]), 1, 0)
 
 
-def _chunk_sums(x_RD, table_VD, targets_R, weights_R):
+def _chunk_sums(x_BCD, table_VD, targets_BC, weights_BC):
     """Sums of one chunk, and what its gradient needs: the logits and their log-partition."""
     logits = jnp.einsum(
-        "RD,VD->RV", x_RD, table_VD.astype(x_RD.dtype), preferred_element_type=jnp.float32
+        "BCD,VD->BCV", x_BCD, table_VD.astype(x_BCD.dtype), preferred_element_type=jnp.float32
     )
     top = jnp.max(logits, axis=-1)
     log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
-    label = jnp.take_along_axis(logits, targets_R[..., None], axis=-1)[..., 0]
+    label = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1)[..., 0]
     sums = TokenSums(
-        loss=jnp.sum((log_z - label) * weights_R),
-        z_loss=jnp.sum(jnp.square(log_z) * weights_R),
-        correct=jnp.sum((label >= top) * weights_R),
-        tokens=jnp.sum(weights_R),
+        loss=jnp.sum((log_z - label) * weights_BC),
+        z_loss=jnp.sum(jnp.square(log_z) * weights_BC),
+        correct=jnp.sum((label >= top) * weights_BC),
+        tokens=jnp.sum(weights_BC),
     )
     return sums, (logits, log_z)
 
@@ -83,8 +81,8 @@ def _objective_forward(x_BTD, table_VD, targets_BT, weights_BT, z_loss, chunk):
         d_logits = jnp.exp(logits - log_z[..., None]) * probability_weight[..., None]
         is_label = targets[..., None] == jnp.arange(logits.shape[-1])
         d_logits = (d_logits - jnp.where(is_label, weights[..., None], 0.0)).astype(x.dtype)
-        d_x = jnp.einsum("RV,VD->RD", d_logits, table_VD.astype(x.dtype))
-        d_table += jnp.einsum("RV,RD->VD", d_logits, x, preferred_element_type=jnp.float32)
+        d_x = jnp.einsum("BCV,VD->BCD", d_logits, table_VD.astype(x.dtype))
+        d_table += jnp.einsum("BCV,BCD->VD", d_logits, x, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, total, sums), d_table), d_x
 
     zero = TokenSums(*(jnp.zeros((), jnp.float32) for _ in TokenSums._fields))
@@ -92,7 +90,6 @@ def _objective_forward(x_BTD, table_VD, targets_BT, weights_BT, z_loss, chunk):
     (sums, d_table), d_x = jax.lax.scan(
         body, (zero, jnp.zeros(table_VD.shape, jnp.float32)), pieces
     )
-    d_x = d_x.reshape(len(d_x), x_BTD.shape[0], chunk, -1)
     d_x = jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape)
     return (sums.loss + z_loss * sums.z_loss, sums), (d_x, d_table.astype(table_VD.dtype))
 

@@ -3,8 +3,6 @@
 Legend: B batch, T position, N heads, R rotary width.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -23,22 +21,7 @@ def rotate(x_BTNR: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     half = x_BTNR.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
-    # Fenced off: XLA's CPU backend would evaluate them again for every head.
-    return _turn(x_BTNR, *jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle))))
-
-
-# The gradient is written out: it is the rotation back, which autodiff would build from padded
-# halves.
-@jax.custom_vjp
-def _turn(x, cos, sin):
-    """x [cos | cos] + (x with its halves swapped) [-sin | sin]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    join = functools.partial(jnp.concatenate, axis=-1)
-    turned = x * join([cos, cos]) + join([second, first]) * join([-sin, sin])
-    return turned.astype(x.dtype)
-
-
-_turn.defvjp(
-    lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)),
-    lambda angle, d_out: (_turn(d_out, angle[0], -angle[1]), None, None),
-)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x_BTNR.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNR.dtype)
