@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kha_jax import data, moe, optimizer
+from kha_jax import data, moe, optimizer, tpu
 from kha_jax.config import Config, choice, under
 from kha_jax.data import DataConfig
 from kha_jax.model import Batch, ModelConfig, Transformer
@@ -139,6 +139,27 @@ class RunConfig(Config):
             problem = refusal(attention.kernel, case)
             self.require(problem is None, f"model.{name}.kernel", str(problem))
 
+    def kernels(self, platform: str) -> dict[str, str]:
+        """What computes the scores of each attention there, by its field of the model."""
+        case = platform, self.model.numerics.dtype, self.seq_len
+        return {name: it.kernel_on(*case) for name, it in self.model.attentions().items()}
+
+    def tuned(self, chip: str | None) -> tuple["RunConfig", tpu.Settings]:
+        """The run as it is compiled for a chip of `kha_jax.tpu`, with the kernels that `auto`
+        stands for there, and the settings of its compilation; itself and none for None."""
+        chip = None if self.mesh.tuning == "none" else chip
+        mixture = any(segment.feed_forward.router_width() for segment in self.model.segments())
+        settings = tpu.settings(chip, mixture)
+
+        def tune(attention):
+            case = attention.case("tpu", self.model.numerics.dtype, self.seq_len)
+            takes = attention.kernel == "auto" and refusal(settings.kernel, case) is None
+            return attention.replace(kernel=settings.kernel) if takes else attention
+
+        if settings.kernel is None or self.seq_len < tpu.LONG:
+            return self, settings
+        return self.replace(model=self.model.with_attention(tune)), settings
+
 
 class TrainState(NamedTuple):
     """All that changes while training. step counts batches; the optimiser counts the updates that
@@ -158,7 +179,8 @@ class Trainer(NamedTuple):
     the shapes and places of what they take.
 
     init: the state from a random key. train_step: the next state and metrics; it takes the memory
-    of the state that it is given. evaluation_step: sums over the tokens of a batch.
+    of the state that it is given. evaluation_step: sums over the tokens of a batch. settings: what
+    both are compiled with on a TPU.
     """
 
     model: Transformer
@@ -168,6 +190,7 @@ class Trainer(NamedTuple):
     abstract: TrainState
     abstract_batch: Batch
     shardings: TrainState
+    settings: tpu.Settings
 
     def lower(self) -> jax.stages.Lowered:
         """The train step, to be compiled ahead of time."""
@@ -211,6 +234,9 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     Raises:
         ConfigError: names a parameter that does not divide over the mesh.
     """
+    real = isinstance(mesh, jax.sharding.Mesh)  # nothing is compiled for an abstract one
+    config, settings = config.tuned(tpu.chip_of(mesh.devices.flat[0]) if real else None)
+    compiled = functools.partial(jax.jit, compiler_options=settings.options or None)
     model = config.model.build()
     # Parameters do not depend on the kernel, and not every kernel runs on the one token that they
     # are made with.
@@ -253,13 +279,14 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     return Trainer(
         model=model,
         init=jax.jit(init, out_shardings=shardings),
-        train_step=jax.jit(
+        train_step=compiled(
             on_mesh(mesh, train_step), donate_argnums=0, out_shardings=(shardings, None)
         ),
-        evaluation_step=jax.jit(on_mesh(mesh, evaluation_step)),
+        evaluation_step=compiled(on_mesh(mesh, evaluation_step)),
         abstract=abstract,
         abstract_batch=batch,
         shardings=shardings,
+        settings=settings,
     )
 
 

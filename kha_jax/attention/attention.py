@@ -98,6 +98,11 @@ class AttentionConfig(Config):
         widths = self.projection.key_width(), self.projection.output_shape()[1]
         return ops.Case(platform, dtype, length, *widths, self.heads_meet)
 
+    def kernel_on(self, platform: str, dtype: Any, length: int) -> str:
+        """The kernel, where it is `auto` the one that this stands for."""
+        best = ops.best_kernel(self.case(platform, dtype, length))
+        return best if self.kernel == "auto" else self.kernel
+
     def output_shape(self) -> tuple[int, int]:
         """(heads, width) of what the output projection reads."""
         heads, value_width = self.projection.output_shape()

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import math
 import re
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +24,16 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def compiled_memory(config: RunConfig, slice_: Topology) -> tuple[float, float]:
-    """(peak, temporaries) in bytes per device of one train step, compiled for the slice through
-    libtpu.
+class Compiled(NamedTuple):
+    """Bytes per device of one train step by the compiler, and the seconds that it took."""
+
+    peak: float
+    temporaries: float
+    seconds: float
+
+
+def compiled_memory(config: RunConfig, slice_: Topology) -> Compiled:
+    """One train step, compiled for the slice through libtpu.
 
     Raises:
         SliceError: libtpu knows no such slice.
@@ -42,22 +50,22 @@ def compiled_memory(config: RunConfig, slice_: Topology) -> tuple[float, float]:
             f"libtpu knows no slice {slice_.name}: {' '.join(str(error).split())}"
         ) from None
     trainer = make_trainer(config, sharding.make_mesh(config.mesh, devices))
+    lowered, began = trainer.lower(), time.perf_counter()
     try:
-        memory = trainer.lower().compile().memory_analysis()
+        memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         wanted = needed(str(error))
         if wanted is None:
             raise
-        return wanted + held_bytes(trainer.abstract), wanted
+        return Compiled(wanted + held_bytes(trainer.abstract), wanted, time.perf_counter() - began)
     whole = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-    return float(getattr(memory, "peak_memory_in_bytes", 0) or whole), float(
-        memory.temp_size_in_bytes
-    )
+    peak = float(getattr(memory, "peak_memory_in_bytes", 0) or whole)
+    return Compiled(peak, float(memory.temp_size_in_bytes), time.perf_counter() - began)
 
 
 def needed(message: str) -> float | None:
