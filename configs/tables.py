@@ -125,10 +125,12 @@ def scaled(run: RunConfig, scale: Scale) -> RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows by name, in the order in which the paper prints them."""
+    """Rows by name, in the order in which the paper prints them. scales: sizes that they also
+    have, beside their own."""
 
     title: str
     rows: Mapping[str, Row]
+    scales: Mapping[str, Scale] = dataclasses.field(default_factory=lambda: SCALES)
 
     def run(self, name: str) -> RunConfig:
         """The run ROW or ROW.SCALE.
@@ -141,9 +143,10 @@ class Table:
             raise ValueError(f"row {row!r} is not known; {near(row, self.rows)}")
         if not scale:
             return self.rows[row].run
-        if scale not in SCALES:
-            raise ValueError(f"scale {scale!r} is not known; use one of {', '.join(SCALES)}")
-        return scaled(self.rows[row].run, SCALES[scale])
+        if scale not in self.scales:
+            known = ", ".join(self.scales) or "none"
+            raise ValueError(f"scale {scale!r} is not known; this table has {known}")
+        return scaled(self.rows[row].run, self.scales[scale])
 
     def get_config(self, variant: str = "") -> ConfigDict:
         """What a config file must have; the last row by default."""
@@ -155,6 +158,7 @@ TABLES = {
     **{str(number): f"table{number}" for number in range(1, 7)},
     "controls": "controls",
     "stress": "stress",
+    "tasks": "task_tiny",
 }
 
 

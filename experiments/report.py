@@ -97,7 +97,9 @@ def report_sweep(console: Console) -> None:
         raise UsageError(f"--sweep: {error}") from None
     summary = sweeps.summarise(sweep)
     if not summary.results:
-        raise UsageError(f"--sweep={folder}: no run is finished yet; runs.csv holds none of a row")
+        raise UsageError(
+            f"--sweep={folder}: no planned run is finished yet; runs.csv holds none of sweep.json"
+        )
     command = sweep_report.command_of(folder, out)
     try:
         out.mkdir(parents=True, exist_ok=True)

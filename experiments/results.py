@@ -12,10 +12,10 @@ from experiments.command_line import UsageError
 
 
 class Result(NamedTuple):
-    """A line of runs.csv. Losses in nats per token: val_* of the last evaluation, train_loss the
-    mean over the last tenth of the steps. step_seconds: median. data: hash of the text.
-    spike_share: see metrics.spike_score. nonfinite: steps that were not applied. curve:
-    `step:val_loss`, joined by spaces."""
+    """A line of runs.csv. Losses in nats per token: val_* of the last evaluation, None for what it
+    or an older file does not have; train_loss the mean over the last tenth of the steps.
+    step_seconds: median. data: hash of the text. spike_share: see metrics.spike_score. nonfinite:
+    steps that were not applied. curve: `step:val_loss`, joined by spaces."""
 
     name: str
     row: str
@@ -29,6 +29,7 @@ class Result(NamedTuple):
     flops_per_token: float
     val_loss: float
     val_bits_per_byte: float | None
+    val_accuracy: float | None
     train_loss: float
     step_seconds: float
     spike_share: float
@@ -46,16 +47,16 @@ def read(path: Path) -> list[Result]:
     """
     types = {name: hint for name, hint in Result.__annotations__.items()}
 
-    def value(name: str, text: str) -> Any:
+    def value(name: str, line: dict[str, str]) -> Any:
         kind = types[name]
         if kind in (int, float, str):
-            return kind(text)
-        return float(text) if text else None
+            return kind(line[name])
+        return float(line[name]) if line.get(name) else None
 
     try:
         with open(path, newline="") as file:
             lines = list(csv.DictReader(file))
-        return [Result(**{name: value(name, line[name]) for name in types}) for line in lines]
+        return [Result(**{name: value(name, line) for name in types}) for line in lines]
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, csv.Error) as error:

@@ -101,6 +101,7 @@ def summary(run: Planned, folder: Path) -> Result | None:
         flops_per_token=cost.training_flops,
         val_loss=evaluated[-1]["val_loss"],
         val_bits_per_byte=evaluated[-1].get("val_bits_per_byte"),
+        val_accuracy=evaluated[-1].get("val_accuracy"),
         train_loss=statistics.fmean(late or [losses[-1][1]]),
         step_seconds=round(config.tokens_per_step / statistics.median(rates), 5),
         spike_share=spike_score(rows),

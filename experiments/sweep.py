@@ -67,7 +67,7 @@ def table_rows() -> tuple[str, list[Wanted]]:
             raise UsageError(f"--rows={name}: is not in the table; {near(name, table.rows)}")
         if (baseline := table.rows[name].baseline) not in ROWS.value:
             raise UsageError(f"--rows={name}: is compared with {baseline}; name that too")
-    scale = "" if SCALE.value == "paper" else f".{SCALE.value}"
+    scale = f".{SCALE.value}" if SCALE.value in table.scales else ""
     rows = [
         Wanted(
             name, (f"--config=configs/{file}.py:{name}{scale}",), row.baseline, row.loss, row.note

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 import shlex
 from pathlib import Path
@@ -10,17 +11,18 @@ from typing import Any
 from rich.table import Table
 
 from experiments import page
-from kha_jax.inspect.sweeps import LOSSES, Result, Summary, Sweep
+from kha_jax.inspect.sweeps import LOSSES, Result, Scatter, Summary, Sweep
 from kha_jax.statistics import POWER, detectable, pairs_needed
 
 TARGET = 0.01  # nats that a sweep should be able to tell apart
+NAMED = 5  # of the runs that are left out
 TIMES = (
     "Step times are those of the runs, whatever else the machine did meanwhile; what a variant "
     "costs is measured in turns by `python -m experiments.zoo --measure`."
 )
 COLUMNS = (
-    "row, baseline, learning rate, seeds, loss, difference, 95% interval, not 0, printed, "
-    "printed difference, sign agrees, time / baseline, spike share"
+    "row, baseline, learning rate, seeds, loss, accuracy, difference, 95% interval, not 0, "
+    "printed, printed difference, sign agrees, time / baseline, spike share"
 ).split(", ")
 
 
@@ -43,6 +45,7 @@ def _cells(one: Result) -> list[str]:
         f"{rate} of {one.rates}" if one.rates > 1 else rate,
         str(len(one.losses)),
         _number(one.loss),
+        _number(one.accuracy, ".1%"),
         _number(d.mean, "+.4f") if d else "",
         bounds if d and d.count else "no common seed" if d else "",
         _yes(d.distinguishable) if d and d.count > 1 else "",
@@ -55,12 +58,14 @@ def _cells(one: Result) -> list[str]:
 
 
 def table(summary: Summary) -> Table:
-    """The rows that have runs."""
+    """The rows that have runs, in the columns that any of them has."""
     made = Table()
-    for name in COLUMNS:
+    cells = [_cells(one) for one in summary.results.values()]
+    used = [any(column) for column in zip(*cells)]
+    for name in itertools.compress(COLUMNS, used):
         made.add_column(name)
-    for one in summary.results.values():
-        made.add_row(*_cells(one))
+    for row in cells:
+        made.add_row(*itertools.compress(row, used))
     return made
 
 
@@ -68,7 +73,7 @@ def as_csv(summary: Summary) -> str:
     """The same numbers unrounded, one line per row with runs."""
     names = "row,baseline,note,learning_rate,rates,seeds,loss,loss_is,difference,standard_error,low"
     names += ",high,distinguishable,printed_loss,printed_difference,sign_agrees,time_ratio"
-    names += ",spike_share,runs_without_finite_loss,parameters,flops_per_token"
+    names += ",spike_share,runs_without_finite_loss,parameters,flops_per_token,accuracy"
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names.split(","))
@@ -81,7 +86,7 @@ def as_csv(summary: Summary) -> str:
         values += [_yes(d.distinguishable) if d and d.count > 1 else None]
         values += [one.row.printed, one.printed_difference, _yes(one.sign_agrees)]
         values += [one.time_ratio, one.spike_share, one.unfinite]
-        values += [numbers["parameters"], numbers["flops_per_token"]]
+        values += [numbers["parameters"], numbers["flops_per_token"], one.accuracy]
         nan = (isinstance(z, float) and not math.isfinite(z) for z in values)
         writer.writerow(["" if missing else z for z, missing in zip(values, nan)])
     return out.getvalue()
@@ -94,6 +99,11 @@ def findings(sweep: Sweep, summary: Summary) -> list[str]:
     said[0] += LOSSES[summary.loss] + "."
     if sweep.others:
         said.append(f"Left out, trained with another config: {', '.join(sweep.others)}.")
+    if sweep.dropped:
+        said.append(
+            f"Left out, in runs.csv but not among the planned runs: {len(sweep.dropped)} "
+            f"({', '.join(sweep.dropped[:NAMED])}{', ...' if sweep.dropped[NAMED:] else ''})."
+        )
     absent = [name for name in sweep.rows if name not in summary.results]
     if absent:
         said.append(f"Rows without a finished run: {', '.join(absent)}.")
@@ -104,20 +114,34 @@ def findings(sweep: Sweep, summary: Summary) -> list[str]:
     if lost:
         counts = ", ".join(f"{name} ({count})" for name, count in lost.items())
         said.append(f"Runs without a finite loss, which no mean holds: {counts}.")
-    if summary.freedom:
-        said += [_precision(summary), _told_apart(named)]
+    known = {name: of for name, of in summary.scatter.items() if of.freedom}
+    if known:
+        said += [_precisions(known), _told_apart(named)]
     said += _against_print(summary) if summary.agreement.rows else []
     return [*said, TIMES]
 
 
-def _precision(summary: Summary) -> str:
-    counts = {len(one.differences) for one in summary.results.values() if one.differences}
-    pairs, deviation = max(counts), summary.deviation
+def _precisions(known: dict[str, Scatter]) -> str:
+    if len(known) == 1:
+        return _precision(*known.values())
+    each = (
+        f"{name} {deviation:.4f} ({detectable(deviation, pairs):.3f} at {pairs})"
+        for name, (deviation, _, pairs) in known.items()
+    )
+    return (
+        "A paired difference of one seed scatters, in nats, pooled over the rows of a baseline, by "
+        f"(in brackets what is found with probability {POWER:g} at so many seeds): "
+        f"{', '.join(each)}."
+    )
+
+
+def _precision(scatter: Scatter) -> str:
+    deviation, freedom, pairs = scatter
     needed = pairs_needed(deviation, TARGET)
     seeds = f"takes {needed} seeds" if needed else "takes over 100 seeds"
     return (
         f"A paired difference of one seed scatters by {deviation:.4f} nats (pooled over rows, "
-        f"{summary.freedom} degrees of freedom): standard error {deviation / pairs**0.5:.4f} at "
+        f"{freedom} degrees of freedom): standard error {deviation / pairs**0.5:.4f} at "
         f"{pairs} seeds, at which a difference of {detectable(deviation, pairs):.4f} is found with "
         f"probability {POWER:g}; one of {TARGET} {seeds}."
     )

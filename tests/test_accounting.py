@@ -80,7 +80,7 @@ def test_smaller_rows_keep_the_ratios(scale):
         mixers = {**to_dict(model.attention), "projection": None}
         return share, active, sizes, mixers
 
-    for table in TABLES.values():
+    for table in (table for table in TABLES.values() if scale in table.scales):
         for name in table.rows:
             assert ratios(table.run(f"{name}.{scale}")) == ratios(table.run(name))
 

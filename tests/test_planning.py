@@ -15,7 +15,7 @@ import pytest
 from kha_jax import planning
 from kha_jax.config import ConfigError, from_dict
 from kha_jax.planning import SliceError, faster, fastest, placed, plan, remedies, topology
-from kha_jax.planning.search import settings
+from kha_jax.planning.search import MARGIN, settings
 from kha_jax.sharding import SLICES, MeshConfig
 from kha_jax.training import RunConfig
 from tests import published
@@ -92,6 +92,8 @@ def test_preset_matches_its_golden_plan(where):
     assert presets.keys() <= SLICES.keys() and large == (where in presets)
     if large:
         remat, accumulation = presets[where]["model.remat"], presets[where]["accumulation"]
+        # a preset is what the command ranks first
+        assert fastest(run, topology(where), compiled=0)[0].changes == presets[where]
         run = run.replace(model=run.model.replace(remat=remat), accumulation=accumulation)
         sequences = None
     found = plan(placed(run, topology(where), sequences), topology(where), compiled=False)
@@ -119,28 +121,25 @@ def test_names_and_batches_that_do_not_work_are_refused():
 
 
 def test_remedies_come_from_the_cheapest_on():
+    """Through the policies and the sequences at once by the step to expect, then larger slices."""
     run, slice_ = config(), topology("v5e-64")
     run = placed(run.replace(model=run.model.replace(remat="dots")), slice_, 4)
-    found, full = list(remedies(run, slice_)), {"model.remat": "full"}
-    assert [(remedy.changes, remedy.moved_to) for remedy in found] == [
-        (full, None),
-        ({**full, "accumulation": 4}, None),
-        ({**full, "accumulation": 8}, None),
-        ({**full, "accumulation": 2}, "v5e-256"),
-    ]
-    assert all(
-        remedy.config.model.remat == "full" and remedy.config.batch_size == 512 for remedy in found
-    )
-    peaks = [
-        plan(remedy.config, remedy.slice_, compiled=False).peak_bytes_per_device for remedy in found
-    ]
-    assert (
-        plan(run, slice_, compiled=False).peak_bytes_per_device
-        > peaks[0]
-        > peaks[1]
-        > peaks[2]
-        > peaks[3]
-    )
+    plans = [(r, plan(r.config, r.slice_, compiled=False)) for r in remedies(run, slice_)]
+    here = [(remedy, found) for remedy, found in plans if not remedy.moved_to]
+    expected = [found.expected_step_seconds for _, found in here]
+    assert all(later >= 0.99 * first for first, later in itertools.pairwise(expected))
+    fitting = [remedy for remedy, found in plans if found.fits]
+    assert fitting[0].changes == {"model.remat": "projections", "accumulation": 4}
+    assert {remedy.config.model.remat for remedy, _ in here} == {
+        *("inner", "projections", "attention", "full")
+    }
+    alone = [remedy.changes for remedy in fitting if "accumulation" not in remedy.changes]
+    assert alone == [{"model.remat": "full"}]
+    room = (1 + MARGIN) * slice_.chip.hbm_bytes
+    assert all(found.peak_bytes_per_device <= room for _, found in plans)
+    assert {remedy.moved_to for remedy, _ in plans[len(here) :]} == {"v5e-256"}
+    assert plans[len(here)][0].changes == {"accumulation": 2}
+    assert all(remedy.config.batch_size == 512 for remedy, _ in plans)
 
 
 @pytest.mark.parametrize(

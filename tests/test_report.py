@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import sweep_report
 from kha_jax.inspect import sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +106,7 @@ def test_a_known_sweep_is_summed_up(tmp_path):
     assert good.printed_difference == pytest.approx(-0.024)
     assert (good.sign_agrees, bad.sign_agrees) == (True, False)
     assert good.time_ratio == pytest.approx(1.2)
-    assert (summary.deviation, summary.freedom) == (pytest.approx(0.01), 4)
+    assert summary.scatter["baseline"] == (pytest.approx(0.01), 4, 3)
     assert (summary.agreement.rows, summary.agreement.same_sign) == (2, 1)
     base = summary.results["baseline"]
     assert base.difference is None and base.sign_agrees is None and not base.differences
@@ -223,6 +224,25 @@ def test_runs_of_another_config_are_left_out_and_named(tmp_path):
     sweep = sweeps.load(folder)
     assert sweep.others == ("linear-seed0",) and list(sweep.finished) == ["baseline-seed0"]
     assert sweeps.summarise(sweep).finished == 1
+
+
+def test_runs_that_are_not_planned_any_more_are_left_out_and_counted(tmp_path):
+    """Three seeds were trained, then two are asked for, and a rate that is none of the grid."""
+    lines = [finished(name, s, 2.0 + s) for name in ("baseline", "a") for s in range(3)]
+    lines += [finished("a", 0, 0.5, rate=0.1, name="a-lr0.1-seed0")]
+    folder = write_sweep(tmp_path, [row("baseline"), row("a")], lines)
+    described = json.loads((folder / "sweep.json").read_text())
+    described["runs"] = [
+        run for run in described["runs"] if run["seed"] < 2 and "lr" not in run["name"]
+    ]
+    (folder / "sweep.json").write_text(json.dumps(described))
+    sweep = sweeps.load(folder)
+    summary = sweeps.summarise(sweep)
+    assert sweep.dropped == ("a-lr0.1-seed0", "a-seed2", "baseline-seed2")
+    assert (summary.finished, summary.planned) == (4, 4)
+    assert (summary.results["a"].rates, summary.results["a"].losses) == (1, {0: 2.0, 1: 3.0})
+    said = " ".join(sweep_report.findings(sweep, summary))
+    assert "4 of 4 runs are finished" in said and "not among the planned runs: 3 (a-lr0.1" in said
 
 
 def test_a_table_of_runs_that_is_cut_off_is_damaged(tmp_path):

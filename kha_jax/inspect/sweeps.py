@@ -23,7 +23,7 @@ LOSSES = {
     "train_loss": "training loss of the last tenth of the steps, nats per token",
 }
 NUMBERS = ("learning_rate", "parameters", "flops_per_token", *LOSSES)
-NUMBERS += ("step_seconds", "spike_share")
+NUMBERS += ("val_accuracy", "step_seconds", "spike_share")
 
 
 class SweepError(ValueError):
@@ -60,8 +60,9 @@ class Finished(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """A sweep as it is stored. planned: (name, row, seed) of its runs. finished: by name. others:
-    names in runs.csv that are planned with another config, which nothing else counts."""
+    """A sweep as it is stored. planned: (name, row, seed) of its runs. finished: by name. others,
+    dropped: names in runs.csv that are planned with another config, and that are not planned any
+    more, which nothing else counts."""
 
     folder: Path
     about: dict[str, str]
@@ -69,6 +70,7 @@ class Sweep(NamedTuple):
     planned: list[tuple[str, str, int]]
     finished: dict[str, Finished]
     others: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """The lines of a run's metrics.jsonl; none where its folder is not here."""
@@ -95,6 +97,7 @@ class Result(NamedTuple):
     differences: dict[int, float]
     difference: Difference | None
     printed_difference: float | None
+    accuracy: float
     time_ratio: float
     spike_share: float
 
@@ -111,16 +114,24 @@ class Result(NamedTuple):
         return (_mean(self.differences.values()) > 0) == (self.printed_difference > 0)
 
 
+class Scatter(NamedTuple):
+    """How much one paired difference varies over seeds. deviation: NaN without a second pair.
+    freedom: its degrees of freedom. pairs: the most that a row has."""
+
+    deviation: float
+    freedom: int
+    pairs: int
+
+
 class Summary(NamedTuple):
     """What a sweep says. loss: of LOSSES, the one that is compared. finished, planned: counts of
-    runs. deviation: of one paired difference, pooled over rows, with its degrees of freedom."""
+    runs. scatter: of one paired difference, pooled over the rows of each baseline."""
 
     loss: str
     results: dict[str, Result]
     finished: int
     planned: int
-    deviation: float
-    freedom: int
+    scatter: dict[str, Scatter]
     agreement: Agreement
 
 
@@ -149,9 +160,12 @@ def load(folder: Path) -> Sweep:
     words = "title", "command", "hardware", "commit"
     about = {word: str(described.get(word, "")) for word in words}
     there = _read_runs(folder / "runs.csv")
-    others = {name for name, run in there.items() if (hashes.get(name) or run.hash) != run.hash}
-    finished = {name: run for name, run in there.items() if name not in others}
-    return Sweep(folder, about, rows, planned, finished, tuple(sorted(others)))
+    dropped = there.keys() - hashes.keys()
+    known = {name: run for name, run in there.items() if name in hashes}
+    others = {name for name, run in known.items() if (hashes[name] or run.hash) != run.hash}
+    finished = {name: run for name, run in known.items() if name not in others}
+    left_out = (tuple(sorted(names)) for names in (others, dropped))
+    return Sweep(folder, about, rows, planned, finished, *left_out)
 
 
 def _read_runs(path: Path) -> dict[str, Finished]:
@@ -182,6 +196,11 @@ def _read_runs(path: Path) -> dict[str, Finished]:
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return math.fsum(values) / len(values) if values else math.nan
+
+
+def _mean_number(runs: list[Finished], name: str) -> float:
+    """Of the runs that have it."""
+    return _mean(z for run in runs if math.isfinite(z := run.numbers[name]))
 
 
 def best_rate(runs: list[Finished], loss: str) -> float:
@@ -227,11 +246,16 @@ def summarise(sweep: Sweep) -> Summary:
             chosen[name] = [run for run in runs if run.rate == best]
     results = {name: _result(sweep, chosen, name, rates[name], loss) for name in chosen}
     compared = [one for one in results.values() if one.differences]
-    deviation, freedom = pooled_deviation([one.difference for one in compared])
+    scatter = {name: _scatter(compared, name) for name in {one.row.baseline: 0 for one in compared}}
     both = [one for one in compared if one.printed_difference]
     agreed = agreement([one.differences for one in both], [one.printed_difference for one in both])
-    names = {name for name, _, _ in sweep.planned} | {run.name for run in known}
-    return Summary(loss, results, len(known), len(names), deviation, freedom, agreed)
+    return Summary(loss, results, len(known), len(sweep.planned), scatter, agreed)
+
+
+def _scatter(compared: list[Result], baseline: str) -> Scatter:
+    differences = [one.difference for one in compared if one.row.baseline == baseline]
+    most = max(difference.count for difference in differences)
+    return Scatter(*pooled_deviation(differences), most)
 
 
 def _result(
@@ -255,8 +279,9 @@ def _result(
         {seed: own[seed] - base[seed] for seed in sorted(own) if compared and seed in base},
         paired(own, base) if compared else None,
         row.printed - of_baseline.printed if printed else None,
+        _mean_number(runs, "val_accuracy"),
         _time_ratio(runs, baseline),
-        _mean(z for run in runs if math.isfinite(z := run.numbers["spike_share"])),
+        _mean_number(runs, "spike_share"),
     )
 
 

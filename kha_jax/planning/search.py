@@ -24,36 +24,47 @@ class Remedy(NamedTuple):
 def remedies(config: RunConfig, slice_: Topology) -> Iterator[Remedy]:
     """What may make a run fit that `placed` has put on the slice, cheapest first.
 
-    Full rematerialisation, then fewer sequences at once, then larger slices of the kind, whose FSDP
-    leaves each device less state.
+    Policies of rematerialisation that keep less and fewer sequences at once, in the order of the
+    step to expect; then larger slices of the kind, whose FSDP leaves each device less state. What
+    the estimate puts above the memory by more than MARGIN is left out.
     """
-    full: dict[str, Any] = {}
-    if config.model.remat != "full":
-        full = {"model.remat": "full"}
-        config = config.replace(model=config.model.replace(remat="full"))
-        yield Remedy(full, None, config, slice_)
-    apart = ways_of(config.mesh.sizes(slice_.chips), "batch")
-    sequences = config.batch_size // config.accumulation // apart
-    for fewer in (n for n in range(sequences - 1, 0, -1) if sequences % n == 0):
-        accumulation = config.accumulation * sequences // fewer
-        changed = config.replace(accumulation=accumulation)
-        yield Remedy({**full, "accumulation": accumulation}, None, changed, slice_)
+    policies = list(POLICIES)[: list(POLICIES).index(config.model.remat) + 1]
+    most = plan(config, slice_, compiled=False).sequences_per_device
+    for setting in _worthwhile(settings(config, slice_)):
+        less = setting.config.model.remat in policies and setting.config != config
+        if less and setting.plan.sequences_per_device <= most and _may_fit(setting.plan):
+            given = {"model.remat": config.model.remat, "accumulation": config.accumulation}
+            changes = {k: v for k, v in setting.changes.items() if given.get(k) != v}
+            yield Remedy(changes, None, setting.config, slice_)
     for name in SLICES:
         larger = topology(name)
-        if larger.chip != slice_.chip or larger.chips <= slice_.chips:
-            continue
-        mesh = config.mesh.moved(name)
+        if larger.chip == slice_.chip and larger.chips > slice_.chips:
+            yield from _moved(config, name, policies[::-1])
+
+
+def _moved(config: RunConfig, name: str, policies: list[str]) -> Iterator[Remedy]:
+    """The run on a larger slice, one sequence at once, with each of the policies that may fit."""
+    larger, mesh = topology(name), config.mesh.moved(name)
+    moved = {
+        f"mesh.{field}": value
+        for field, value in to_dict(mesh).items()
+        if value != getattr(config.mesh, field)
+    }
+    for policy in policies:
+        model = config.model.replace(remat=policy)
         try:
-            fewest = placed(config.replace(mesh=mesh), larger, 1)
+            fewest = placed(config.replace(mesh=mesh, model=model), larger, 1)
+            fits = _may_fit(plan(fewest, larger, compiled=False))
         except ConfigError:
-            continue  # something does not divide over it
-        moved = {
-            f"mesh.{field}": value
-            for field, value in to_dict(mesh).items()
-            if value != getattr(config.mesh, field)
-        }
-        changes = {**full, "accumulation": fewest.accumulation, **moved}
-        yield Remedy(changes, name, fewest, larger)
+            return  # something does not divide over it
+        if fits:
+            kept = {"model.remat": policy} if policy != config.model.remat else {}
+            changes = {**kept, "accumulation": fewest.accumulation, **moved}
+            yield Remedy(changes, name, fewest, larger)
+
+
+def _may_fit(estimated: Plan) -> bool:
+    return estimated.peak_bytes_per_device <= estimated.hbm_bytes_per_device * (1 + MARGIN)
 
 
 # The memory estimate errs by up to this much of what a device has, and a setting that fits only by
@@ -163,7 +174,7 @@ def fastest(
     found = _worthwhile(settings(config, slice_, sequences, meshes, remat))
     if not compiled:
         return [s for s in found if s.plan.peak_bytes_per_device <= room * (1 - MARGIN)]
-    worth = [s for s in found if s.plan.peak_bytes_per_device <= room * (1 + MARGIN)]
+    worth = [s for s in found if _may_fit(s.plan)]
     known: list[Setting] = []
     for at, setting in enumerate(worth):
         if at >= compiled and known:
