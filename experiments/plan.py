@@ -23,7 +23,7 @@ from rich.table import Table
 
 from experiments import command_line
 from experiments.command_line import UsageError
-from kha_jax import planning
+from kha_jax import planning, tpu
 from kha_jax.config import ConfigError, under
 from kha_jax.planning import EFFICIENCY, Plan, Setting, Topology
 from kha_jax.planning.search import COMPILED, MARGIN
@@ -244,12 +244,8 @@ def show(found: dict[str, Plan]) -> None:
 
 def show_settings(found: Iterable[Plan]) -> None:
     """What the steps are compiled with, each once."""
-    lines = {}
-    for plan in found:
-        options = " ".join(f"{name}={value}" for name, value in plan.compiler_options.items())
-        kernels = ", ".join(dict.fromkeys(plan.kernels.values()))
-        lines[f"compiled with: attention {kernels}; {options or 'no options of libtpu'}"] = None
-    print("\n".join(lines))
+    lines = (tpu.told(plan.kernels.values(), plan.compiler_options) for plan in found)
+    print("\n".join(dict.fromkeys(lines)))
 
 
 def show_ranking(found: list[Setting]) -> None:

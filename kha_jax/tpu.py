@@ -7,7 +7,7 @@ instead of ending the process. What LIBTPU_INIT_ARGS names is left to it.
 """
 
 import os
-from typing import NamedTuple
+from typing import Iterable, Mapping, NamedTuple
 
 import jax
 
@@ -28,15 +28,47 @@ class Settings(NamedTuple):
 # A block on the diagonal is computed whole: those of 2048 compute a quarter too much of a row of
 # 8192, and half too much of one of 4096.
 LONG = 8192
-# Public presets of MaxText (benchmarks/xla_flags_library.py and the model configs beside it), as
-# far as libtpu 0.0.51 takes them; none of this was measured here.
+# What follows is of public presets of MaxText (benchmarks/xla_flags_library.py and the configs of
+# models beside it), as far as libtpu 0.0.51 takes it; none was measured here. It refuses the fused
+# all-gather on other chips than v5e, where it may compute wrong results, and knows two flags of
+# the presets' SparseCore collectives no more, which are left out.
 _DENSE, _MIXTURE = {VMEM: "98304"}, {VMEM: "81920"}
+# All-gathers beside the computation, between and, on v5e, inside fusions.
+_GATHER = {"xla_tpu_overlap_compute_collective_tc": "true", "xla_enable_async_all_gather": "true"}
+_FUSION = "xla_tpu_enable_async_collective_fusion"
+_FUSED_GATHER = _GATHER | {
+    _FUSION: "true",
+    f"{_FUSION}_fuse_all_gather": "true",
+    f"{_FUSION}_multiple_steps": "true",
+}
+# All-reduces of gradients over the network beside the computation.
+_REDUCE = {
+    "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+    "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+}
+_V5P_MIXTURE = {
+    "xla_tpu_megacore_fusion_allow_ags": "false",
+    "xla_enable_async_collective_permute": "true",
+    "xla_tpu_enable_ag_backward_pipelining": "true",
+}
+_V6E_LAYOUT = {
+    "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
+    "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
+    "xla_tpu_assign_all_reduce_scatter_layout": "true",
+}
 SETTINGS = {
-    chip: {
-        "dense": Settings("splash_2048", _DENSE),
-        "mixture": Settings("splash_2048", _MIXTURE),
-    }
-    for chip in ("v5p", "v5e", "v6e")
+    "v5p": {
+        "dense": Settings("splash_2048", _DENSE | _GATHER | _REDUCE),
+        "mixture": Settings("splash_2048", _MIXTURE | _GATHER | _REDUCE | _V5P_MIXTURE),
+    },
+    "v5e": {
+        "dense": Settings("splash_2048", _DENSE | _FUSED_GATHER | _REDUCE),
+        "mixture": Settings("splash_2048", _MIXTURE | _FUSED_GATHER | _REDUCE),
+    },
+    "v6e": {
+        "dense": Settings("splash_2048", _DENSE | _GATHER | _REDUCE | _V6E_LAYOUT),
+        "mixture": Settings("splash_2048", _MIXTURE | _GATHER | _REDUCE),
+    },
 }
 
 
@@ -62,3 +94,10 @@ def given() -> dict[str, str]:
     words = os.environ.get(ENVIRONMENT, "").split()
     pairs = (word.lstrip("-").partition("=") for word in words)
     return {name: value for name, _, value in pairs}
+
+
+def told(kernels: Iterable[str], options: Mapping[str, str]) -> str:
+    """One line of what a step is compiled with."""
+    words = " ".join(f"{name}={value}" for name, value in options.items())
+    names = ", ".join(dict.fromkeys(kernels))
+    return f"compiled with: attention {names}; {words or 'no options of libtpu'}"

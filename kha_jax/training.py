@@ -179,8 +179,7 @@ class Trainer(NamedTuple):
     the shapes and places of what they take.
 
     init: the state from a random key. train_step: the next state and metrics; it takes the memory
-    of the state that it is given. evaluation_step: sums over the tokens of a batch. settings: what
-    both are compiled with on a TPU.
+    of the state that it is given. evaluation_step: sums over the tokens of a batch.
     """
 
     model: Transformer
@@ -190,7 +189,6 @@ class Trainer(NamedTuple):
     abstract: TrainState
     abstract_batch: Batch
     shardings: TrainState
-    settings: tpu.Settings
 
     def lower(self) -> jax.stages.Lowered:
         """The train step, to be compiled ahead of time."""
@@ -286,7 +284,6 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
         abstract=abstract,
         abstract_batch=batch,
         shardings=shardings,
-        settings=settings,
     )
 
 

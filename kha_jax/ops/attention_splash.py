@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
 BLOCKS = {192: Blocks(1024, 1024, 512), 512: Blocks(512, 512, 512)}
 # With fewer and longer turns; these want more of the VMEM than libtpu gives by itself, see
 # `kha_jax.tpu`.
-LARGE = {192: Blocks(2048, 2048, 1024, fused=True)}
+LARGE = {192: Blocks(2048, 2048, 2048, fused=True)}
 # By the names of `kha_jax.ops.attention.KERNELS`.
 LIMITS = {"splash": BLOCKS, "splash_2048": LARGE}
 # Blocks of keys, at most, whose parts of the queries' gradient are worth their memory.
