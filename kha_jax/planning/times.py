@@ -20,9 +20,9 @@ import numpy as np
 from kha_jax import sharding
 from kha_jax.model import Segment
 from kha_jax.ops.attention_chunked import chunks
-from kha_jax.ops.attention_splash import LIMITS, Blocks, splash_blocks
+from kha_jax.ops.attention_splash import Blocks
 from kha_jax.ops.keep import ATTENTION, INNER
-from kha_jax.planning.memory import Layout, head_floats, held, kept
+from kha_jax.planning.memory import Layout, flash_blocks, head_floats, held, kept
 from kha_jax.planning.slices import Topology
 from kha_jax.remat import POLICIES
 from kha_jax.sharding import ways_of
@@ -104,7 +104,7 @@ def product_seconds(
     out = {"dense": (3 * forward["dense"] + again["dense"]) / DENSE}
     projection = segment.attention.projection
     heads = _full(min(projection.key_width(), projection.output_shape()[1]), side)
-    blocks = _blocks(config, segment)
+    blocks = flash_blocks(config, segment)
     apart = blocks is not None and not blocks.fused
     backward = ATTENTION_BACKWARD_APART if apart else ATTENTION_BACKWARD
     flops = (1 + backward) * forward["attention"] + again["attention"]
@@ -120,14 +120,6 @@ def product_seconds(
 def _full(width: float, side: int) -> float:
     """How much of a matrix unit of this side a product of this width uses."""
     return width / (math.ceil(width / side) * side)
-
-
-def _blocks(config: RunConfig, segment: Segment) -> Blocks | None:
-    """Those of the flash kernel; None where another one computes the scores."""
-    attention, length = segment.attention, config.seq_len
-    kernel = attention.kernel_on("tpu", config.model.numerics.dtype, length)
-    widest = max(attention.projection.key_width(), attention.projection.output_shape()[1])
-    return splash_blocks(length, widest, LIMITS[kernel]) if kernel in LIMITS else None
 
 
 def _diagonal(config: RunConfig, blocks: Blocks | None) -> float:
