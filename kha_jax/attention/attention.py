@@ -32,7 +32,7 @@ class AttentionConfig(Config):
     projection: who makes queries, keys and values. query, key, value: the stream mixer of each.
     logits, probabilities: the score mixer of each. output: the mixer of what the heads read.
     kernel: which implementation computes the scores (`kha_jax.ops.attention.KERNELS`); `auto` takes
-    the platform's best.
+    the platform's best; a run on a TPU takes its chip's (`kha_jax.tpu`).
     """
 
     projection: Projection = choice(PROJECTIONS, GroupedQuery())
