@@ -3,6 +3,9 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(she
 EXTRAS ?= test
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# A test keeps about one core busy. Neighbours stay on one worker: they share what is compiled.
+WORKERS ?= 2
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist=worksteal
 READY := $(VENV)/ready-$(EXTRAS)
 # Huge pages for large buffers: a training step on a CPU gains 10-25%.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -13,11 +16,11 @@ train: setup
 	$(RUN) -m experiments.train --config=configs/kha_tiny.py --workdir=runs/kha_tiny
 
 test: setup
-	$(RUN) -m pytest
+	$(PYTEST)
 
 # What takes longer: faults on real runs, two processes, variants on meshes.
 test-slow: setup
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 soak: setup
 	$(RUN) -m tests.soak

@@ -18,15 +18,9 @@ name.
 """
 
 import json
-import multiprocessing
-import os
-import re
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from typing import Any, Callable
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -34,6 +28,7 @@ from rich.table import Table
 
 from experiments import command_line, peers
 from experiments.command_line import UsageError
+from experiments.turns import interleave
 
 SUITE = flags.DEFINE_enum(
     "suite",
@@ -49,58 +44,6 @@ SAVE_TO = flags.DEFINE_string("save_to", None, "Folder on the disk that `saving`
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 CONSOLE = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 150)
-
-
-def _serve(connection: Any, make: Callable[..., peers.Step], arguments: tuple) -> None:
-    """A worker: makes the step, then times it once for every message; (wall seconds, CPU seconds)
-    each."""
-    try:
-        began = time.perf_counter()
-        step = make(*arguments)
-        step()
-        connection.send(time.perf_counter() - began)
-        step()
-        while connection.recv():
-            wall, cpu = time.perf_counter(), time.process_time()
-            step()
-            connection.send((time.perf_counter() - wall, time.process_time() - cpu))
-    except ImportError as error:
-        connection.send(f"needs the extra: pip install -e '.[interop]' ({error})")
-
-
-def interleave(makers: dict[str, tuple], rounds: int) -> dict[str, dict[str, float]]:
-    """Median, minimum and CPU seconds of each step, taken in turns; what cannot run is printed with
-    its reason."""
-    context, workers = multiprocessing.get_context("spawn"), {}
-    for name, (make, *arguments) in makers.items():
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True)
-        process.start()
-        theirs.close()
-        try:
-            first = ours.recv()
-        except EOFError:
-            first = "its process died"
-        if isinstance(first, str):
-            CONSOLE.print(f"left out {name}: {first}")
-        else:
-            workers[name] = (ours, process, first, [])
-    for _ in range(rounds):
-        for ours, _, _, times in workers.values():
-            ours.send(True)
-            times.append(ours.recv())
-    out = {}
-    for name, (ours, process, first, times) in workers.items():
-        ours.send(False)
-        process.join()
-        wall, cpu = zip(*times)
-        out[name] = {
-            "median": statistics.median(wall),
-            "minimum": min(wall),
-            "cpu": statistics.median(cpu),
-            "first": first,
-        }
-    return out
 
 
 def dense(mixture: bool = False) -> dict[str, Any]:
@@ -262,77 +205,6 @@ def cache_lengths(
     return out
 
 
-def startup() -> dict[str, Any]:
-    """See the module's docstring."""
-    out = {}
-    with tempfile.TemporaryDirectory() as cache:
-        for run in ("cold", "cached"):
-            command = [
-                sys.executable,
-                "-m",
-                "experiments.train",
-                "--config.steps=2",
-                f"--workdir={cache}/{run}",
-            ]
-            began, environment = time.perf_counter(), {**os.environ, "KHA_JAX_CACHE": cache}
-            with subprocess.Popen(
-                command,
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            ) as process:
-                for line in process.stderr:
-                    if re.match("first step after", line):
-                        out[run] = time.perf_counter() - began
-            CONSOLE.print(f"{run}: first step {out[run]:.1f} s after the command, {machine()}")
-    return out
-
-
-def saving() -> dict[str, Any]:
-    """See the module's docstring."""
-    import jax
-    import numpy as np
-
-    from kha_jax.checkpoint import Checkpoints, state_bytes
-    from kha_jax.manifest import checksum
-
-    def timed(action: Callable, *arguments: Any) -> tuple[float, Any]:
-        began = time.perf_counter()
-        result = jax.block_until_ready(action(*arguments))
-        return time.perf_counter() - began, result
-
-    noise = np.random.default_rng(0).standard_normal((16, 2500, 2500), np.float32)
-    state = {name: jax.device_put(noise * i) for i, name in enumerate(("params", "mu", "nu"), 1)}
-    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0.999, tree), donate_argnums=0)
-    state = step(state)
-    out: dict[str, Any] = {"bytes": state_bytes(state), "call": [], "step": [], "total": []}
-    out["checksums"] = []
-    with tempfile.TemporaryDirectory(dir=SAVE_TO.value) as place:
-        with Checkpoints(place, keep=1) as checkpoints:
-            for number in range(ROUNDS.value):
-                usual, state = timed(step, state)
-                began = time.perf_counter()
-                waited, _ = timed(checkpoints.save, number, state)
-                # where the save reads the step's own buffers, the next step has to take new ones
-                after, state = timed(step, state)
-                out["call"].append(waited)
-                out["step"].append(max(0.0, after - usual))
-                checkpoints.wait()
-                out["total"].append(time.perf_counter() - began)
-                files = (p for p in checkpoints.path(number).rglob("*") if p.is_file())
-                out["checksums"].append(timed(lambda: [checksum(p)["bytes"] for p in files])[0])
-    median = {name: statistics.median(out[name]) for name in ("call", "step", "total", "checksums")}
-    call, step, total, checksums = median.values()
-    CONSOLE.print(
-        f"a save of {out['bytes'] / 1e9:.1f} GB takes {total:.2f} s, median of {ROUNDS.value}, "
-        f"{machine()}: training waits {call:.2f} s for the call ({call / total:.1%}) and "
-        f"{step:.2f} s more in the step after it ({step / total:.1%}); checksums take "
-        f"{checksums:.2f} s ({checksums / total:.1%})"
-    )
-    return out
-
-
 def machine() -> str:
     """Hardware and version that the figures belong to."""
     import jax
@@ -345,6 +217,32 @@ def machine() -> str:
 def moe() -> dict[str, Any]:
     """See the module's docstring."""
     return {**dense(mixture=True), "experts": expert_kernels()}
+
+
+def startup() -> dict[str, Any]:
+    """See the module's docstring."""
+    from experiments import waits
+
+    seconds = {}
+    for run, seconds[run] in waits.first_steps():
+        CONSOLE.print(f"{run}: first step {seconds[run]:.1f} s after the command, {machine()}")
+    return seconds
+
+
+def saving() -> dict[str, Any]:
+    """See the module's docstring."""
+    from experiments import waits
+
+    out = waits.saves(ROUNDS.value, SAVE_TO.value)
+    names = "call", "step", "total", "checksums"
+    call, step, total, checksums = (statistics.median(out[name]) for name in names)
+    CONSOLE.print(
+        f"a save of {out['bytes'] / 1e9:.1f} GB takes {total:.2f} s, median of {ROUNDS.value}, "
+        f"{machine()}: training waits {call:.2f} s for the call ({call / total:.1%}) and "
+        f"{step:.2f} s more in the step after it ({step / total:.1%}); checksums take "
+        f"{checksums:.2f} s ({checksums / total:.1%})"
+    )
+    return out
 
 
 def variants() -> dict[str, Any]:

@@ -259,11 +259,11 @@ def _quiet_libtpu() -> None:
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-def _report(kind: type, error: BaseException, trace: Any) -> None:
-    """Shows an error that nobody caught, but not that of the threads which still write a save that
-    failed."""
-    if (kind, str(error)) != (RuntimeError, "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+def _report(lost: Any) -> None:
+    """Shows an error that cannot be raised, but not those of threads which still write a save that
+    has failed: the storage library has left their loop by then."""
+    if (lost.exc_type, str(lost.exc_value)) != (RuntimeError, "Event loop is closed"):
+        sys.__unraisablehook__(lost)
 
 
 def run(main: Callable[..., int | None], words: int = 0) -> None:
@@ -288,7 +288,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     log.addHandler(logging.StreamHandler(sys.stderr))
     # pages of tracebacks for a full disk, of which our one line tells
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    sys.excepthook = _report
+    sys.unraisablehook = _report
     try:
         code = main(*_parse_flags(sys.argv, words)) or DONE
     except Exception as error:

@@ -9,9 +9,9 @@ baseline run (config.json and a checkpoint of the same step) that every command 
 
 compress: MEA's compression. Keys and values of each layer (of those from the twelfth on, with
 --layers=12-) become combinations of --kv_heads basis heads, which alone are cached, by a singular
-value decomposition over heads. Prints how far each layer's weights are from what they were, draws
-that for all numbers of heads (compression.png, extra: plots), and writes a run that every command
-reads and training continues.
+value decomposition over heads. Prints how far each layer's weights are from what they were and how
+much the logits change, draws the former for all numbers of heads (compression.png, extra: plots),
+and writes a run that every command reads and training continues.
 
 The optimiser's moments start anew in what is written; its schedule does not.
 """
@@ -19,7 +19,7 @@ The optimiser's moments start anew in what is written; its schedule does not.
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from rich.table import Table
 
 from experiments import command_line, stored
 from experiments.command_line import UsageError
-from experiments.run_folder import config_hash
+from experiments.run_folder import config_hash, writable
 from kha_jax import compression, sharding
 from kha_jax.accounting import cache_bytes
 from kha_jax.attention import AttentionConfig
@@ -47,20 +47,43 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
 OUT = flags.DEFINE_string("out", None, "Run folder to write; must not hold checkpoints.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
 TOLERANCE = flags.DEFINE_float(
-    "tolerance", 1e-3, "Largest accepted change, relative to the largest logit.", lower_bound=0
+    "tolerance",
+    None,
+    "Largest accepted change of a logit, relative to the largest one; 1e-3 by default in absorb, "
+    "any in compress.",
+    lower_bound=0,
 )
-
 KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Heads that compress leaves in the cache.")
 LAYERS = flags.DEFINE_string("layers", "0-", "N-: compress the layers from number N on.")
+
+FOLDED = 1e-3  # of the largest logit, that folding may change
+LARGE = 0.1  # of the logits' spread, from which on a compressed run is said to need training
+FLAG_OF = {"attention.projection.kv_heads": "kv_heads", "later.layer": "layers"}
 
 log = logging.getLogger("kha_jax")
 
 
+class Change(NamedTuple):
+    """Of the logits. largest: change of one. logit: the largest one. share: spread of the changes
+    over the vocabulary by the spread of the logits, both root mean squares around their means."""
+
+    largest: float
+    logit: float
+    share: float
+
+    def check(self, tolerance: float) -> None:
+        """Raises UsageError where a logit changes by more than this share of the largest one."""
+        if not self.largest <= tolerance * self.logit:
+            raise UsageError(
+                f"--tolerance={tolerance}: a logit changes by {self.largest:.3g} of "
+                f"{self.logit:.3g}; nothing written"
+            )
+
+
 def logit_change(
     before: tuple[ModelConfig, Any], after: tuple[ModelConfig, Any], seq_len: int
-) -> tuple[float, float]:
-    """(largest change, largest logit) over two rows of random tokens, both models computed in
-    float32."""
+) -> Change:
+    """Over two rows of random tokens, both models computed in float32."""
     ids = (
         np.random.default_rng(0)
         .integers(0, before[0].vocabulary_size, (2, min(seq_len, 256)))
@@ -72,7 +95,14 @@ def logit_change(
         return np.asarray(jax.jit(exact.build().apply)(variables, jnp.asarray(ids)))
 
     first, second = logits(*before), logits(*after)
-    return float(np.abs(first - second).max()), float(np.abs(first).max())
+    change = second - first
+    share = _spread(change) / (_spread(first) or 1.0)
+    return Change(float(np.abs(change).max()), float(np.abs(first).max()), share)
+
+
+def _spread(z: np.ndarray) -> float:
+    """Over the last axis, around its mean."""
+    return float(np.sqrt(z.var(axis=-1).mean()))
 
 
 def write_run(
@@ -103,14 +133,21 @@ def on_activations(attention: AttentionConfig) -> AttentionConfig:
 
 
 def new_folder() -> Path:
-    """The folder of --out.
+    """The folder of --out, tried before there is work to lose and left as it was.
 
     Raises:
-        UsageError: it holds a run.
+        UsageError: it holds a run, or cannot be written.
     """
     out = stored.local_folder("out", OUT.value)
-    if any((out / "checkpoints").glob("*")):
-        raise UsageError(f"--out={out}: already holds checkpoints; name another folder")
+    try:
+        if any((out / "checkpoints").glob("*")):
+            raise UsageError(f"--out={out}: already holds checkpoints; name another folder")
+        there = out.exists()
+        writable(out)
+        if not there:
+            out.rmdir()
+    except OSError as error:
+        raise UsageError(f"--out={out} cannot be written: {error.strerror}") from None
     return out
 
 
@@ -126,16 +163,12 @@ def absorb() -> None:
         raise UsageError(f"--workdir={WORKDIR.value}: nothing to fold; no mixer of q, k or v")
     model, folded = absorb_model(config.model, variables)
     unfolded = config.model.with_attention(on_activations)
-    change, largest = logit_change((unfolded, variables), (model, folded), config.seq_len)
-    if not change <= TOLERANCE.value * largest:
-        raise UsageError(
-            f"--tolerance={TOLERANCE.value}: folding changes a logit by {change:.3g} of "
-            f"{largest:.3g}; nothing written"
-        )
+    change = logit_change((unfolded, variables), (model, folded), config.seq_len)
+    change.check(FOLDED if TOLERANCE.value is None else TOLERANCE.value)
     write_run(out, config.replace(model=model), step, folded, WORKDIR.value)
     print(
-        f"folded {', '.join(slots)}: largest logit change {change:.3g} of {largest:.3g}, in "
-        f"float32; {out} is without them at step {step}"
+        f"folded {', '.join(slots)}: largest logit change {change.largest:.3g} of "
+        f"{change.logit:.3g}, in float32; {out} is without them at step {step}"
     )
 
 
@@ -156,17 +189,26 @@ def compress() -> None:
             config.model, variables, KV_HEADS.value, first
         )
     except ConfigError as error:
-        asked = f"--kv_heads={KV_HEADS.value} --layers={LAYERS.value}"
-        raise UsageError(f"{asked}: {error.under('config.model')}") from None
-    change, largest = logit_change((config.model, variables), (model, changed), config.seq_len)
+        if flag := FLAG_OF.get(error.field):
+            raise UsageError(f"--{flag}={flags.FLAGS[flag].value}: {error.problem}") from None
+        raise UsageError(f"--workdir={WORKDIR.value}: {error.under('config.model')}") from None
+    change = logit_change((config.model, variables), (model, changed), config.seq_len)
+    if TOLERANCE.value is not None:
+        change.check(TOLERANCE.value)
     written = config.replace(model=model)
     write_run(out, written, step, changed, WORKDIR.value)
     show_profiles(profiles, KV_HEADS.value)
     before, after = (cache_bytes(m) for m in (config.model, model))
     print(
-        f"largest logit change {change:.3g} of {largest:.3g}, in float32; a token's cache takes "
-        f"{after:,} bytes, before {before:,} ({after / before:.1%})"
+        f"largest logit change {change.largest:.3g} of {change.logit:.3g}, in float32; a token's "
+        f"cache takes {after:,} bytes, before {before:,} ({after / before:.1%})"
     )
+    if change.share > LARGE:
+        log.warning(
+            "warning: the logits change by %.0f%% of their spread over the vocabulary (root mean "
+            "square); train on before it is used, or compress less",
+            100 * change.share,
+        )
     settings = " ".join(stored.settings(to_dict(config), to_dict(written)))
     print(f"{out} is compressed at step {step}; to train on, add --workdir={out} {settings}")
     try:

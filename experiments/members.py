@@ -20,6 +20,7 @@ from kha_jax.training import RunConfig
 
 log = logging.getLogger("kha_jax")
 WAYS = 2  # devices that split the heads where collectives are counted
+FAR = 4  # times the baseline's feed-forward, or a share of it, from which on the table says so
 
 
 class Member(NamedTuple):
@@ -163,6 +164,15 @@ def collectives(attention: AttentionConfig, width: int) -> dict[str, int] | None
         return None
 
 
+def far_off(width: int, own: int, measures: Sequence[str]) -> str:
+    """What to say of a feed-forward that is no longer like the baseline's."""
+    matched, what = " and ".join(measures), "wider" if width > own else "narrower"
+    return (
+        f"is brought to the same {matched} by a feed-forward of {width}, the baseline has {own}: "
+        f"more than {FAR} times {what}, which no longer compares attention"
+    )
+
+
 def fitted(
     found: dict[str, Member], measures: Sequence[str], multiple: int
 ) -> tuple[Accounting, dict[str, Member], dict[str, Row]]:
@@ -179,6 +189,9 @@ def fitted(
         except ConfigError as error:
             log.info("left out %s: %s", name, error.under("config.model"))
             continue
+        width, own = (m.feed_forward.width for m in (result.model, config.model))
+        if not 1 / FAR <= width / own <= FAR:
+            log.info("%s: %s", name, far_off(width, own, measures))
         run = config.replace(model=result.model)
         brought[name] = member._replace(run=run)
         rows[name] = row(run, result, count(run.model))

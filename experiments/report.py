@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -131,14 +132,20 @@ def list_spikes(console: Console) -> None:
         rows = list(metrics.read_lines(path))
     except OSError as error:
         raise UsageError(f"--spikes={path} cannot be read: {error.strerror}") from None
+    series = {name: metrics.column(rows, name) for name in VALUES.value}
+    there = {name: of for name, of in series.items() if np.isfinite(of[1]).any()}
+    absent = [name for name in series if name not in there]
+    if absent:
+        keys = {key for row in rows for key in row} - {"step", *absent}
+        held = [name for name in sorted(keys) if np.isfinite(metrics.column(rows, name)[1]).any()]
+        missing = f"no line of {path} with a step has a number of that name; it has {held}"
+        if not there:
+            raise UsageError(f"--values={','.join(absent)}: {missing}")
+        console.print(f"not looked at: {', '.join(absent)}; {missing}", soft_wrap=True)
     table, found = Table(), []
     for name in ("step", "value", "peak", "over the centre", "times", "spreads", "recovery, steps"):
         table.add_column(name, justify="right")
-    for name in VALUES.value:
-        steps, values = metrics.column(rows, name)
-        if not len(steps):
-            held = sorted({key for row in rows for key in row if key != "step"})
-            raise UsageError(f"--values={name}: no line of {path} with a step has it; has {held}")
+    for name, (steps, values) in there.items():
         found += metrics.find_spikes(steps, values, name)
         console.print(f"{name}: {metrics.spike_rule(len(values)).describe()}")
     for one in sorted(found, key=lambda spike: spike.step):
@@ -147,7 +154,7 @@ def list_spikes(console: Console) -> None:
         table.add_row(str(one.step), one.name, *numbers, back)
     if found:
         console.print(table)
-    score = metrics.spike_score(rows, VALUES.value)
+    score = metrics.spike_score(rows, list(there))
     share = "not known: the log is too short" if math.isnan(score) else f"{score:.4%} of steps"
     console.print(f"spikes: {len(found)}; spike score {share}")
 

@@ -70,6 +70,12 @@ def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     return out
 
 
+def changed(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that decide what is learnt and differ, with both values."""
+    differing = stored.differences(to_dict(old), to_dict(new))
+    return {field: both for field, both in differing.items() if not field.startswith(FREE)}
+
+
 def config_hash(config: RunConfig) -> str:
     """Of the fields that decide what is learnt."""
     fields = {k: v for k, v in flat(departures(config)).items() if not k.startswith(FREE)}
@@ -192,10 +198,7 @@ class RunFolder:
             return
         old = stored.read_config(path, RunConfig)
         self.lineage = read_lineage(self.path, old)
-        differing = stored.differences(to_dict(old), to_dict(self.config))
-        for field, (before, after) in differing.items():
-            if field.startswith(FREE):
-                continue
+        for field, (before, after) in changed(old, self.config).items():
             message = f"config.{field}: this run began with {before!r}, found {after!r}"
             if field.startswith("model.") and not field.startswith(COMPUTED):
                 raise UsageError(f"{message}; the model cannot change, use another --workdir")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -22,13 +23,13 @@ log = logging.getLogger("kha_jax")
 
 def lengths_of(texts: list[str]) -> list[int]:
     """Raises UsageError where one is no length."""
-    try:
-        lengths = sorted({int(text) for text in texts})
-    except ValueError as error:
-        raise UsageError(f"--lengths: {error}; write numbers, such as 256,512") from None
-    if not lengths or lengths[0] < 2:
-        raise UsageError(f"--lengths={','.join(texts)}: needs lengths of at least 2")
-    return lengths
+    for text in texts:
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 2:
+            problem = f"{text!r} is no length of a row; write numbers from 2 on, such as 256,512"
+            raise UsageError(f"--lengths={','.join(texts)}: {problem}")
+    if not texts:
+        raise UsageError("--lengths: names none; write numbers from 2 on, such as 256,512")
+    return sorted(set(map(int, texts)))
 
 
 def runs_of(config: RunConfig, length: int) -> dict[str, RunConfig]:

@@ -32,6 +32,7 @@ from experiments.command_line import UsageError
 from experiments.runner import Planned, Sweep, Wanted
 from kha_jax.accounting import account
 from kha_jax.config import near
+from kha_jax.training import RunConfig
 
 TABLE = flags.DEFINE_string("table", None, f"Rows of a table: {', '.join(TABLES)}.")
 SCALE = flags.DEFINE_enum("scale", "tiny", ["paper", *SCALES], "Size of the table's runs.")
@@ -84,6 +85,9 @@ def config_rows() -> tuple[str, list[Wanted]]:
     names = short if len({*short}) == len(short) else list(map(stem, FILES.value))
     if len({*names}) < len(names):
         raise UsageError("--configs: names the same config twice; vary it with --set")
+    for file in FILES.value:
+        path, _, variant = file.partition(":")
+        command_line.load_variant(RunConfig, path, variant, "--configs")
     rows = [Wanted(n, (f"--config={file}",), names[0]) for n, file in zip(names, FILES.value)]
     return f"Ablation of {', '.join(FILES.value)}", rows
 
@@ -98,6 +102,10 @@ def wanted() -> tuple[str, list[Wanted]]:
     """(title, rows) that the flags ask for."""
     if bool(TABLE.value) == bool(FILES.value):
         raise UsageError("--table or --configs: name one of them, such as --table=2")
+    for text in SET.value:
+        if RATES.value and text.partition("=")[0] == "config.optimizer.learning_rate":
+            rates = f"--learning_rates={','.join(RATES.value)}"
+            raise UsageError(f"--set={text}: sets the same as {rates}; leave out one of them")
     title, rows = table_rows() if TABLE.value else config_rows()
     return title, runner.varied(rows, SET.value)
 

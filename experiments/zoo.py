@@ -21,6 +21,7 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from rich.table import Table
 from experiments import command_line, members, results, runner, stored
 from experiments.command_line import UsageError
 from experiments.members import Member, Row
+from experiments.run_folder import changed
 from kha_jax.budget import MEASURES, TOLERANCE
 from kha_jax.config import near
 from kha_jax.statistics import paired
@@ -81,15 +83,17 @@ def measured(found: dict[str, Member], rows: dict[str, Row]) -> tuple[float, dic
     return 2 * 2048**3 / took["matmul"], timed
 
 
-def trained(found: dict[str, Member], rows: dict[str, Row]) -> tuple[int, dict[str, Row]]:
-    """Trains what is missing in the sweep's folder; the exit code, and the rows with their
-    losses."""
+def sweep_of(found: dict[str, Member]) -> runner.Sweep:
+    """The runs of --train in the folder of a sweep, which holds none of them under another budget
+    or with other settings."""
     folder = stored.local_folder("out", OUT.value or str(command_line.REPOSITORY / "runs" / "zoo"))
     steps = f"--config.steps={TRAIN.value}"
     wanted = [
         runner.Wanted(name, (*member.line(), steps), "baseline") for name, member in found.items()
     ]
-    sweep, code = runner.Sweep(folder, runner.planned(wanted, SEEDS.value)), command_line.DONE
+    sweep = runner.Sweep(folder, runner.planned(wanted, SEEDS.value))
+    for run in sweep.runs:
+        check_free(folder, run)
     fields = ("name", "baseline", "printed", "note")
     about = {
         "title": f"Ways for heads to interact at the same {' and '.join(MATCH.value)}",
@@ -99,12 +103,34 @@ def trained(found: dict[str, Member], rows: dict[str, Row]) -> tuple[int, dict[s
         "rows": [{field: getattr(row, field) for field in fields} for row in wanted],
     }
     sweep.begin(about)
+    return sweep
+
+
+def check_free(folder: Path, run: runner.Planned) -> None:
+    """Raises UsageError where a folder of --train holds the run with what learns otherwise."""
+    path = folder / run.name / "config.json"
+    if not path.exists() or not any((path.parent / "checkpoints").glob("*")):
+        return
+    old = stored.read_config(path, RunConfig)
+    for field, (before, after) in changed(old, run.config).items():
+        raise UsageError(
+            f"--out={folder}: {run.name} there began with config.{field}={before!r}, these flags "
+            f"make it {after!r} (--train, --match, --multiple and --config decide that); name "
+            "another --out"
+        )
+
+
+def trained(sweep: runner.Sweep, rows: dict[str, Row]) -> tuple[int, dict[str, Row]]:
+    """Trains what is missing; the exit code, and the rows with their losses."""
+    code = command_line.DONE
     for run in sweep.missing():
         log.info("training %s", run.name)
         ended = sweep.train(run, lambda: None)
         if ended == command_line.PREEMPTED:
             return ended, rows
-        if ended:
+        if ended is None:
+            log.info("left out %s: another process trains it", run.name)
+        elif ended:
             log.info("%s failed with %d: %s", run.name, ended, sweep.why(run))
             code = code or ended
     losses: dict[str, dict[int, float]] = {name: {} for name in rows}
@@ -265,13 +291,15 @@ def main() -> int | None:
         return check(found)
     jax.config.update("jax_num_cpu_devices", members.WAYS)
     budget, found, rows = members.fitted(found, MATCH.value, MULTIPLE.value)
+    # what cannot be trained or written is known before hours of training
+    sweep = sweep_of(found) if TRAIN.value else None
     if CSV.value:
-        write_csv(CSV.value, rows)  # what cannot be written is known before hours of training
+        write_csv(CSV.value, rows)
     rate, code = None, command_line.DONE
     if MEASURE.value:
         rate, rows = measured(found, rows)
-    if TRAIN.value:
-        code, rows = trained(found, rows)
+    if sweep:
+        code, rows = trained(sweep, rows)
     if CSV.value:
         write_csv(CSV.value, rows)
     if JSON.value:

@@ -353,6 +353,19 @@ INPUTS = {
         2,
         "already holds check",
     ),
+    "a sweep of no file": (no_damage, ("sweep", "--configs=nope"), 2, "--configs: no file nope"),
+    "a sweep of no variant": (
+        no_damage,
+        ("sweep", "--configs=configs/kha_tiny.py:melp"),
+        2,
+        "--configs=configs/kha_tiny.py: config variant 'melp' is not known",
+    ),
+    "a rate that a grid sets too": (
+        no_damage,
+        ("sweep", "--table=2", "--set=config.optimizer.learning_rate=1", "--learning_rates=1,2"),
+        2,
+        "--set=config.optimizer.learning_rate=1: sets the same as --learning_rates=1,2",
+    ),
     "inspect of a damaged config": (
         write("config.json", "[3]"),
         ("inspect", "--workdir={run}", "--list"),

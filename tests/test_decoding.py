@@ -28,6 +28,7 @@ from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import AttentionFrom, ModelConfig
 from kha_jax.moe import MoE
 from kha_jax.parameters import Numerics
+from tests.commands import run_all
 
 ROOT = Path(__file__).resolve().parent.parent
 V = 61
@@ -311,6 +312,21 @@ def test_one_prompt_streams_and_bad_ones_are_one_line(runs):
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
 
 
+def test_a_compression_that_cannot_be_says_which_flag_and_writes_nothing(runs):
+    (runs / "file").write_text("no folder")
+    said = {
+        ("--kv_heads=9",): "--kv_heads=9: must be 1 to 4, the heads that there are, found 9",
+        ("--kv_heads=2", "--layers=7-"): "--layers=7-: must be below layers=2, found 7",
+        ("--kv_heads=1", "--tolerance=0.001"): "--tolerance=0.001: a logit changes by ",
+        ("--kv_heads=9", f"--out={runs / 'file' / 'a'}"): "/file/a cannot be written: Not a dir",
+    }
+    given = "compress", f"--workdir={runs / 'linear'}", f"--out={runs / 'none'}"
+    cases = [("convert", [*given, *more]) for more in said]
+    for message, (code, _, err, _) in zip(said.values(), run_all(cases, runs / "cache")):
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert not (runs / "none").exists()
+
+
 @pytest.mark.slow
 def test_a_compressed_run_trains_on_and_says_what_its_cache_takes(runs):
     code, out, err = command(
@@ -319,6 +335,7 @@ def test_a_compressed_run_trains_on_and_says_what_its_cache_takes(runs):
         *("--kv_heads=2", "--layers=1-", f"--out={runs / 'fewer'}"),
     )
     assert code == 0 and "a token's cache takes 400 bytes, before 512 (78.1%)" in out, err
+    assert re.search(r"warning: the logits change by \d+% of their spread", err), err
     settings = re.search(r"add (--workdir=.*)", out)[1].split()
     again = ("--config=configs/kha_tiny.py:linear", *SMALL, "--allow_changes=steps")
     code, out, err = command(runs, "train", *again, *settings, "--config.steps=5")

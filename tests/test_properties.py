@@ -1,6 +1,7 @@
 """Broken attentions are found by the name of what they break; tests/test_attention.py holds every
 attention of the package to the same properties."""
 
+import json
 import re
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 
 from kha_jax.attention import AttentionConfig, mixers, outputs
 from kha_jax.attention.outputs import Output, OutputMixer
+from kha_jax.config import to_dict
 from kha_jax.model import AttentionFrom, ModelConfig, SameAttention
 from kha_jax.parameters import no_aux
 from kha_jax.properties import PROPERTIES, check
+from kha_jax.training import RunConfig
 from tests.cases import PROJECTIONS, D
 from tests.commands import run_all
 
@@ -196,7 +199,13 @@ def test_the_command_compares_what_a_user_brings(own, tmp_path):
         "match": ("--match=params,flops",),
         "only": ("--only=melp",),
         "add": ("--add=nowhere.py",),
+        "lengths": ("--scaling", "--lengths=256,x"),
+        "narrow": ("--match=cache,params", "--only=latent"),
+        "other steps": (*own[:1], "--only=mlp", "--train=3", f"--out={tmp_path / 'zoo'}"),
     }
+    of_another_budget = tmp_path / "zoo" / "mlp-seed0"
+    (of_another_budget / "checkpoints" / "00000009").mkdir(parents=True)
+    (of_another_budget / "config.json").write_text(json.dumps(to_dict(RunConfig(steps=9))))
     lines = [("zoo", list(arguments)) for arguments in cases.values()]
     found = dict(zip(cases, run_all(lines, tmp_path / "cache")))
     assert found["table"].code == 0, found["table"].err
@@ -206,10 +215,14 @@ def test_the_command_compares_what_a_user_brings(own, tmp_path):
         "mlp",
         "mine-leaky",
     ]
+    narrow = "latent: is brought to the same cache and params by a feed-forward of 21, the baseline"
+    assert found["narrow"].code == 0 and narrow in found["narrow"].err, found["narrow"].err
     for name, said in (
         ("match", "--match=params,flops: parameters and FLOPs"),
         ("only", "--only=melp: is not known; did you mean 'mlp'?"),
         ("add", "--add: no file nowhere.py"),
+        ("lengths", "--lengths=256,x: 'x' is no length of a row; write numbers from 2 on"),
+        ("other steps", "/zoo: mlp-seed0 there began with config.steps=9, these flags make it 3"),
     ):
         assert found[name].code == 2 and said in found[name].err
         assert len(found[name].err.strip().splitlines()) == 1

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import sweep_report
 from kha_jax.inspect import sweeps
+from tests.commands import run_all
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
@@ -213,6 +214,24 @@ def test_spikes_of_a_log_are_listed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "rolling median of the last 40 values" in done.stdout
     assert "spikes: 1; spike score 0.7143% of steps" in done.stdout
+    assert "not looked at" not in done.stdout
+
+
+def test_a_log_without_one_of_the_values_is_told_by_the_others(tmp_path):
+    """grad_norm is absent, or never a number."""
+    cases = {"absent.jsonl": {}, "null.jsonl": {"grad_norm": None}}
+    for name, norm in cases.items():
+        lines = ({"step": x["step"], "loss": x["loss"], **norm} for x in log(0, (150, 151)))
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = [[f"--spikes={tmp_path / name}"] for name in cases]
+    asked += [[*asked[0], "--values=a,grad_norm"]]
+    *told, none = run_all([("report", flags) for flags in asked], tmp_path / "cache")
+    for done in told:
+        assert done.code == 0 and "spikes: 1; spike score 0.7143% of steps" in done.out, done.err
+        (said,) = [line for line in done.out.splitlines() if line.startswith("not looked at")]
+        assert said.startswith("not looked at: grad_norm; no line") and said.endswith("['loss']")
+    assert none.code == 2 and none.err.count("\n") == 1
+    assert "--values=a,grad_norm: no line of" in none.err and "has ['loss']" in none.err
 
 
 def test_runs_of_another_config_are_left_out_and_named(tmp_path):

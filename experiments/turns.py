@@ -1,0 +1,60 @@
+"""Steps that take turns, each in a process of its own, so that a noisy machine is noisy for all."""
+
+import multiprocessing
+import statistics
+import time
+from typing import Any, Callable
+
+from experiments.peers import Step
+
+
+def _serve(connection: Any, make: Callable[..., Step], arguments: tuple) -> None:
+    """A worker: makes the step, then times it once for every message; (wall seconds, CPU seconds)
+    each."""
+    try:
+        began = time.perf_counter()
+        step = make(*arguments)
+        step()
+        connection.send(time.perf_counter() - began)
+        step()
+        while connection.recv():
+            wall, cpu = time.perf_counter(), time.process_time()
+            step()
+            connection.send((time.perf_counter() - wall, time.process_time() - cpu))
+    except ImportError as error:
+        connection.send(f"needs the extra: pip install -e '.[interop]' ({error})")
+
+
+def interleave(makers: dict[str, tuple], rounds: int) -> dict[str, dict[str, float]]:
+    """Median, minimum and CPU seconds of each step, taken in turns; what cannot run is printed with
+    its reason."""
+    context, workers = multiprocessing.get_context("spawn"), {}
+    for name, (make, *arguments) in makers.items():
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            first = ours.recv()
+        except EOFError:
+            first = "its process died"
+        if isinstance(first, str):
+            print(f"left out {name}: {first}")  # not by rich, to which .[interop] is markup
+        else:
+            workers[name] = (ours, process, first, [])
+    for _ in range(rounds):
+        for ours, _, _, times in workers.values():
+            ours.send(True)
+            times.append(ours.recv())
+    out = {}
+    for name, (ours, process, first, times) in workers.items():
+        ours.send(False)
+        process.join()
+        wall, cpu = zip(*times)
+        out[name] = {
+            "median": statistics.median(wall),
+            "minimum": min(wall),
+            "cpu": statistics.median(cpu),
+            "first": first,
+        }
+    return out
