@@ -216,7 +216,7 @@ def test_the_command_prints_json_and_says_what_would_fit():
     )
     assert (
         code == 0
-        and "fits with --config.accumulation=2 --config.batch_size=1024: 8 sequences a device"
+        and "fits with --config.accumulation=4 --config.batch_size=1024: 4 sequences a device"
         in err
     ), err
     found = json.loads(out)
