@@ -14,6 +14,7 @@ micro-batches and ranks what fits. Without libtpu memory is estimated, and it sa
 import json
 import os
 import sys
+from typing import Iterable
 
 import jax
 from absl import flags
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from experiments import command_line
 from experiments.command_line import UsageError
-from kha_jax import planning
+from kha_jax import planning, tpu
 from kha_jax.config import ConfigError, under
 from kha_jax.planning import EFFICIENCY, Plan, Setting, Topology
 from kha_jax.planning.search import COMPILED, MARGIN
@@ -55,6 +56,9 @@ COMPARE = flags.DEFINE_list(
     "compare",
     [],
     "Plan these variants of the config file, such as baseline,linear,mlp, on one slice.",
+)
+UNTUNED = flags.DEFINE_bool(
+    "untuned", False, "Plan without the settings of kha_jax.tpu too, side by side."
 )
 COMPILE = flags.DEFINE_bool("compile", True, "Compile for the slice; off: estimate the memory.")
 JSON = flags.DEFINE_bool("json", False, "Print the plans as JSON.")
@@ -120,6 +124,9 @@ def plans() -> dict[str, Plan]:
                 else f"{slice_name} {name if COMPARE.value else ''}".strip()
             )
             out[label] = advise(run, slice_, compiled)
+            if UNTUNED.value:
+                plain = run.replace(mesh=run.mesh.replace(tuning="none"))
+                out[f"{label} untuned"] = advise(plain, slice_, compiled)
     return out
 
 
@@ -200,6 +207,7 @@ def show(found: dict[str, Plan]) -> None:
         "GiB at the peak, of": lambda p: (
             f"{p.peak_bytes_per_device / GIB:.2f}, {p.hbm_bytes_per_device / GIB:.1f}"
         ),
+        "s to compile": lambda p: f"{p.compile_seconds:.0f}" if p.compile_seconds else "",
         "fits": lambda p: "yes" if p.fits else "NO",
         "memory is": lambda p: p.source,
         "PFLOP a step": lambda p: f"{p.flops_per_step / 1e15:.3g}",
@@ -232,6 +240,12 @@ def show(found: dict[str, Plan]) -> None:
     Console(
         soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 60 + 44 * len(found)
     ).print(table)
+
+
+def show_settings(found: Iterable[Plan]) -> None:
+    """What the steps are compiled with, each once."""
+    lines = (tpu.told(plan.kernels.values(), plan.compiler_options) for plan in found)
+    print("\n".join(dict.fromkeys(lines)))
 
 
 def show_ranking(found: list[Setting]) -> None:
@@ -277,9 +291,10 @@ def check_flags() -> None:
         raise UsageError(
             "--topology: does nothing beside --sweep_topologies; leave out one of them"
         )
-    if FASTEST.value and (COMPARE.value or SWEEP.value):
+    if FASTEST.value and (COMPARE.value or SWEEP.value or UNTUNED.value):
         raise UsageError(
-            "--fastest: ranks one run on one slice; leave out --compare and --sweep_topologies"
+            "--fastest: ranks one run on one slice; leave out --compare, --sweep_topologies and "
+            "--untuned"
         )
     searched = "--config.accumulation", "--config.model.remat"
     if FASTEST.value and (typed := [a for a in sys.argv if a.startswith(searched)]):
@@ -305,11 +320,13 @@ def main() -> None:
         print(json.dumps({"plans": ranked}, indent=1))
     elif FASTEST.value:
         show_ranking(found)
+        show_settings([found[0].plan])
     elif JSON.value:
         as_dict = {name: plan._asdict() for name, plan in found.items()}
         print(json.dumps(next(iter(as_dict.values())) if len(found) == 1 else as_dict, indent=1))
     else:
         show(found)
+        show_settings(found.values())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from experiments.progress import farewell
 from experiments.reporter import Profile, Reporter
 from experiments.run_folder import RunFolder, use_compilation_cache
 from experiments.stop import Stop
-from kha_jax import accounting, data, faults, processes, sharding
+from kha_jax import accounting, data, faults, processes, sharding, tpu
 from kha_jax.checkpoint import Checkpoints
 from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
@@ -182,6 +182,9 @@ def main() -> int:
     use_compilation_cache()
     with processes.together("set-up", WAIT.value):
         mesh, trainer = build(config)
+        if jax.default_backend() == "tpu":
+            tuned, settings = config.tuned(tpu.chip_of(mesh.devices.flat[0]))
+            log.info(tpu.told(tuned.kernels("tpu").values(), settings.options))
         folder = RunFolder(path, config, ALLOW_CHANGES.value)
         train_source, validation_source = open_sources(config)
         folder.identify(train_source)

@@ -12,7 +12,7 @@ it is traced again within.
 
 import functools
 import math
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Literal, Mapping
 
 import flax.linen as nn
 import jax
@@ -88,12 +88,16 @@ class MeshConfig(Config):
     preset: where the run belongs, so that it does not start elsewhere: `1-device` takes one of
     those that there are, `1-host` all of a single process, the others need as many devices as
     PRESETS says. None: wherever it is started.
+
+    tuning: what the step is compiled with on a TPU: what `kha_jax.tpu` has for its chip, or the
+    compiler's own defaults.
     """
 
     preset: str | None = None
     data: int = -1
     expert: int = 1
     model: int = 1
+    tuning: Literal["chip", "none"] = "chip"
 
     def validate(self):
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}

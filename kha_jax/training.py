@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jaxlib
 import optax
 
-from kha_jax import data, moe, optimizer
+from kha_jax import data, moe, optimizer, tpu
 from kha_jax.config import Config, choice, under
 from kha_jax.data import DataConfig
 from kha_jax.model import Batch, ModelConfig, Transformer
@@ -44,9 +44,9 @@ ONEDNN = {
 }
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """What XLA is told for programs on this mesh: one CPU is told of ONEDNN. An option that a
-    jaxlib does not know is an error, so only those that it was tried with are."""
+def cpu_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """ONEDNN where the mesh is one CPU, else nothing. An option that a jaxlib does not know is an
+    error, so only those that it was tried with are told."""
     tried = jaxlib.__version__.startswith("0.10.") and platform.machine() == "x86_64"
     one_cpu = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
     return ONEDNN if tried and one_cpu else {}
@@ -157,6 +157,27 @@ class RunConfig(Config):
             problem = refusal(attention.kernel, case)
             self.require(problem is None, f"model.{name}.kernel", str(problem))
 
+    def kernels(self, platform: str) -> dict[str, str]:
+        """What computes the scores of each attention there, by its field of the model."""
+        case = platform, self.model.numerics.dtype, self.seq_len
+        return {name: it.kernel_on(*case) for name, it in self.model.attentions().items()}
+
+    def tuned(self, chip: str | None) -> tuple["RunConfig", tpu.Settings]:
+        """The run as it is compiled for a chip of `kha_jax.tpu`, with the kernels that `auto`
+        stands for there, and the settings of its compilation; itself and none for None."""
+        chip = None if self.mesh.tuning == "none" else chip
+        mixture = any(segment.feed_forward.router_width() for segment in self.model.segments())
+        settings = tpu.settings(chip, mixture)
+
+        def tune(attention):
+            case = attention.case("tpu", self.model.numerics.dtype, self.seq_len)
+            takes = attention.kernel == "auto" and refusal(settings.kernel, case) is None
+            return attention.replace(kernel=settings.kernel) if takes else attention
+
+        if settings.kernel is None or self.seq_len < tpu.LONG:
+            return self, settings
+        return self.replace(model=self.model.with_attention(tune)), settings
+
 
 class TrainState(NamedTuple):
     """All that changes while training. step counts batches; the optimiser counts the updates that
@@ -229,6 +250,10 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     Raises:
         ConfigError: names a parameter that does not divide over the mesh.
     """
+    real = isinstance(mesh, jax.sharding.Mesh)  # nothing is compiled for an abstract one
+    config, settings = config.tuned(tpu.chip_of(mesh.devices.flat[0]) if real else None)
+    options = {**settings.options, **(cpu_options(mesh) if real else {})}
+    compiled = functools.partial(jax.jit, compiler_options=options or None)
     model = config.model.build()
     # Parameters do not depend on the kernel, and not every kernel runs on the one token that they
     # are made with.
@@ -268,14 +293,13 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     def evaluation_step(state: TrainState, batch: Batch) -> TokenSums:
         return model.apply(variables(state), batch, method="loss")[1][0]
 
-    jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
     return Trainer(
         model=model,
-        init=jit(init, out_shardings=shardings),
-        train_step=jit(
+        init=jax.jit(init, out_shardings=shardings),
+        train_step=compiled(
             on_mesh(mesh, train_step), donate_argnums=0, out_shardings=(shardings, None)
         ),
-        evaluation_step=jit(on_mesh(mesh, evaluation_step)),
+        evaluation_step=compiled(on_mesh(mesh, evaluation_step)),
         abstract=abstract,
         abstract_batch=batch,
         shardings=shardings,

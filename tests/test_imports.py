@@ -13,6 +13,7 @@ LAYERS = {
     "watchdog": 0,
     "ops": 0,
     "sharding": 0,
+    "tpu": 0,
     "parameters": 0.5,  # the base of all modules: config and ops.norm
     "data": 1,
     "optimizer": 1,

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kha_jax.ops import attention as kernels
 from kha_jax.ops import rope
-from kha_jax.ops.attention import Case, ScoreMaps, attention, best_kernel, refusal, splash
+from kha_jax.ops.attention import Case, ScoreMaps, attention, best_kernel, refusal
+from kha_jax.ops.attention_splash import LARGE, Blocks, splash, splash_blocks
 from kha_jax.ops.gating import sigmoid_gate, swiglu
 from kha_jax.ops.linear import linear
 from kha_jax.ops.norm import rms_norm
@@ -159,26 +159,31 @@ def test_the_tpu_kernel_in_interpret_mode(key_width, value_width):
     )
 
 
-def test_the_tpu_kernel_in_several_blocks_has_the_gradients_of_the_formula(monkeypatch):
-    monkeypatch.setattr(kernels, "SPLASH_BLOCKS", {192: (256, 256, 128)})
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_the_tpu_kernel_in_several_blocks_has_the_gradients_of_the_formula(fused):
+    limits = {192: Blocks(256, 256, 128, fused)}
     (q, k, v), segments = case(512, 2, 1, 128, 128, True)
     cotangent = normal(7, 2, 512, 2, 128)
 
     def pull(run):
         return jax.vjp(lambda *qkv: run(*qkv, segments), q, k, v)[1](cotangent)
 
-    ours = pull(functools.partial(splash, scale=128**-0.5, interpret=True))
+    ours = pull(functools.partial(splash, scale=128**-0.5, limits=limits, interpret=True))
     for found, expected in zip(ours, pull(functools.partial(attention, kernel="reference"))):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_splash_blocks_divide_the_rows():
-    assert kernels.splash_blocks(8192, 128) == (1024, 1024, 512) and kernels.splash_blocks(
-        8192, 256
-    ) == (512, 512, 512)
+    assert splash_blocks(8192, 128) == (1024, 1024, 512, False)
+    assert splash_blocks(8192, 256) == (512, 512, 512, False)
     for length in (128, 640, 1280, 8192):
-        q, kv, compute = kernels.splash_blocks(length, 192)
+        q, kv, compute, _ = splash_blocks(length, 192)
         assert length % q == length % kv == kv % compute == 0 and min(q, kv, compute) >= 128
+
+
+def test_parts_of_the_queries_gradient_stay_few():
+    """One for every block of keys: a row of 131,072 would have 64 of them."""
+    assert splash_blocks(8192, 128, LARGE).fused and not splash_blocks(2**17, 128, LARGE).fused
 
 
 @pytest.mark.parametrize("kernel", ["reference", "chunked"])

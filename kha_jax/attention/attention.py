@@ -40,7 +40,7 @@ class AttentionConfig(Config):
     projection: who makes queries, keys and values. query, key, value: the stream mixer of each.
     logits, probabilities: the score mixer of each. output: the mixer of what the heads read.
     kernel: which implementation computes the scores (`kha_jax.ops.attention.KERNELS`); `auto` takes
-    the platform's best.
+    the platform's best; a run on a TPU takes its chip's (`kha_jax.tpu`).
     """
 
     projection: Projection = choice(PROJECTIONS, GroupedQuery())
@@ -105,6 +105,11 @@ class AttentionConfig(Config):
         """What the kernels are asked to compute."""
         widths = self.projection.key_width(), self.projection.output_shape()[1]
         return ops.Case(platform, dtype, length, *widths, self.heads_meet)
+
+    def kernel_on(self, platform: str, dtype: Any, length: int) -> str:
+        """The kernel, where it is `auto` the one that this stands for."""
+        best = ops.best_kernel(self.case(platform, dtype, length))
+        return best if self.kernel == "auto" else self.kernel
 
     def output_shape(self) -> tuple[int, int]:
         """(heads, width) of what the output projection reads."""

@@ -4,6 +4,7 @@ Legend: B batch, T query position, S key position, N query heads, K key/value he
 query and key width, U value width.
 """
 
+import functools
 import math
 from typing import Any, Callable, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kha_jax.ops.attention_chunked import MASKED, chunked
-from kha_jax.ops.keep import ATTENTION
+from kha_jax.ops.attention_splash import LARGE, splash
 
 
 class ScoreMaps(NamedTuple):
@@ -199,58 +200,6 @@ def _jax_nn(implementation):
     return kernel
 
 
-# Head width up to which: (queries, keys and values, keys of one product) of a block. Keys and
-# values are read from HBM once for every block of queries, so that at 1024 even a v6e computes
-# longer on a block than it loads; at 2048 blocks leave no room in a v5p's VMEM.
-SPLASH_BLOCKS = {192: (1024, 1024, 512), 512: (512, 512, 512)}
-
-
-def splash_blocks(length: int, width: int) -> tuple[int, int, int]:
-    """The entry of SPLASH_BLOCKS for this head width, each size cut to the largest power of two
-    that divides the length."""
-    limits = next(blocks for widest, blocks in SPLASH_BLOCKS.items() if width <= widest)
-    return tuple(math.gcd(limit, length) for limit in limits)
-
-
-def splash(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale, interpret=False):
-    """The TPU flash kernel of jax.experimental.pallas. interpret: for tests on other platforms."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel,
-        splash_attention_mask,
-    )
-
-    B, T, N, _ = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q, kv, compute = splash_blocks(T, max(q_BTNH.shape[-1], v_BSKU.shape[-1]))
-    sizes = splash_attention_kernel.BlockSizes(
-        block_q=q,
-        block_kv=kv,
-        block_kv_compute=compute,
-        block_q_dkv=q,
-        block_kv_dkv=kv,
-        block_kv_dkv_compute=compute,
-        block_q_dq=q,
-        block_kv_dq=kv,
-    )
-    mask = splash_attention_mask.MultiHeadMask(
-        [splash_attention_mask.CausalMask((T, T)) for _ in range(N // K)]
-    )
-    make = splash_attention_kernel.make_splash_mqa_single_device
-    run = make(mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name=ATTENTION)
-    q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
-    ids = (
-        None
-        if segment_ids_BT is None
-        else splash_attention_kernel.SegmentIds(segment_ids_BT, segment_ids_BT)
-    )
-    over_heads = jax.vmap(run, in_axes=(0, 0, 0, None))
-    ids_axis = None if ids is None else 0
-    o = jax.vmap(over_heads, in_axes=(0, 0, 0, ids_axis))(
-        q_BKGTH, k_BSKH.transpose(0, 2, 1, 3), v_BSKU.transpose(0, 2, 1, 3), ids
-    )
-    return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1).astype(q_BTNH.dtype)
-
-
 class Rule(NamedTuple):
     """What a kernel asks of a Case, and what to say where it is not met."""
 
@@ -282,6 +231,13 @@ SPLASH_WIDTHS = Rule(
     lambda case: all(w % 64 == 0 and w <= 512 for w in (case.key_width, case.value_width)),
     "needs heads of a multiple of 64 up to 512, found {key_width} and {value_width}",
 )
+LARGE_ROWS = Rule(
+    lambda case: case.length % 2048 == 0, "needs rows divisible by 2048, found seq_len={length}"
+)
+LARGE_WIDTHS = Rule(
+    lambda case: max(case.key_width, case.value_width) <= max(LARGE),
+    f"needs heads of up to {max(LARGE)}, found {{key_width}} and {{value_width}}",
+)
 CUDNN_DTYPE = Rule(
     lambda case: jnp.dtype(case.dtype).itemsize == 2, "needs bfloat16, found {dtype}"
 )
@@ -289,9 +245,13 @@ CUDNN_WIDTHS = Rule(
     lambda case: case.key_width % 8 == 0 and case.key_width <= 128,
     "needs heads of a multiple of 8 up to 128, found {key_width}",
 )
+SPLASH = HEADS_APART, ON_TPU, SPLASH_ROWS, SPLASH_WIDTHS
 # In the order in which `auto` prefers them; the chunked kernel takes everything.
 KERNELS = {
-    "splash": Kernel(splash, (HEADS_APART, ON_TPU, SPLASH_ROWS, SPLASH_WIDTHS)),
+    "splash": Kernel(splash, SPLASH),
+    "splash_2048": Kernel(
+        functools.partial(splash, limits=LARGE), (*SPLASH, LARGE_ROWS, LARGE_WIDTHS)
+    ),
     "cudnn": Kernel(
         _jax_nn("cudnn"), (HEADS_APART, ON_GPU, CUDNN_DTYPE, EQUAL_WIDTHS, CUDNN_WIDTHS)
     ),

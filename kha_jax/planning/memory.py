@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import math
 import re
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from kha_jax import remat, sharding
 from kha_jax.model import Segment
 from kha_jax.ops.attention import ROWS
+from kha_jax.ops.attention_splash import LIMITS, Blocks, splash_blocks
 from kha_jax.ops.keep import INNER
 from kha_jax.planning.slices import SliceError, Topology
 from kha_jax.sharding import ways_of
@@ -23,9 +25,16 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def compiled_memory(config: RunConfig, slice_: Topology) -> tuple[float, float]:
-    """(peak, temporaries) in bytes per device of one train step, compiled for the slice through
-    libtpu.
+class Compiled(NamedTuple):
+    """Bytes per device of one train step by the compiler, and the seconds that it took."""
+
+    peak: float
+    temporaries: float
+    seconds: float
+
+
+def compiled_memory(config: RunConfig, slice_: Topology) -> Compiled:
+    """One train step, compiled for the slice through libtpu.
 
     Raises:
         SliceError: libtpu knows no such slice.
@@ -42,22 +51,22 @@ def compiled_memory(config: RunConfig, slice_: Topology) -> tuple[float, float]:
             f"libtpu knows no slice {slice_.name}: {' '.join(str(error).split())}"
         ) from None
     trainer = make_trainer(config, sharding.make_mesh(config.mesh, devices))
+    lowered, began = trainer.lower(), time.perf_counter()
     try:
-        memory = trainer.lower().compile().memory_analysis()
+        memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         wanted = needed(str(error))
         if wanted is None:
             raise
-        return wanted + held_bytes(trainer.abstract), wanted
+        return Compiled(wanted + held_bytes(trainer.abstract), wanted, time.perf_counter() - began)
     whole = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-    return float(getattr(memory, "peak_memory_in_bytes", 0) or whole), float(
-        memory.temp_size_in_bytes
-    )
+    peak = float(getattr(memory, "peak_memory_in_bytes", 0) or whole)
+    return Compiled(peak, float(memory.temp_size_in_bytes), time.perf_counter() - began)
 
 
 def needed(message: str) -> float | None:
@@ -149,6 +158,14 @@ def head_floats(segment: Segment) -> int:
     return heads * (projection.key_width() + value_width)
 
 
+def flash_blocks(config: RunConfig, segment: Segment) -> Blocks | None:
+    """Those of the TPU's flash kernel; None where another one computes the scores."""
+    attention, length = segment.attention, config.seq_len
+    kernel = attention.kernel_on("tpu", config.model.numerics.dtype, length)
+    widest = max(attention.projection.key_width(), attention.projection.output_shape()[1])
+    return splash_blocks(length, widest, LIMITS[kernel]) if kernel in LIMITS else None
+
+
 def estimated_temporaries(config: RunConfig, layout: Layout) -> float:
     """Saved activations, one layer's gathered weights with their gradients, its streams, and the
     loss's table and logits; the gradients of the parameters are not among them."""
@@ -162,9 +179,14 @@ def estimated_temporaries(config: RunConfig, layout: Layout) -> float:
 
 def _layer_bytes(config: RunConfig, segment: Segment, layout: Layout) -> float:
     """What a layer of this segment holds between its input and its output, with its gradients:
-    streams, and four times the float32 scores of the queries whose heads meet at a time."""
+    streams, the parts of the queries' gradient, and four times the float32 scores of the queries
+    whose heads meet at a time."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
     attention = 8 * model.width + 4 * head_floats(segment) / layout.model_ways
+    blocks, projection = flash_blocks(config, segment), segment.attention.projection
+    if blocks and blocks.fused:
+        queries = projection.output_shape()[0] * projection.key_width()
+        attention += config.seq_len / blocks.keys * queries / layout.model_ways
     tokens = segment.feed_forward.tokens_at_once(layout.local_tokens)
     between = 2 * tokens * segment.feed_forward.stream_floats(model.width) / layout.model_ways
     at_once = layout.local_tokens * min(1, ROWS / config.seq_len)

@@ -13,7 +13,8 @@ from kha_jax.training import RunConfig
 class Plan(NamedTuple):
     """Sizes are bytes per device, times seconds of one optimiser step, `moved` bytes per device and
     step by kind of collective. `step_seconds` and what follows from it are the roofline,
-    `expected_...` what `kha_jax.planning.times` expects."""
+    `expected_...` what `kha_jax.planning.times` expects. kernels: of each attention, by its field;
+    compiler_options: of libtpu, both by `kha_jax.tpu`."""
 
     topology: str
     chips: int
@@ -46,6 +47,9 @@ class Plan(NamedTuple):
     expected_step_seconds: float
     expected_mfu: float
     expected_chip_hours: float
+    kernels: dict[str, str]
+    compiler_options: dict[str, str]
+    compile_seconds: float
     source: str
 
 
@@ -82,12 +86,14 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     """Plans a run that `placed` has put on the slice. compiled: memory from XLA; otherwise
     estimated from the sizes."""
     chips, chip, tokens = slice_.chips, slice_.chip, config.tokens_per_step
+    config, settings = config.tuned(slice_.kind)
     cost = accounting.account(config.model, config.seq_len, tokens=tokens)
     layout = memory.layout(config, chips)
     params_bytes = memory.held_bytes(layout.state.params)
     optimizer_bytes = memory.held_bytes((layout.state.optimizer, layout.state.balance))
+    seconds = 0.0
     if compiled:
-        peak, temporaries = memory.compiled_memory(config, slice_)
+        peak, temporaries, seconds = memory.compiled_memory(config, slice_)
     else:
         gradients = (2 if config.accumulation > 1 else 1) * params_bytes  # their sum besides
         temporaries = gradients + memory.estimated_temporaries(config, layout)
@@ -137,5 +143,8 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
         expected_step_seconds=expected,
         expected_mfu=ideal / expected,
         expected_chip_hours=expected * config.steps / 3600 * chips,
+        kernels=config.kernels("tpu"),
+        compiler_options=settings.options,
+        compile_seconds=seconds,
         source="compiled" if compiled else "analytic",
     )

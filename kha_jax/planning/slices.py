@@ -38,6 +38,11 @@ class Topology(NamedTuple):
     chip: Chip
     slices: int = 1
 
+    @property
+    def kind(self) -> str:
+        """The chip's name: a key of CHIPS."""
+        return self.name.partition(":")[0]
+
 
 class SliceError(ValueError):
     """A slice that does not exist. The message says which do."""

@@ -19,10 +19,10 @@ import numpy as np
 
 from kha_jax import sharding
 from kha_jax.model import Segment
-from kha_jax.ops.attention import best_kernel, splash_blocks
 from kha_jax.ops.attention_chunked import chunks
+from kha_jax.ops.attention_splash import Blocks
 from kha_jax.ops.keep import ATTENTION, INNER
-from kha_jax.planning.memory import Layout, head_floats, held, kept
+from kha_jax.planning.memory import Layout, flash_blocks, head_floats, held, kept
 from kha_jax.planning.slices import Topology
 from kha_jax.remat import POLICIES
 from kha_jax.sharding import ways_of
@@ -40,8 +40,9 @@ EXPERTS = 0.75
 # on the vector unit in between. Published: Llama 3.1 8B at 8192 on v6e, a quarter of it attention.
 ATTENTION_KERNEL = 0.50
 # Products of the flash kernel's backward pass over those of its forward pass: five to two, since it
-# computes the scores again (arXiv 2205.14135).
-ATTENTION_BACKWARD = 2.5
+# computes the scores again (arXiv 2205.14135); seven to two where the gradients of queries and of
+# keys come from two kernels, which both do.
+ATTENTION_BACKWARD, ATTENTION_BACKWARD_APART = 2.5, 3.5
 # Rows of a grouped product's tile: one more of them runs for every group, since groups end
 # anywhere. megablox and ragged_dot take 128 by default; at groups of 128 rows on v5p others saw
 # 0.56 of the rate, where this says 0.5.
@@ -103,8 +104,11 @@ def product_seconds(
     out = {"dense": (3 * forward["dense"] + again["dense"]) / DENSE}
     projection = segment.attention.projection
     heads = _full(min(projection.key_width(), projection.output_shape()[1]), side)
-    flops = (1 + ATTENTION_BACKWARD) * forward["attention"] + again["attention"]
-    out["attention"] = flops * _diagonal(config, segment) / heads / ATTENTION_KERNEL
+    blocks = flash_blocks(config, segment)
+    apart = blocks is not None and not blocks.fused
+    backward = ATTENTION_BACKWARD_APART if apart else ATTENTION_BACKWARD
+    flops = (1 + backward) * forward["attention"] + again["attention"]
+    out["attention"] = flops * _diagonal(config, blocks) / heads / ATTENTION_KERNEL
     if forward["experts"]:
         group = _group_rows(segment, layout)
         filled = _full(segment.feed_forward.width / layout.model_ways, side)
@@ -118,13 +122,10 @@ def _full(width: float, side: int) -> float:
     return width / (math.ceil(width / side) * side)
 
 
-def _diagonal(config: RunConfig, segment: Segment) -> float:
+def _diagonal(config: RunConfig, blocks: Blocks | None) -> float:
     """Scores that the causal kernel computes over those that it needs: blocks on the diagonal are
     computed whole."""
-    attention, length = segment.attention, config.seq_len
-    case = attention.case("tpu", config.model.numerics.dtype, length)
-    fused = best_kernel(case) == "splash"
-    block = splash_blocks(length, case.key_width)[0] if fused else chunks(length)[0][1]
+    block = blocks.queries if blocks else chunks(config.seq_len)[0][1]
     return (config.seq_len + block) / (config.seq_len + 1)
 
 
