@@ -32,7 +32,7 @@ from kha_jax.optimizer import (
 )
 from kha_jax.parameters import Numerics
 from kha_jax.sharding import MeshConfig
-from kha_jax.training import ONEDNN, RunConfig, compiler_options, make_trainer
+from kha_jax.training import ONEDNN, RunConfig, cpu_options, make_trainer
 from tests import cases
 
 ATTENTION = AttentionConfig(
@@ -142,9 +142,9 @@ def test_eight_devices_train_as_one(mesh):
 def test_only_one_cpu_is_told_of_onednn():
     """What is told is known to this jaxlib: the product compiles with it."""
     one, eight = (sharding.make_mesh(MeshConfig(), jax.devices()[:n]) for n in (1, 8))
-    assert compiler_options(one) in (ONEDNN, {}) and compiler_options(eight) == {}
+    assert cpu_options(one) in (ONEDNN, {}) and cpu_options(eight) == {}
     x = np.eye(8, dtype=np.float32)
-    multiply = jax.jit(jnp.matmul, compiler_options=compiler_options(one))
+    multiply = jax.jit(jnp.matmul, compiler_options=cpu_options(one))
     np.testing.assert_array_equal(multiply(x, x), x)
 
 
