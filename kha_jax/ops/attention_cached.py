@@ -50,6 +50,22 @@ def one_query(
     return jnp.einsum("RGS,RSU->RGU", p_BNS.reshape(R, -1, S), v_RSU).reshape(B, 1, N, U)
 
 
+def _logits(q_BNTH, k_BKCH):
+    """q k^T, float32 [B, N, T, C]; the query group becomes rows of its key head."""
+    (B, N, T, H), (_, K, C, _) = q_BNTH.shape, k_BKCH.shape
+    q_BKRH = q_BNTH.reshape(B, K, -1, H)
+    s_BKRC = jnp.einsum("BKRH,BKCH->BKRC", q_BKRH, k_BKCH, preferred_element_type=jnp.float32)
+    return s_BKRC.reshape(B, N, T, C)
+
+
+def _weigh(p_BNTC, v_BKCU):
+    """p v, float32 [B, N, T, U]."""
+    (B, N, T, C), (_, K, _, U) = p_BNTC.shape, v_BKCU.shape
+    p_BKRC = p_BNTC.astype(v_BKCU.dtype).reshape(B, K, -1, C)
+    product = jnp.einsum("BKRC,BKCU->BKRU", p_BKRC, v_BKCU, preferred_element_type=jnp.float32)
+    return product.reshape(B, N, T, U)
+
+
 def many_queries(
     q_BTNH: jax.Array,
     read: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
@@ -77,29 +93,18 @@ def many_queries(
     (B, T, N, _), (size, slots, filled) = q_BTNH.shape, keys
     q_BNTH = q_BTNH.swapaxes(1, 2)
     _, v_BCKU = jax.eval_shape(read, jnp.int32(0))
-    K, U = v_BCKU.shape[2:]
+    U = v_BCKU.shape[-1]
 
     def block(i):
         """Masked logits [B, N, T, C] of one block of keys, and its values [B, K, C, U]."""
         first = jnp.minimum(i * size, slots - size)
         k_BKCH, v_BKCU = (z.swapaxes(1, 2) for z in read(first))
         places_C = first + jnp.arange(size)
-        s_BKRC = jnp.einsum(
-            "BKRH,BKCH->BKRC",
-            q_BNTH.reshape(B, K, -1, q_BNTH.shape[-1]),
-            k_BKCH,
-            preferred_element_type=jnp.float32,
-        )
-        s_BNTC = s_BKRC.reshape(B, N, T, size) * scale
+        s_BNTC = _logits(q_BNTH, k_BKCH) * scale
         s_BNTC = s_BNTC if maps.logits is None else maps.logits(s_BNTC)
         # the last block reaches back into the one before it
         seen_BTC = visible(places_C) & (places_C >= i * size)
         return jnp.where(seen_BTC[:, None], s_BNTC, MASKED), v_BKCU
-
-    def weigh(p_BNTC, v_BKCU):
-        p_BKRC = p_BNTC.astype(v_BKCU.dtype).reshape(B, K, -1, size)
-        product = jnp.einsum("BKRC,BKCU->BKRU", p_BKRC, v_BKCU, preferred_element_type=jnp.float32)
-        return product.reshape(B, N, T, U)
 
     def sums(i, carry):
         top, total, o_BNTU = carry
@@ -108,7 +113,7 @@ def many_queries(
         e_BNTC, fade = jnp.exp(s_BNTC - higher), jnp.exp(top - higher)
         total = total * fade + jnp.sum(e_BNTC, axis=-1, keepdims=True)
         if maps.probabilities is None:
-            o_BNTU = o_BNTU * fade + weigh(e_BNTC, v_BKCU)
+            o_BNTU = o_BNTU * fade + _weigh(e_BNTC, v_BKCU)
         return higher, total, o_BNTU
 
     start = jnp.full((B, N, T, 1), MASKED), jnp.zeros((B, N, T, 1)), jnp.zeros((B, N, T, U))
@@ -117,7 +122,7 @@ def many_queries(
 
     def products(i, o_BNTU):
         s_BNTC, v_BKCU = block(i)
-        return o_BNTU + weigh(maps.probabilities(jnp.exp(s_BNTC - top) / total), v_BKCU)
+        return o_BNTU + _weigh(maps.probabilities(jnp.exp(s_BNTC - top) / total), v_BKCU)
 
     if maps.probabilities is None:
         o_BNTU /= total
