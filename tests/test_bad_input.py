@@ -473,7 +473,7 @@ def test_a_signal_during_the_imports_leaves_without_a_word(tmp_path, command, nu
 @pytest.mark.slow
 def test_odd_names_of_folders_are_names(tmp_path):
     """Rich's markup, a URL's and a shell's special characters, other alphabets."""
-    names = "a b", "[red]x[/blue]", "50%41", "a?b#c", "knöcking", "*", "-x", "[a-b]"
+    names = "-a b*", "[red]x[/blue]", "50%41 a?b#c", "knöcking"
     cases = [("train", [*TINY, f"--workdir={tmp_path / name}"]) for name in names]
     for name, result in zip(names, run_all(cases, tmp_path / "cache")):
         assert result.code == 0 and str(tmp_path / name) in result.out, result

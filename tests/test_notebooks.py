@@ -47,6 +47,8 @@ def test_there_are_four_notebooks():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    for extra in ("nbformat", "nbclient", "matplotlib"):
+        pytest.importorskip(extra)
     folder = tmp_path_factory.mktemp("runs")
     names = {"baseline": "baseline", "linear": "linear", "kha_tiny": "mlp"}
     for name, variant in names.items():
