@@ -4,13 +4,11 @@ Legend: A micro-batches of a step, B batch, T position.
 """
 
 import functools
-import platform
 from typing import Any, Callable, Mapping, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import jaxlib
 import optax
 
 from kha_jax import data, moe, optimizer, tpu
@@ -34,22 +32,6 @@ BATCH = {
     **dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32),
     "weights": jnp.float32,
 }
-
-
-# On a CPU, oneDNN multiplies scores, experts and weight gradients up to twice as fast as what XLA
-# takes by default. Products alone: with what follows them, some fail to compile.
-ONEDNN = {
-    "xla_cpu_use_onednn": True,
-    "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-}
-
-
-def cpu_options(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """ONEDNN where the mesh is one CPU, else nothing. An option that a jaxlib does not know is an
-    error, so only those that it was tried with are told."""
-    tried = jaxlib.__version__.startswith("0.10.") and platform.machine() == "x86_64"
-    one_cpu = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    return ONEDNN if tried and one_cpu else {}
 
 
 class EvaluationConfig(Config):
@@ -252,8 +234,7 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     """
     real = isinstance(mesh, jax.sharding.Mesh)  # nothing is compiled for an abstract one
     config, settings = config.tuned(tpu.chip_of(mesh.devices.flat[0]) if real else None)
-    options = {**settings.options, **(cpu_options(mesh) if real else {})}
-    compiled = functools.partial(jax.jit, compiler_options=options or None)
+    compiled = functools.partial(jax.jit, compiler_options=settings.options or None)
     model = config.model.build()
     # Parameters do not depend on the kernel, and not every kernel runs on the one token that they
     # are made with.

@@ -32,7 +32,7 @@ from kha_jax.optimizer import (
 )
 from kha_jax.parameters import Numerics
 from kha_jax.sharding import MeshConfig
-from kha_jax.training import ONEDNN, RunConfig, cpu_options, make_trainer
+from kha_jax.training import RunConfig, make_trainer
 from tests import cases
 
 ATTENTION = AttentionConfig(
@@ -137,15 +137,6 @@ def test_eight_devices_train_as_one(mesh):
         assert a[LARGEST].shape == (2,)
         np.testing.assert_allclose(a[LARGEST], b[LARGEST], rtol=1e-4)
     chex.assert_trees_all_close(jax.device_get(one.params), jax.device_get(eight.params), atol=2e-4)
-
-
-def test_only_one_cpu_is_told_of_onednn():
-    """What is told is known to this jaxlib: the product compiles with it."""
-    one, eight = (sharding.make_mesh(MeshConfig(), jax.devices()[:n]) for n in (1, 8))
-    assert cpu_options(one) in (ONEDNN, {}) and cpu_options(eight) == {}
-    x = np.eye(8, dtype=np.float32)
-    multiply = jax.jit(jnp.matmul, compiler_options=cpu_options(one))
-    np.testing.assert_array_equal(multiply(x, x), x)
 
 
 @pytest.mark.slow
