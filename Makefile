@@ -5,10 +5,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 # A test keeps about one core busy. Neighbours stay on one worker: they share what is compiled.
 WORKERS ?= 2
-PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist=worksteal
+PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m pytest -n $(WORKERS) --dist=worksteal
 READY := $(VENV)/ready-$(EXTRAS)
-# Huge pages for large buffers: a training step on a CPU gains 10-25%.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: train test test-slow soak lint benchmark setup clean
 

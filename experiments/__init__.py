@@ -7,10 +7,12 @@ import sys
 NO_TPU = "TPU_SKIP_MDS_QUERY"  # which jax sets when it is imported and finds none
 TOLD_OF_NO_TPU = NO_TPU in os.environ  # by somebody else, before
 MALLOC = "GLIBC_TUNABLES"  # read by the C library before a program begins
-# Large buffers are given back and taken anew at every step: in huge pages that costs a hundredth of
-# the page faults, and a tenth of the time of a step on a CPU.
+# Large buffers are given back and taken anew at every step of a CPU. In huge pages that costs a
+# hundredth of the page faults, and none where the C library keeps what it has.
+KEPT = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
+KEPT += ":glibc.malloc.trim_threshold=8589934592"
 if sys.argv[0] == "-m" and sys.platform == "linux" and MALLOC not in os.environ:
-    os.environ[MALLOC] = "glibc.malloc.hugetlb=1"
+    os.environ[MALLOC] = KEPT
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 # Ctrl-C during the seconds of imports leaves as any signal does, without a traceback; a command
 # that can save installs its own handlers later. Python says "-m" while it looks for the command.
