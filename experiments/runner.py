@@ -174,15 +174,21 @@ class Sweep:
             together = {**self.results(), result.name: result}
             results.write(self.folder / RESULTS, list(together.values()))
 
-    def take_known(self) -> int:
-        """Takes over the results that are known from elsewhere; how many."""
-        taken = 0
+    def elsewhere(self) -> dict[str, Result]:
+        """Results of missing runs that are known from elsewhere, by the name of the run."""
+        found = {}
         for run in self.missing() if self.known else ():
             result = self.known.get((run.hash(), self._text(run.config)))
             if result:
-                self.keep(result._replace(name=run.name, row=run.row))
-                taken += 1
-        return taken
+                found[run.name] = result._replace(name=run.name, row=run.row)
+        return found
+
+    def take_known(self) -> int:
+        """Takes over the results that are known from elsewhere; how many."""
+        found = self.elsewhere()
+        for result in found.values():
+            self.keep(result)
+        return len(found)
 
     def _text(self, config: RunConfig) -> str:
         """The hash of the text that a run would read."""

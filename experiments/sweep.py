@@ -133,7 +133,8 @@ def measured_rate(sweep: Sweep) -> tuple[float, str]:
 def list_runs(sweep: Sweep) -> None:
     """--dry_run."""
     rate, source = measured_rate(sweep)
-    done, console = sweep.done(), Console(width=None if sys.stdout.isatty() else 120)
+    known, console = sweep.elsewhere(), Console(width=None if sys.stdout.isatty() else 120)
+    done = {**sweep.done(), **known}
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("index", "run", "parameters", "active", "MFLOP/token", "tokens", "minutes", ""):
         table.add_column(name, justify="left" if name in ("run", "") else "right", no_wrap=True)
@@ -150,7 +151,7 @@ def list_runs(sweep: Sweep) -> None:
             f"{cost.training_flops / 1e6:,.1f}",
             f"{run.tokens() / 1e6:,.1f}M",
             f"{seconds / 60:,.1f}",
-            "done" if run.name in done else "",
+            "known" if run.name in known else "done" if run.name in done else "",
         )
     console.print(table)
     console.print(

@@ -136,6 +136,7 @@ def test_known_results_are_not_trained_again_whatever_they_are_called(tmp_path, 
     known = results.known([str(path)])
     assert repr(known) == repr(list(Sweep(tmp_path / "here", runs).done().values()))  # with NaN
     renamed = [run._replace(name=f"other-{run.name}", row="other") for run in runs]
+    assert set(Sweep(tmp_path / "dry", renamed, known).elsewhere()) == {r.name for r in renamed}
     sweep, taken, codes = train_all(tmp_path / "there", renamed, known)
     assert (taken, codes, len(trained)) == (2, [], 2)
     assert {result.row for result in sweep.done().values()} == {"other"}
