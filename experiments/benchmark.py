@@ -6,15 +6,16 @@
 dense: one training step of the peer shape (4 layers, D 256, 8 query and 4 key/value heads of 64,
 SwiGLU 768, vocabulary 4096, tied, float32, batch 8 x 256, AdamW) here and in transformers on
 PyTorch (extra: interop), each in a process of its own, taking turns, so that a noisy machine is
-noisy for all. moe: the same with 16 experts of 192, 4 active, then the expert computation alone
-against one dense feed-forward on the same rows. decode: 128 greedy tokens after a prompt of 32,
-here and by transformers' generate, then the cost of one token against the length of the cache for
-every projection. variants: what each projection and mixer costs at the paper's 0.8B-6.6B attention,
-counted and not timed. startup: seconds from the command to the first step of configs/kha_tiny.py,
-cold and with a warm compilation cache. saving: how long training waits for a checkpoint of 100M
-parameters with AdamW's moments, in the call and in the step after it, how long the save takes in
-all, and its checksums. Nothing here is a test; the figures go into the README with the machine's
-name.
+noisy for all. PyTorch gets the settings of the C library that commands here give themselves;
+torch.compile is also measured without them, as it starts elsewhere. moe: the same with 16 experts
+of 192, 4 active, then the expert computation alone against one dense feed-forward on the same rows.
+decode: 128 greedy tokens after a prompt of 32, here and by transformers' generate, then the cost of
+one token against the length of the cache for every projection. variants: what each projection and
+mixer costs at the paper's 0.8B-6.6B attention, counted and not timed. startup: seconds from the
+command to the first step of configs/kha_tiny.py, cold and with a warm compilation cache. saving:
+how long training waits for a checkpoint of 100M parameters with AdamW's moments, in the call and in
+the step after it, how long the save takes in all, and its checksums. Nothing here is a test; the
+figures go into the README with the machine's name.
 """
 
 import json
@@ -56,9 +57,11 @@ def dense(mixture: bool = False) -> dict[str, Any]:
         **{name: (peers.kha_jax_step, v, mixture) for name, v in variants.items()},
         "transformers eager": (peers.transformers_step, False, mixture),
     }
+    plain = "transformers torch.compile, its own malloc"
     if TORCH_COMPILE.value:
-        makers["transformers torch.compile"] = (peers.transformers_step, True, mixture)
-    results = interleave(makers, ROUNDS.value)
+        compiled = (peers.transformers_step, True, mixture)
+        makers |= {"transformers torch.compile": compiled, plain: compiled}
+    results = interleave(makers, ROUNDS.value, plain=(plain,))
     matmul = results.pop("matmul 2048^3")
     rate = 2 * 2048**3 / matmul["median"]
     tokens = peers.BATCH * peers.LENGTH

@@ -1,11 +1,15 @@
 """Steps that take turns, each in a process of its own, so that a noisy machine is noisy for all."""
 
 import multiprocessing
+import os
 import statistics
 import time
 from typing import Any, Callable
 
+from experiments import MALLOC
 from experiments.peers import Step
+
+SETTLED = 4  # steps until a process has the memory that it keeps
 
 
 def _serve(connection: Any, make: Callable[..., Step], arguments: tuple) -> None:
@@ -16,7 +20,8 @@ def _serve(connection: Any, make: Callable[..., Step], arguments: tuple) -> None
         step = make(*arguments)
         step()
         connection.send(time.perf_counter() - began)
-        step()
+        for _ in range(SETTLED):
+            step()
         while connection.recv():
             wall, cpu = time.perf_counter(), time.process_time()
             step()
@@ -25,14 +30,24 @@ def _serve(connection: Any, make: Callable[..., Step], arguments: tuple) -> None
         connection.send(f"needs the extra: pip install -e '.[interop]' ({error})")
 
 
-def interleave(makers: dict[str, tuple], rounds: int) -> dict[str, dict[str, float]]:
+def _start(process: Any, plain: bool) -> None:
+    """plain: without what experiments/__init__.py tells the C library."""
+    kept = os.environ.pop(MALLOC, None) if plain else None
+    process.start()
+    if kept:
+        os.environ[MALLOC] = kept
+
+
+def interleave(
+    makers: dict[str, tuple], rounds: int, plain: tuple[str, ...] = ()
+) -> dict[str, dict[str, float]]:
     """Median, minimum and CPU seconds of each step, taken in turns; what cannot run is printed with
-    its reason."""
+    its reason. plain: names of steps whose process allocates as the C library does by itself."""
     context, workers = multiprocessing.get_context("spawn"), {}
     for name, (make, *arguments) in makers.items():
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True)
-        process.start()
+        _start(process, name in plain)
         theirs.close()
         try:
             first = ours.recv()
