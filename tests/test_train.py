@@ -27,8 +27,8 @@ def golden(cache, tmp_path_factory):
     return workdir, out, err
 
 
-def test_a_run_leaves_what_the_readme_promises(golden):
-    workdir, out, _ = golden
+def test_a_run_leaves_what_the_readme_promises(golden, cache):
+    workdir, out, err = golden
     rows = lines(workdir)
     training = [row for row in rows if "grad_norm" in row]
     assert [row["step"] for row in training] == list(range(1, STEPS + 1))
@@ -45,6 +45,9 @@ def test_a_run_leaves_what_the_readme_promises(golden):
         "kind": "mlp"
     }
     assert "try" in out and "from scratch" in out
+    assert "Warning" not in err and list(
+        cache.glob("compiled/jit_train_step-*")
+    )  # next: a warm start
 
 
 def test_running_a_finished_run_again_does_nothing(golden, cache):
