@@ -55,8 +55,10 @@ def losses(summary: Summary, curves: Curves) -> Any:
     low, high = min(ends), max(ends)
     margin = 0.05 * (high - low) or 0.1
     axes[0].set_ylim(low - margin, high + margin)
-    figure.supylabel(LOSSES[summary.loss].replace(" of the last tenth of the steps", ""))
-    figure.supxlabel("step")
+    figure.supylabel(
+        LOSSES[summary.loss].replace(" of the last tenth of the steps", ""), fontsize="medium"
+    )
+    figure.supxlabel("step", fontsize="medium")
     return figure
 
 
@@ -81,8 +83,8 @@ def gaps(summary: Summary, curves: Curves) -> Any:
         each.set_title(f"{one.row.name}: {one.difference.mean:+.3f}")
     margin = 0.08 * (max(ends) - min(ends)) or 0.1
     axes[0].set_ylim(min(ends) - margin, max(ends) + margin)
-    figure.supylabel("difference to the baseline, nats")
-    figure.supxlabel("step")
+    figure.supylabel("less the baseline, nats", fontsize="medium")
+    figure.supxlabel("step", fontsize="medium")
     return figure
 
 
