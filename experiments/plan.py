@@ -148,11 +148,12 @@ def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
     """The plan; where it does not fit, the cheapest change that does is printed."""
     with under("config"):
         run = planning.placed(asked, slice_, SEQUENCES.value)
-    raised = [f"--config.batch_size={run.batch_size}"] if run.batch_size != asked.batch_size else []
-    if raised:
+    raised = []
+    if run.batch_size != asked.batch_size:
+        raised = [f"--config.batch_size={run.batch_size}", f"--config.steps={run.steps}"]
         print(
-            f"{slice_.name}: planned with config.batch_size={run.batch_size} instead of "
-            f"{asked.batch_size}",
+            f"{slice_.name}: planned with {' '.join(raised)} instead of {asked.batch_size} and "
+            f"{asked.steps}",
             file=sys.stderr,
         )
     with under("config"):
@@ -178,10 +179,11 @@ def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
                 break
         peak, room = found.peak_bytes_per_device / GIB, slice_.chip.hbm_bytes / GIB
         print(f"{slice_.name}: {peak:.1f} GiB do not fit {room:.2f}; {remedy}", file=sys.stderr)
-    elif better := planning.faster(asked, slice_, found):
+    elif better := planning.faster(run, slice_, found):
+        needed = " ".join([*better.flags, *raised])
         print(
-            f"{slice_.name}: fits; {' '.join(better.flags)} is faster and fits too, by its "
-            f"estimate of {better.plan.peak_bytes_per_device / GIB:.1f} GiB: bound "
+            f"{slice_.name}: fits; {needed} is faster and fits too, by its estimate of "
+            f"{better.plan.peak_bytes_per_device / GIB:.1f} GiB: bound "
             f"{better.plan.mfu:.1%} instead of {found.mfu:.1%}, expected "
             f"{better.plan.expected_mfu:.1%} instead of {found.expected_mfu:.1%}",
             file=sys.stderr,

@@ -46,6 +46,18 @@ def test_the_main_run_reaches_half_of_the_peak_and_knocking_costs_next_to_nothin
     assert round(mlp.params_total / 1e9, 1) == 6.1 and mlp.fits
 
 
+def test_experts_that_are_split_have_rows_for_the_tokens_of_all_their_devices():
+    run, slice_ = config().replace(accumulation=8), topology("v5p-128")
+    run = run.replace(model=run.model.replace(remat="inner"))
+    whole, split = (
+        plan(run.replace(mesh=MeshConfig(expert=ways)), slice_, False) for ways in (1, 4)
+    )
+    moe, bfloat16 = run.model.feed_forward, 2
+    inner = moe.inner_floats(run.model.width) * run.tokens_per_step / run.accumulation / 64
+    added = split.activation_bytes_per_device - whole.activation_bytes_per_device
+    assert added == pytest.approx((4 - 1) * inner * run.model.layers * bfloat16, rel=0.06)
+
+
 def test_scores_of_all_heads_are_planned_for_where_heads_meet():
     """Talking heads hold and move scores that fused kernels never write, and multiply them."""
     talking, plain = (
@@ -216,7 +228,7 @@ def test_the_command_prints_json_and_says_what_would_fit():
     )
     assert (
         code == 0
-        and "fits with --config.accumulation=4 --config.batch_size=1024: 4 sequences a device"
+        and "fits with --config.accumulation=4 --config.batch_size=1024 --config.steps=119209: "
         in err
     ), err
     found = json.loads(out)
@@ -259,6 +271,12 @@ def test_the_main_run_fits_by_xlas_own_analysis(where, sequences, tuning, limit)
     assert code == 0, err
     found = json.loads(out)
     assert found["source"] == "compiled" and found["peak_bytes_per_device"] <= limit * GIB
+
+
+def test_what_divides_nowhere_or_fits_nowhere_is_told_apart():
+    assert fastest(config(), topology("v5e-1"), compiled=3) == []  # nothing is worth compiling
+    with pytest.raises(ConfigError, match="batch_size: must be a multiple of 64"):
+        fastest(config().replace(batch_size=500), topology("v5p-128"), compiled=0)
 
 
 def test_the_fastest_setting_keeps_what_fits():

@@ -78,15 +78,21 @@ def needed(message: str) -> float | None:
 
 class Layout(NamedTuple):
     """How a run lies on the devices: its abstract state, the mesh's sizes, the devices that split a
-    batch and a layer, the tokens that a device has at once, and the weights that it computes
-    with."""
+    batch, a layer and a mixture's experts, the tokens that a device has at once, and the weights
+    that it computes with."""
 
     state: TrainState
     sizes: dict[str, int]
     batch_ways: int
     model_ways: int
+    expert_ways: int
     local_tokens: float
     weights: float
+
+    def gathered(self, segment: Segment) -> int:
+        """Times the tokens of a device that its feed-forward sees: a mixture gathers those of all
+        devices that split its experts."""
+        return self.expert_ways if segment.feed_forward.router_width() else 1
 
 
 def layout(config: RunConfig, chips: int) -> Layout:
@@ -99,7 +105,8 @@ def layout(config: RunConfig, chips: int) -> Layout:
     leaves = jax.tree.leaves(state.params)
     weights = sum(held(leaf) * sharding.gathered_ways(leaf.sharding) for leaf in leaves)
     tokens = config.tokens_per_step / config.accumulation / ways
-    return Layout(state, sizes, ways, ways_of(sizes, "heads"), tokens, weights)
+    split = ways_of(sizes, "heads"), ways_of(sizes, "experts")
+    return Layout(state, sizes, ways, *split, tokens, weights)
 
 
 @functools.lru_cache(maxsize=64)
@@ -129,13 +136,15 @@ def kept(config: RunConfig, segment: Segment, layout: Layout) -> tuple[dict[str,
         segment.attention, feed_forward, config.model.width, context, config.tokens_per_step
     )
     policy = remat.POLICIES[config.model.remat]
-    names = set(policy.names)
+    names, times = set(policy.names), layout.gathered(segment)
     # of the products that no gradient reads, the feed-forward's last one is not named
     floats = sum(parts[name].floats for name in names) + (config.model.width if policy.also else 0)
-    chunked = feed_forward.tokens_at_once(layout.local_tokens) < layout.local_tokens
-    if config.model.remat == "none" and chunked:
+    if INNER in names:
+        floats += (times - 1) * parts[INNER].floats  # with rows for the experts of other devices
+    tokens = times * layout.local_tokens
+    if config.model.remat == "none" and feed_forward.tokens_at_once(tokens) < tokens:
         names -= {INNER}
-        floats -= feed_forward.stream_floats(config.model.width)
+        floats -= times * feed_forward.stream_floats(config.model.width)
     return {name: part.flops for name, part in parts.items() if name not in names}, floats
 
 
@@ -187,7 +196,8 @@ def _layer_bytes(config: RunConfig, segment: Segment, layout: Layout) -> float:
     if blocks and blocks.fused:
         queries = projection.output_shape()[0] * projection.key_width()
         attention += config.seq_len / blocks.keys * queries / layout.model_ways
-    tokens = segment.feed_forward.tokens_at_once(layout.local_tokens)
+    gathered = layout.gathered(segment) * layout.local_tokens
+    tokens = segment.feed_forward.tokens_at_once(gathered)
     between = 2 * tokens * segment.feed_forward.stream_floats(model.width) / layout.model_ways
     at_once = layout.local_tokens * min(1, ROWS / config.seq_len)
     scores = 4 * 4 * at_once * segment.attention.score_floats(config.seq_len)

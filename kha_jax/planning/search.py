@@ -98,25 +98,30 @@ def settings(
 ) -> list[Setting]:
     """All settings of rematerialisation, sequences at once and accumulation (with meshes, sizes of
     `model` and `expert` too) that divide, with their plans from the sizes, fastest to expect first,
-    then by memory. sequences, remat: only these."""
-    found, seen = [], set()
+    then by memory. sequences, remat: only these.
+
+    Raises:
+        ConfigError: nothing divides; what is wrong with the first.
+    """
+    found: dict[RunConfig, Setting] = {}
+    problem = None
+    divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
     for mesh in _meshes(config, slice_) if meshes else [config.mesh]:
-        try:
-            ways = ways_of(mesh.sizes(slice_.chips), "batch")
-            most = max(1, config.batch_size // ways)
-            rows = [sequences] if sequences else [n for n in range(1, most + 1) if most % n == 0]
-            for n in rows:
+        for n in [sequences] if sequences else divisors:
+            try:
+                ways = ways_of(mesh.sizes(slice_.chips), "batch")
+                if n * ways > max(config.batch_size, ways) and not sequences:
+                    break  # n = 1 may raise the batch, as asked-for sequences may
                 run = placed(config.replace(mesh=mesh), slice_, n)
                 for policy in [remat] if remat else POLICIES:
                     changed = run.replace(model=run.model.replace(remat=policy))
-                    if changed in seen:
-                        continue
-                    seen.add(changed)
-                    changes = _changes(config, changed)
-                    found.append(Setting(changes, changed, plan(changed, slice_, compiled=False)))
-        except ConfigError:
-            continue  # something does not divide over it
-    return sorted(found, key=_order)
+                    estimate = plan(changed, slice_, compiled=False)
+                    found[changed] = Setting(_changes(config, changed), changed, estimate)
+            except ConfigError as error:
+                problem = problem or error  # something does not divide
+    if problem and not found:
+        raise problem
+    return sorted(found.values(), key=_order)
 
 
 def _worthwhile(found: list[Setting]) -> list[Setting]:
@@ -176,19 +181,21 @@ def fastest(
         return [s for s in found if s.plan.peak_bytes_per_device <= room * (1 - MARGIN)]
     worth = [s for s in found if _may_fit(s.plan)]
     known: list[Setting] = []
-    for at, setting in enumerate(worth):
-        if at >= compiled and known:
-            break
+    tried = 0
+    while tried < len(worth) and (tried < compiled or not known):
+        setting = worth[tried]
+        tried += 1
         truth = plan(setting.config, slice_, compiled=True)
         if truth.fits:
             known.append(setting._replace(plan=truth))
-    sure = [s for s in worth[at:] if s.plan.peak_bytes_per_device <= room * (1 - MARGIN)]
+    sure = [s for s in worth[tried:] if s.plan.peak_bytes_per_device <= room * (1 - MARGIN)]
     return known + (sure if known else [])
 
 
 def faster(config: RunConfig, slice_: Topology, than: Plan) -> Setting | None:
-    """A setting of the same mesh that fits by its estimate, with MARGIN to spare, and is expected
-    to take less of the time by a hundredth or more; None: there is none."""
+    """A setting of the mesh of a run that `placed` has put on the slice which fits by its estimate,
+    with MARGIN to spare, and is expected to take less of the time by a hundredth or more; None:
+    there is none."""
     found = fastest(config, slice_, compiled=0)
     now = than.expected_step_seconds / config.tokens_per_step
     if not found:

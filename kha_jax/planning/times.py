@@ -6,9 +6,9 @@ dense products beat EFFICIENCY, most else falls short of it. What to expect adds
 does one after another, each at the efficiency of its kernel.
 
 None of these constants was measured here. Five of them (DENSE, EXPERTS, ATTENTION_KERNEL, HBM,
-EXPOSED) are round numbers that agree with nine runs on three kinds of chip which the authors of
-MaxText published (`tests/published.py`, README); none is of one chip or one run. The others follow
-from how chips and kernels are built.
+EXPOSED) are round numbers that agree with eight of nine runs on three kinds of chip which the
+authors of MaxText published (`tests/published.py`, README); none is of one chip or one run. The
+others follow from how chips and kernels are built.
 """
 
 import math
@@ -97,7 +97,8 @@ def compute_seconds(config: RunConfig, slice_: Topology, work: Work) -> float:
 def product_seconds(
     config: RunConfig, slice_: Topology, layout: Layout, work: Work
 ) -> dict[str, float]:
-    """What to expect of the products, by kernel."""
+    """What to expect of the products, by kernel; heads, blocks and groups of all layers are taken
+    to be as in the last ones."""
     per_device = config.tokens_per_step / slice_.chips / slice_.chip.flops
     side, segment = slice_.chip.matrix_side, config.model.segments()[-1]
     forward, again = work
@@ -132,7 +133,8 @@ def _diagonal(config: RunConfig, blocks: Blocks | None) -> float:
 def _group_rows(segment: Segment, layout: Layout) -> float:
     """Rows of one expert in one grouped product."""
     feed_forward = segment.feed_forward
-    at_once = feed_forward.tokens_at_once(layout.local_tokens)
+    gathered = layout.gathered(segment) * layout.local_tokens
+    at_once = feed_forward.tokens_at_once(gathered)
     return at_once * feed_forward.top_k / feed_forward.experts
 
 
