@@ -30,7 +30,7 @@ lint: setup
 
 benchmark: EXTRAS = test,interop
 benchmark: setup
-	GLIBC_TUNABLES= $(RUN) -m experiments.benchmark
+	$(RUN) -m experiments.benchmark
 
 # The stamp holds the interpreter and a checksum of setup.cfg; nothing happens while it is up to date.
 setup:

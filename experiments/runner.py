@@ -9,6 +9,7 @@ once: a run that another one is training is passed over.
 import collections
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -25,6 +26,7 @@ from experiments import command_line, results
 from experiments.command_line import UsageError
 from experiments.results import Result
 from experiments.run_folder import config_hash
+from experiments.stop import asking
 from kha_jax.accounting import account
 from kha_jax.config import to_dict
 from kha_jax.manifest import CheckpointError, read_manifest, write_json
@@ -59,9 +61,7 @@ class Planned(NamedTuple):
 
     def hash(self) -> str:
         """Of what decides its figures, but for the text that it reads."""
-        evaluation = json.dumps(to_dict(self.config.evaluation))
-        text = config_hash(self.config) + evaluation
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hash(self.config)
 
     def tokens(self) -> int:
         return self.config.steps * self.config.tokens_per_step
@@ -72,8 +72,15 @@ class Planned(NamedTuple):
         return cost.training_flops * self.tokens()
 
 
-def summary(run: Planned, folder: Path) -> Result | None:
-    """What came of a run; None if it has not ended."""
+@functools.cache
+def _hash(config: RunConfig) -> str:
+    evaluation = json.dumps(to_dict(config.evaluation))
+    text = config_hash(config) + evaluation
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def summary(run: Planned, folder: Path, commit: str) -> Result | None:
+    """What came of a run that was trained by this commit; None if it has not ended."""
     metrics = folder / "metrics.jsonl"
     rows = list(read_lines(metrics)) if metrics.exists() else []
     evaluated = [row for row in rows if row.get("val_loss") is not None]
@@ -107,7 +114,7 @@ def summary(run: Planned, folder: Path) -> Result | None:
         spike_share=spike_score(rows),
         nonfinite=sum(bool(row.get("nonfinite")) for row in rows),
         hardware=str(manifest.get("hardware", "")),
-        commit=results.commit(),
+        commit=commit,
         curve=" ".join(f"{row['step']}:{row['val_loss']:.5f}" for row in evaluated),
     )
 
@@ -212,9 +219,10 @@ class Sweep:
                 pass
             if not claimed or not free:
                 return None
+            commit = results.commit()
             line = [sys.executable, "-m", "experiments.train", *run.arguments]
             code = self._train([*line, f"--workdir={folder}"], folder / LOG, watch)
-        result = summary(run, folder) if code == command_line.DONE else None
+        result = summary(run, folder, commit) if code == command_line.DONE else None
         if result:
             self.keep(result)
         elif code == command_line.DONE:
@@ -242,12 +250,11 @@ class Sweep:
             self.asked_to_stop = True
             child.send_signal(number)
 
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        before = [signal.signal(number, ask) for number in numbers]
+        before = {number: signal.signal(number, ask) for number in asking()}
         try:
             yield
         finally:
-            for number, handler in zip(numbers, before):
+            for number, handler in before.items():
                 signal.signal(number, handler)
 
     def last_line(self, run: Planned) -> dict[str, Any]:
@@ -285,13 +292,18 @@ def _locked(path: Path) -> Iterator[bool]:
             yield True
 
 
+def _short(value: str) -> str:
+    """A value as a part of the name of a run and its folder."""
+    return re.sub(r"[^\w.+-]+", "_", value).strip("_")
+
+
 def varied(rows: Sequence[Wanted], settings: Sequence[str]) -> list[Wanted]:
     """The rows under every combination of `config.FIELD=VALUE,VALUE,...`; a single value is for all
     of them and not part of a name. Each is compared with its baseline under the same combination, a
     row that is alone with its first combination.
 
     Raises:
-        UsageError: a setting has another form.
+        UsageError: a setting has another form, or sets what another one does.
     """
     axes = []
     for text in settings:
@@ -301,13 +313,17 @@ def varied(rows: Sequence[Wanted], settings: Sequence[str]) -> list[Wanted]:
             raise UsageError(f"--set={text}: {problem}")
         if field == "config.seed":
             raise UsageError(f"--set={text}: runs differ by their seeds; use --seeds=N")
+        if any(field == axis[0][0] for axis in axes):
+            raise UsageError(f"--set={text}: {field} is set twice; name all its values at once")
         # not the commas of a tuple
         axes.append([(field, value) for value in re.split(r",(?![^(]*\))", values)])
     combinations = list(itertools.product(*axes))
 
     def named(name: str, combination: tuple[tuple[str, str], ...]) -> str:
         many = [pair for pair, axis in zip(combination, axes) if len(axis) > 1]
-        return "-".join([name, *(f"{field.rpartition('.')[2]}={value}" for field, value in many)])
+        return "-".join(
+            [name, *(f"{field.rpartition('.')[2]}={_short(value)}" for field, value in many)]
+        )
 
     return [
         row._replace(

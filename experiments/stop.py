@@ -16,6 +16,14 @@ from kha_jax import processes
 log = logging.getLogger("kha_jax")
 
 
+def asking() -> list[int]:
+    """Signals that ask a command to save and leave; a closed terminal is none under nohup."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    return (
+        numbers if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*numbers, signal.SIGHUP]
+    )
+
+
 class Stop:
     """SIGTERM, Ctrl-C and a terminal that is closed: the first asks the loop to save and leave, the
     second leaves at once. Where there are several processes it is enough to tell one of them.
@@ -30,8 +38,7 @@ class Stop:
         writing.setblocking(False)
         signal.set_wakeup_fd(writing.detach(), warn_on_full_buffer=False)
         self.runtime = processes.handler_of(signal.SIGTERM)
-        under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[: 2 if under_nohup else 3]:
+        for number in asking():
             signal.signal(number, self._ask)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 

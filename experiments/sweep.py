@@ -14,6 +14,7 @@ of the first run that failed.
 """
 
 import logging
+import shlex
 import sys
 import time
 from typing import Any
@@ -68,6 +69,8 @@ def table_rows() -> tuple[str, list[Wanted]]:
             raise UsageError(f"--rows={name}: is not in the table; {near(name, table.rows)}")
         if (baseline := table.rows[name].baseline) not in ROWS.value:
             raise UsageError(f"--rows={name}: is compared with {baseline}; name that too")
+    if flags.FLAGS["scale"].present and not table.scales:
+        raise UsageError(f"--scale={SCALE.value}: --table={TABLE.value} has one size; leave it out")
     scale = f".{SCALE.value}" if SCALE.value in table.scales else ""
     rows = [
         Wanted(
@@ -81,6 +84,8 @@ def table_rows() -> tuple[str, list[Wanted]]:
 
 def config_rows() -> tuple[str, list[Wanted]]:
     """(title, rows) of --configs, named by the variant, or the file where that says more."""
+    if ROWS.value or flags.FLAGS["scale"].present:
+        raise UsageError("--rows, --scale: are of a table; --configs takes its files as they are")
     short = [name.rpartition(":")[2] if ":" in name else stem(name) for name in FILES.value]
     names = short if len({*short}) == len(short) else list(map(stem, FILES.value))
     if len({*names}) < len(names):
@@ -257,6 +262,12 @@ def train(sweep: Sweep, board: Board) -> int:
     return next(iter(sweep.failed.values()), command_line.DONE)
 
 
+def command() -> str:
+    """What a person would type for the whole sweep."""
+    typed = [argument for argument in sys.argv[1:] if not argument.startswith("--index")]
+    return shlex.join(["python", "-m", "experiments.sweep", *typed])
+
+
 def main() -> int:
     """See the module's docstring."""
     title, rows = wanted()
@@ -274,8 +285,8 @@ def main() -> int:
     fields = ("name", "baseline", "printed", "note")
     about = {
         "title": title,
-        "command": " ".join(["python -m experiments.sweep", *sys.argv[1:]]),
-        "scale": SCALE.value if TABLE.value else None,
+        "command": command(),
+        "scale": SCALE.value if TABLE.value and load(TABLE.value).scales else None,
         "commit": results.commit(),
         "rows": [{field: getattr(row, field) for field in fields} for row in rows],
     }

@@ -12,7 +12,7 @@ from experiments.peers import Step
 SETTLED = 4  # steps until a process has the memory that it keeps
 
 
-def _serve(connection: Any, make: Callable[..., Step], arguments: tuple) -> None:
+def _serve(connection: Any, make: Callable[..., Step], arguments: tuple, settled: int) -> None:
     """A worker: makes the step, then times it once for every message; (wall seconds, CPU seconds)
     each."""
     try:
@@ -20,7 +20,7 @@ def _serve(connection: Any, make: Callable[..., Step], arguments: tuple) -> None
         step = make(*arguments)
         step()
         connection.send(time.perf_counter() - began)
-        for _ in range(SETTLED):
+        for _ in range(settled):
             step()
         while connection.recv():
             wall, cpu = time.perf_counter(), time.process_time()
@@ -39,14 +39,20 @@ def _start(process: Any, plain: bool) -> None:
 
 
 def interleave(
-    makers: dict[str, tuple], rounds: int, plain: tuple[str, ...] = ()
+    makers: dict[str, tuple], rounds: int, plain: tuple[str, ...] = (), settled: int = SETTLED
 ) -> dict[str, dict[str, float]]:
     """Median, minimum and CPU seconds of each step, taken in turns; what cannot run is printed with
-    its reason. plain: names of steps whose process allocates as the C library does by itself."""
+    its reason.
+
+    plain: names of steps whose process allocates as the C library does by itself. settled: steps
+    that do not count, after the first.
+    """
     context, workers = multiprocessing.get_context("spawn"), {}
     for name, (make, *arguments) in makers.items():
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True)
+        process = context.Process(
+            target=_serve, args=(theirs, make, tuple(arguments), settled), daemon=True
+        )
         _start(process, name in plain)
         theirs.close()
         try:

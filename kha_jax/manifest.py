@@ -39,8 +39,9 @@ def checksum(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """The file appears whole or not at all, and is on disk when this returns."""
-    temporary = path.with_suffix(".tmp")
+    """The file appears whole or not at all, and is on disk when this returns; several processes may
+    write it."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "w") as file:
         json.dump(content, file, indent=1)
         file.write("\n")

@@ -99,6 +99,7 @@ def test_settings_make_rows_with_their_baselines():
         ([], ["fast"], "--learning_rates=fast: must be a number"),
         (["config.seed=1,2"], [], "use --seeds"),
         (["config.steps=4,4"], [], "twice"),
+        (["config.steps=4", "config.steps=5"], [], "config.steps is set twice"),
         ([], ["1e-3", "0.001"], "twice"),
     ],
 )
@@ -110,6 +111,8 @@ def test_what_cannot_be_planned_is_one_line(settings, rates, message):
 def test_the_commas_of_a_tuple_make_no_axis():
     (one,) = runner.varied([ROW], ["config.data.roots=('stdlib','packages')"])
     assert one.arguments[-1] == "--config.data.roots=('stdlib','packages')"
+    two = runner.varied([ROW], ["config.data.roots=('stdlib',),('/usr/lib',)"])
+    assert [row.name for row in two] == ["mlp-roots=stdlib", "mlp-roots=usr_lib"]  # are folders
 
 
 def test_a_sweep_trains_what_is_missing_and_goes_past_what_fails(tmp_path, trained):
