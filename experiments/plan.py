@@ -277,14 +277,13 @@ def show_ranking(found: list[Setting]) -> None:
 
 def check_flags() -> None:
     """Flags that do nothing beside each other are refused."""
-    if COMPARE.value and any(argument.startswith("--config.") for argument in sys.argv):
+    typed = ["--" + argument.lstrip("-") for argument in sys.argv[1:] if argument.startswith("-")]
+    if COMPARE.value and any(argument.startswith("--config.") for argument in typed):
         raise UsageError(
             "--compare: takes the variants of the config file as they are; leave out "
             "--config.FIELD=VALUE"
         )
-    if SEQUENCES.value and any(
-        argument.startswith("--config.accumulation") for argument in sys.argv
-    ):
+    if SEQUENCES.value and any(a.startswith("--config.accumulation") for a in typed):
         raise UsageError(
             "--sequences_per_device: says how many micro-batches there are; leave out "
             "--config.accumulation"
@@ -299,11 +298,13 @@ def check_flags() -> None:
             "--untuned"
         )
     searched = "--config.accumulation", "--config.model.remat"
-    if FASTEST.value and (typed := [a for a in sys.argv if a.startswith(searched)]):
+    if FASTEST.value and (sets := [a for a in typed if a.startswith(searched)]):
         raise UsageError(
-            f"--fastest: searches what {typed[0]} sets; leave it out, or use "
+            f"--fastest: searches what {sets[0]} sets; leave it out, or use "
             "--sequences_per_device or --remat"
         )
+    if REMAT.value and any(a.startswith("--config.model.remat") for a in typed):
+        raise UsageError("--remat: sets the same as --config.model.remat; leave out one of them")
     if MESHES.value and not FASTEST.value:
         raise UsageError("--meshes: does nothing without --fastest")
 
