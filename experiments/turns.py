@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import statistics
 import time
 from typing import Any, Callable
@@ -10,6 +11,7 @@ from experiments import MALLOC
 from experiments.peers import Step
 
 SETTLED = 4  # steps until a process has the memory that it keeps
+REST = 0.2  # seconds before a turn, in which the threads of the one before it stop spinning
 
 
 def _serve(connection: Any, make: Callable[..., Step], arguments: tuple, settled: int) -> None:
@@ -41,8 +43,8 @@ def _start(process: Any, plain: bool) -> None:
 def interleave(
     makers: dict[str, tuple], rounds: int, plain: tuple[str, ...] = (), settled: int = SETTLED
 ) -> dict[str, dict[str, float]]:
-    """Median, minimum and CPU seconds of each step, taken in turns; what cannot run is printed with
-    its reason.
+    """Median, minimum and CPU seconds of each step, taken in turns, in another order every time;
+    what cannot run is printed with its reason.
 
     plain: names of steps whose process allocates as the C library does by itself. settled: steps
     that do not count, after the first.
@@ -63,8 +65,10 @@ def interleave(
             print(f"left out {name}: {first}")  # not by rich, to which .[interop] is markup
         else:
             workers[name] = (ours, process, first, [])
+    order = random.Random(0)  # what runs after what is worth a tenth of a step
     for _ in range(rounds):
-        for ours, _, _, times in workers.values():
+        for ours, _, _, times in order.sample(list(workers.values()), len(workers)):
+            time.sleep(REST)
             ours.send(True)
             times.append(ours.recv())
     out = {}
