@@ -9,8 +9,10 @@ TOLD_OF_NO_TPU = NO_TPU in os.environ  # by somebody else, before
 MALLOC = "GLIBC_TUNABLES"  # read by the C library before a program begins
 # Large buffers are given back and taken anew at every step of a CPU. In huge pages that costs a
 # hundredth of the page faults, and none where the C library keeps what it has.
-KEPT = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
-KEPT += ":glibc.malloc.trim_threshold=8589934592"
+KEPT = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
+    "glibc.malloc.trim_threshold=8589934592"
+)
 if sys.argv[0] == "-m" and sys.platform == "linux" and MALLOC not in os.environ:
     os.environ[MALLOC] = KEPT
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

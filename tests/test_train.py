@@ -45,9 +45,8 @@ def test_a_run_leaves_what_the_readme_promises(golden, cache):
         "kind": "mlp"
     }
     assert "try" in out and "from scratch" in out
-    assert "Warning" not in err and list(
-        cache.glob("compiled/jit_train_step-*")
-    )  # next: a warm start
+    assert "Warning" not in err
+    assert list(cache.glob("compiled/jit_train_step-*"))  # so that the next start is a warm one
 
 
 def test_running_a_finished_run_again_does_nothing(golden, cache):
