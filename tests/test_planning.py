@@ -254,18 +254,16 @@ def test_the_command_ranks_settings_with_the_flags_of_each():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "sequences", "tuning", "limit"),
-    [("v5p-64", 4, "none", 11.0), ("v5e-64", 6, "chip", 15.75), ("v6e-64", 4, "none", 10.0)],
+    ("where", "sequences", "limit"),
+    [("v5p-64", 4, 11.0), ("v5e-64", 6, 15.75), ("v6e-64", 4, 10.0)],
 )
-def test_the_main_run_fits_by_xlas_own_analysis(where, sequences, tuning, limit):
-    """Against what is usual without settings of the chip, and the whole memory with them."""
+def test_the_main_run_fits_by_xlas_own_analysis(where, sequences, limit):
     pytest.importorskip("libtpu", reason="needs the extra: pip install -e '.[plan]'")
     slice_batch = topology(where).chips * sequences
     code, out, err = command(
         f"--topology={where}",
         f"--sequences_per_device={sequences}",
         f"--config.batch_size={slice_batch}",
-        f"--config.mesh.tuning={tuning}",
         "--json",
     )
     assert code == 0, err
