@@ -30,6 +30,7 @@ def get_config(variant: str = "mlp"):
         model=ModelConfig(
             layers=4,
             width=128,
+            stack="unroll",
             attention=base.varied(attention, variant),
             feed_forward=SwiGLU(width=384),
             numerics=Numerics(dtype="float32"),

@@ -35,6 +35,7 @@ def peer_run(variant: str, mixture: bool = False) -> Any:
         layers=LAYERS,
         width=WIDTH,
         vocabulary_size=VOCABULARY,
+        stack="unroll",
         attention=base.varied(attention, variant),
         feed_forward=MoE(experts=EXPERTS, top_k=TOP_K, width=EXPERT_WIDTH)
         if mixture

@@ -70,7 +70,8 @@ class ModelConfig(Config):
     """A decoder-only transformer.
 
     layers, width (D), vocabulary_size (V). embeddings: `tied` shares the input and output table,
-    `untied` has two. stack: `scan` compiles one block for all layers, `unroll` lays them out (the
+    `untied` has two. stack: `scan` compiles one block for all layers, `unroll` lays them out, which
+    takes longer to compile and spares a CPU the copies in and out of what the layers keep (the
     parameters are the same tree). remat: what of a layer is kept for the backward pass, which
     computes the rest again, from most memory to least: `none` keeps all; `dots` every matrix
     product, those of kernels too; `inner` the products that a gradient reads; `projections` not

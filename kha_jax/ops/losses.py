@@ -82,7 +82,9 @@ def _objective_forward(x_BTD, table_VD, targets_BT, weights_BT, z_loss, chunk):
         is_label = targets[..., None] == jnp.arange(logits.shape[-1])
         d_logits = (d_logits - jnp.where(is_label, weights[..., None], 0.0)).astype(x.dtype)
         d_x = jnp.einsum("BCV,VD->BCD", d_logits, table_VD.astype(x.dtype))
-        d_table += jnp.einsum("BCV,BCD->VD", d_logits, x, preferred_element_type=jnp.float32)
+        d_table += jax.lax.platform_dependent(
+            d_logits, x, cpu=_table_gradient_cpu, default=_table_gradient
+        )
         return (jax.tree.map(jnp.add, total, sums), d_table), d_x
 
     zero = TokenSums(*(jnp.zeros((), jnp.float32) for _ in TokenSums._fields))
@@ -92,6 +94,17 @@ def _objective_forward(x_BTD, table_VD, targets_BT, weights_BT, z_loss, chunk):
     )
     d_x = jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape)
     return (sums.loss + z_loss * sums.z_loss, sums), (d_x, d_table.astype(table_VD.dtype))
+
+
+def _table_gradient(d_logits_BCV, x_BCD):
+    return jnp.einsum("BCV,BCD->VD", d_logits_BCV, x_BCD, preferred_element_type=jnp.float32)
+
+
+def _table_gradient_cpu(d_logits_BCV, x_BCD):
+    """The same as a transposed product, fenced off so that it stays one: XLA's CPU backend otherwise
+    transposes the gradient of the logits, V wide, before it multiplies."""
+    product_DV = jnp.einsum("BCD,BCV->DV", x_BCD, d_logits_BCV, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(product_DV).T
 
 
 def _objective_backward(z_loss, chunk, residuals, cotangents):
