@@ -101,8 +101,8 @@ def _table_gradient(d_logits_BCV, x_BCD):
 
 
 def _table_gradient_cpu(d_logits_BCV, x_BCD):
-    """The same as a transposed product, fenced off so that it stays one: XLA's CPU backend otherwise
-    transposes the gradient of the logits, V wide, before it multiplies."""
+    """The same as a transposed product, fenced off so that it stays one: XLA's CPU backend
+    otherwise transposes the gradient of the logits, V wide, before it multiplies."""
     product_DV = jnp.einsum("BCD,BCV->DV", x_BCD, d_logits_BCV, preferred_element_type=jnp.float32)
     return jax.lax.optimization_barrier(product_DV).T
 
