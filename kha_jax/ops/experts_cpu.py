@@ -43,7 +43,8 @@ def _plan(chosen_NK: jax.Array, E: int, C: int) -> Plan:
     chosen_M = chosen_NK.reshape(-1)
     order_M = jnp.argsort(chosen_M, stable=True)
     bounds = jnp.searchsorted(chosen_M[order_M], jnp.arange(E + 1))
-    rank_M = jnp.argsort(order_M) - bounds[jnp.minimum(chosen_M, E)]
+    place_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(order_M.size, dtype=order_M.dtype))
+    rank_M = place_M - bounds[jnp.minimum(chosen_M, E)]
     slot_M = jnp.where((rank_M < C) & (chosen_M < E), chosen_M * C + rank_M, E * C)
     order_M = jnp.pad(order_M, (0, BLOCK))
     return Plan(order_M, bounds[:-1], bounds[1:] - bounds[:-1], slot_M.reshape(chosen_NK.shape))
