@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kha_jax.ops import losses
 from kha_jax.ops.losses import cross_entropy
 
 B, T, D, V = 3, 24, 8, 50
@@ -56,6 +57,17 @@ def test_value_gradients_and_sums_are_those_of_the_plain_form(z_loss, chunk_toke
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-5)
     for ours_grad, grad in zip(grads, expected_grads):
         np.testing.assert_allclose(ours_grad, grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_table_gradient_of_other_platforms_is_a_cpu_s(monkeypatch):
+    x, table, targets, weights = inputs()
+
+    def gradient():
+        return jax.jit(jax.grad(lambda t: cross_entropy(x, t, targets, weights)[0]))(table)
+
+    on_a_cpu = gradient()
+    monkeypatch.setattr(losses, "_table_gradient_cpu", losses._table_gradient)
+    np.testing.assert_allclose(gradient(), on_a_cpu, rtol=1e-5, atol=1e-6)
 
 
 def test_the_gradient_scales_with_its_cotangent():
