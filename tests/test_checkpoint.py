@@ -98,7 +98,8 @@ def test_the_next_step_reuses_the_state_while_a_save_reads_its_copy(tmp_path, si
     config = MeshConfig(**dict(zip(sharding.MESH_AXES, sizes)))
     mesh = sharding.make_mesh(config, jax.devices()[: np.prod(sizes)])
     w = np.random.default_rng(0).standard_normal((2**11, 2**11), np.float32)
-    state = {"w": jax.device_put(w, NamedSharding(mesh, PartitionSpec("data", "model")))}
+    # jax would borrow memory of NumPy's that happens to be aligned, and give none of it to a step.
+    state = {"w": jax.device_put(jnp.array(w), NamedSharding(mesh, PartitionSpec("data", "model")))}
     step, copies = jax.jit(lambda tree: {"w": tree["w"] + 1}, donate_argnums=0), []
     with Checkpoints(tmp_path, keep=9) as checkpoints:
         for number in range(2):
