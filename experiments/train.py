@@ -6,7 +6,8 @@
 
 The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or config, 65 data, 70
 a step hangs, or another process did not come, is gone or cannot go on, 74 checkpoint storage, 75
-stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps.
+stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps, or
+a state that is not finite.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from kha_jax.checkpoint import Checkpoints
 from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
 from kha_jax.metrics import bits_per_byte
-from kha_jax.training import RunConfig, Trainer, TrainState, make_trainer
+from kha_jax.training import RunConfig, Trainer, TrainState, all_finite, make_trainer
 from kha_jax.watchdog import Watchdog
 
 command_line.define_config()
@@ -318,9 +319,16 @@ def train(run: Run, state: TrainState) -> int:
             paused = time.perf_counter()
             if evaluate_now:
                 evaluate_and_report(step)
-            # the state is finite whatever the step was: a non-finite one is never applied
             if save_now:
                 watchdog.allow(f"the checkpoint of step {step}")
+                if not all_finite(state):
+                    log.error(
+                        "stopped at step %d: parameters or moments are not finite, though no loss "
+                        "or gradient before was; the newest checkpoint is intact, and the same "
+                        "command goes on from it",
+                        step,
+                    )
+                    return command_line.NON_FINITE
                 run.checkpoints.save(step, state)
             reporter.meter.pause(time.perf_counter() - paused)
             if stopping and not last:

@@ -116,10 +116,21 @@ def trace(params: Any, role: Any) -> dict[str, jax.Array]:
     return found
 
 
+def _clip(bound: float) -> optax.GradientTransformationExtraArgs:
+    """optax.clip_by_global_norm for a caller that has the norm already."""
+
+    def update(grads, state, parameters=None, *, norm=None):
+        norm = optax.tree.norm(grads) if norm is None else norm
+        return jax.tree.map(lambda g: jnp.where(norm < bound, g, g / norm * bound), grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda parameters: optax.EmptyState(), update)
+
+
 def make(
     config: OptimizerConfig, steps: int, axes: Any, initial_knocking: Any = None
-) -> optax.GradientTransformation:
-    """The optimiser for parameters with the given logical axes.
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser for parameters with the given logical axes. Its `update` takes the gradients'
+    global `norm` too, and computes it where it is not given.
 
     Args:
         config: see OptimizerConfig.
@@ -146,7 +157,7 @@ def make(
         return jax.tree.map(scaled, updates, role)
 
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        _clip(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.stateless(decay_and_scale),
         optax.scale_by_learning_rate(schedule(config, steps)),

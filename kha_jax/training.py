@@ -76,8 +76,8 @@ class RunConfig(Config):
 
     steps: optimiser steps. seed: of the initial values and of the data order. batch_size: rows of a
     step over all devices. seq_len: tokens of a row. accumulation: micro-batches that a step is
-    computed in. max_nonfinite_steps: consecutive steps with a non-finite loss,
-    gradient or updated state (none of which is applied) after which the run stops. hang_timeout:
+    computed in. max_nonfinite_steps: consecutive steps with a non-finite loss or
+    gradient (none of which is applied) after which the run stops. hang_timeout:
     seconds within which a step must end (compilation, evaluations and checkpoints have an hour
     more), or the run leaves with the stacks of all threads.
     """
@@ -292,7 +292,7 @@ def _train_step(config, model, tx, state, batch):
 
     The gradient is that of (sum of the objective over all micro-batches) / (their weighted tokens),
     so a step does not depend on how its tokens are spread over micro-batches or devices. A
-    non-finite loss, gradient or updated state leaves everything but the step as it was.
+    non-finite loss or gradient leaves everything but the step as it was.
     """
 
     def objective(params, micro_batch):
@@ -323,13 +323,16 @@ def _train_step(config, model, tx, state, batch):
     tokens = jnp.maximum(sums.tokens, 1)
     grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
-    updates, optimizer_state = tx.update(grads, state.optimizer, state.params)
     balance, load = _rebalance(config.model.feed_forward, state.balance, aux.counts)
-    updated = TrainState(
-        state.step, optax.apply_updates(state.params, updates), balance, optimizer_state
-    )
-    finite = jnp.isfinite(norm) & jnp.isfinite(value) & _all_finite(updated)
-    updated = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+
+    def updated(state):
+        updates, moments = tx.update(grads, state.optimizer, state.params, norm=norm)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step, params, balance, moments)
+
+    # Branches, since a selection would hold the state of before beside the one of after.
+    finite = jnp.isfinite(norm) & jnp.isfinite(value)
+    after = jax.lax.cond(finite, updated, lambda state: state, state)
     metrics = {
         "loss": sums.loss / tokens,
         "grad_norm": norm,
@@ -339,10 +342,11 @@ def _train_step(config, model, tx, state, batch):
         **aux.metrics,
         **load,
     }
-    return updated._replace(step=state.step + 1), metrics
+    return after._replace(step=state.step + 1), metrics
 
 
-def _all_finite(tree):
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
     """Whether no leaf holds a nan or an infinity."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 

@@ -138,13 +138,12 @@ def test_a_profile_is_written(cache, tmp_path):
 
 
 def test_steps_that_are_never_finite_stop_the_run_with_its_own_code(cache, tmp_path):
-    code, _, err = finish(
-        start(
-            cache,
-            tmp_path,
-            "--config.optimizer.learning_rate=1e38",
-            "--config.max_nonfinite_steps=3",
-        )
-    )
+    rate = "--config.optimizer.learning_rate=3.4e38", "--config.optimizer.warmup_fraction=0"
+    flags = *rate, "--config.max_nonfinite_steps=3"
+    code, _, err = finish(start(cache, tmp_path, *flags))
     assert code == 76 and "not applied" in err and "examples" in err
     assert sum(row.get("nonfinite", 0) for row in lines(tmp_path)) >= 3
+    # The first step's loss and gradient are fine, and yet what it leaves must not be saved.
+    code, _, err = finish(start(cache, tmp_path, *flags, "--config.checkpoint.every=1"))
+    assert code == 76 and "stopped at step 1: parameters or moments are not finite" in err
+    assert not manifests(tmp_path)
