@@ -321,12 +321,15 @@ def _train_step(config, model, tx, state, batch):
         aux = aux._replace(counts=counts, metrics=means)
 
     tokens = jnp.maximum(sums.tokens, 1)
-    grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
-    norm = optax.tree.norm(grads)
+
+    def mean():  # within its consumers, so that it is never written out
+        return jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
+
+    norm = optax.tree.norm(mean())
     balance, load = _rebalance(config.model.feed_forward, state.balance, aux.counts)
 
     def updated(state):
-        updates, moments = tx.update(grads, state.optimizer, state.params, norm=norm)
+        updates, moments = tx.update(mean(), state.optimizer, state.params, norm=norm)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step, params, balance, moments)
 
