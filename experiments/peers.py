@@ -157,16 +157,16 @@ def expert_step(kernel: str, E: int, K: int) -> Step:
     if kernel == "dense":
         arguments = normal(N * K, D), normal(D, F), normal(D, F), normal(F, D)
 
-        def value(x, gate, up, down):
+        def value(x, gate, up, down, chosen):
             return jnp.sum(swiglu(x @ gate, x @ up) @ down)
     else:
         arguments = normal(N, D), normal(N, K), normal(E, D, F), normal(E, D, F), normal(E, F, D)
 
-        def value(x, weights, *matrices):
-            return jnp.sum(experts(x, chosen, weights, *matrices, kernel=kernel))
+        def value(x, weights, gate, up, down, chosen):
+            return jnp.sum(experts(x, chosen, weights, gate, up, down, kernel=kernel))
 
     step = jax.jit(jax.value_and_grad(value, argnums=tuple(range(len(arguments)))))
-    return lambda: jax.block_until_ready(step(*arguments))
+    return lambda: jax.block_until_ready(step(*arguments, chosen))
 
 
 PROMPT, NEW = 32, 128

@@ -21,9 +21,10 @@ def _serve(connection: Any, make: Callable[..., Step], arguments: tuple, settled
         began = time.perf_counter()
         step = make(*arguments)
         step()
-        connection.send(time.perf_counter() - began)
+        first = time.perf_counter() - began
         for _ in range(settled):
             step()
+        connection.send(first)
         while connection.recv():
             wall, cpu = time.perf_counter(), time.process_time()
             step()
