@@ -8,14 +8,14 @@ SwiGLU 768, vocabulary 4096, tied, float32, batch 8 x 256, AdamW) here and in tr
 PyTorch (extra: interop), each in a process of its own, taking turns, so that a noisy machine is
 noisy for all. PyTorch gets the settings of the C library that commands here give themselves;
 torch.compile is also measured without them, as it starts elsewhere. moe: the same with 16 experts
-of 192, 4 active, then the expert computation alone against one dense feed-forward on the same rows.
-decode: 128 greedy tokens after a prompt of 32, here and by transformers' generate, then the cost of
-one token against the length of the cache for every projection. variants: what each projection and
-mixer costs at the paper's 0.8B-6.6B attention, counted and not timed. startup: seconds from the
-command to the first step of configs/kha_tiny.py, cold and with a warm compilation cache. saving:
-how long training waits for a checkpoint of 100M parameters with AdamW's moments, in the call and in
-the step after it, how long the save takes in all, and its checksums. Nothing here is a test; the
-figures go into the README with the machine's name.
+of 192, 4 active, after 30 steps, then the expert computation alone against one dense feed-forward
+on the same rows. decode: 128 greedy tokens after a prompt of 32, here and by transformers'
+generate, then the cost of one token against the length of the cache for every projection. variants:
+what each projection and mixer costs at the paper's 0.8B-6.6B attention, counted and not timed.
+startup: seconds from the command to the first step of configs/kha_tiny.py, cold and with a warm
+compilation cache. saving: how long training waits for a checkpoint of 100M parameters with AdamW's
+moments, in the call and in the step after it, how long the save takes in all, and its checksums.
+Nothing here is a test; the figures go into the README with the machine's name.
 """
 
 import json

@@ -323,9 +323,8 @@ def train(run: Run, state: TrainState) -> int:
                 watchdog.allow(f"the checkpoint of step {step}")
                 if not all_finite(state):
                     log.error(
-                        "stopped at step %d: parameters or moments are not finite, though no loss "
-                        "or gradient before was; the newest checkpoint is intact, and the same "
-                        "command goes on from it",
+                        "stopped at step %d: parameters or moments are not finite, and are not "
+                        "saved; the newest checkpoint, if there is one, is intact",
                         step,
                     )
                     return command_line.NON_FINITE

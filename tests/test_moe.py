@@ -103,7 +103,7 @@ def variables_of(config, bias=None):
     return {**filled, "balance": {"bias": jnp.float32(bias)}} if bias is not None else filled
 
 
-def test_more_assignments_than_one_sort_holds_are_one_line():
+def test_more_assignments_than_one_sort_holds_are_refused():
     chosen = jax.ShapeDtypeStruct((2**27, 8), jnp.int32)
     with pytest.raises(ValueError, match="1,073,741,824 assignments to 4 experts at once: raise"):
         jax.eval_shape(functools.partial(experts_cpu._plan, E=4, C=0), chosen)

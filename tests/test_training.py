@@ -7,9 +7,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from kha_jax import data, sharding
+from kha_jax import data, optimizer, sharding
 from kha_jax.attention import Attention, AttentionConfig
 from kha_jax.attention.attention import LARGEST
 from kha_jax.attention.mixers import KnockingLinear, KnockingMLP, NoMixer
@@ -295,6 +296,15 @@ def one_update(config, knock, initial=None):
     tx = make(config, 10, AXES, initial)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     return jax.tree.map(lambda p, u: p + u, params, updates)
+
+
+@pytest.mark.parametrize("bound", [1.0, 100.0])
+def test_gradients_are_clipped_as_optax_does(bound):
+    grads = {name: jnp.arange(1.0, 9.0) * scale for name, scale in (("a", 1.0), ("b", -0.5))}
+    theirs = optax.clip_by_global_norm(bound).update(grads, optax.EmptyState())[0]
+    for given in ({}, {"norm": optax.tree.norm(grads)}):
+        ours = optimizer._clip(bound).update(grads, optax.EmptyState(), **given)[0]
+        chex.assert_trees_all_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("decay", ["weights", "none", "to_identity"])

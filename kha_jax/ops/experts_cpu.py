@@ -99,7 +99,7 @@ def _pick(weights, e):
 
 @jax.custom_vjp
 def blocked(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
-    """See ops.experts.experts; ids from E on contribute nothing."""
+    """See ops.experts.experts; the id E contributes nothing, and none is above it."""
     return _forward(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD)[0]
 
 
