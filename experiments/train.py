@@ -6,8 +6,8 @@
 
 The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or config, 65 data, 70
 a step hangs, or another process did not come, is gone or cannot go on, 74 checkpoint storage, 75
-stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps, or
-a state that is not finite.
+stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps, or a
+state that is not finite.
 """
 
 import contextlib
@@ -260,17 +260,30 @@ class Run(NamedTuple):
             stop=self.config.steps,
         )
 
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the config asks for one after this step."""
+        every, last = self.config.evaluation.every, self.config.steps
+        return every > 0 and (step == last or step % every == 0)
+
+    def save(self, step: int, state: TrainState) -> bool:
+        """Starts a save; False, with the reason logged, of a state that is not finite."""
+        self.watchdog.allow(f"the checkpoint of step {step}")
+        if not all_finite(state):
+            log.error(
+                "stopped at step %d: parameters or moments are not finite, and are not saved; the "
+                "newest checkpoint, if there is one, is intact",
+                step,
+            )
+            return False
+        self.checkpoints.save(step, state)
+        return True
+
 
 def train(run: Run, state: TrainState) -> int:
     """The steps that are left; the contract's exit code."""
     config, trainer, watchdog = run.config, run.trainer, run.watchdog
     workdir, first_step = run.checkpoints.folder.parent, int(state.step)
     reader, placement = run.reader(first_step), sharding.batch_sharding(run.mesh)
-
-    def evaluation_due(step: int) -> bool:
-        return config.evaluation.every > 0 and (
-            step == config.steps or step % config.evaluation.every == 0
-        )
 
     def evaluate_and_report(step: int) -> None:
         watchdog.allow(f"the evaluation after step {step}")
@@ -284,7 +297,7 @@ def train(run: Run, state: TrainState) -> int:
         evaluated = processes.from_leader(
             "record of the last evaluation", lambda: reporter.evaluated(first_step), WAIT.value
         )
-        if evaluation_due(first_step) and not evaluated:
+        if run.evaluation_due(first_step) and not evaluated:
             evaluate_and_report(first_step)  # the run was stopped before it could
         watchdog.allow(f"step {first_step + 1} and its compilation")
         for step in range(first_step + 1, config.steps + 1):
@@ -306,7 +319,7 @@ def train(run: Run, state: TrainState) -> int:
             last, stopping = step == config.steps, run.stop.now(step)
             every = config.checkpoint.every
             save_now = last or stopping or (every and step % every == 0)
-            evaluate_now = evaluation_due(step) and (last or not stopping)
+            evaluate_now = run.evaluation_due(step) and (last or not stopping)
             if evaluate_now or save_now:
                 reporter.flush()
             if reporter.nonfinite >= config.max_nonfinite_steps:
@@ -319,16 +332,8 @@ def train(run: Run, state: TrainState) -> int:
             paused = time.perf_counter()
             if evaluate_now:
                 evaluate_and_report(step)
-            if save_now:
-                watchdog.allow(f"the checkpoint of step {step}")
-                if not all_finite(state):
-                    log.error(
-                        "stopped at step %d: parameters or moments are not finite, and are not "
-                        "saved; the newest checkpoint, if there is one, is intact",
-                        step,
-                    )
-                    return command_line.NON_FINITE
-                run.checkpoints.save(step, state)
+            if save_now and not run.save(step, state):
+                return command_line.NON_FINITE
             reporter.meter.pause(time.perf_counter() - paused)
             if stopping and not last:
                 log.info("stopped at step %d; the same command goes on from here", step)
