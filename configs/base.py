@@ -17,12 +17,15 @@ from kha_jax.attention.outputs import (
 from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import to_config_dict
-from kha_jax.feed_forward import FeedForward, SwiGLU
+from kha_jax.feed_forward import FeedForward, MoE, SwiGLU
 from kha_jax.model import LossConfig, ModelConfig
-from kha_jax.moe import MoE
-from kha_jax.optimizer import OptimizerConfig
-from kha_jax.parameters import Numerics
-from kha_jax.training import CheckpointConfig, EvaluationConfig, RunConfig
+from kha_jax.modules import Numerics
+from kha_jax.training.run_config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 
 PAPER_ATTENTION = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_heads=4, head_dim=128))
 

@@ -14,9 +14,8 @@ step as in runs of usual length.
 
 from configs import kha_tiny
 from kha_jax.config import from_dict, to_config_dict
-from kha_jax.moe import MoE
-from kha_jax.optimizer import OptimizerConfig
-from kha_jax.training import RunConfig
+from kha_jax.feed_forward import MoE
+from kha_jax.training.run_config import OptimizerConfig, RunConfig
 
 
 def get_config(variant: str = "mlp"):

@@ -16,9 +16,8 @@ from kha_jax.config import to_config_dict
 from kha_jax.data import MultiQueryAssociativeRecall
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
-from kha_jax.optimizer import OptimizerConfig
-from kha_jax.parameters import Numerics
-from kha_jax.training import EvaluationConfig, RunConfig
+from kha_jax.modules import Numerics
+from kha_jax.training.run_config import EvaluationConfig, OptimizerConfig, RunConfig
 
 
 def get_config(variant: str = "mlp"):

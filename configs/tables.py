@@ -7,10 +7,10 @@ from typing import Mapping, NamedTuple
 from ml_collections.config_dict import ConfigDict
 
 from kha_jax.config import Config, near, to_config_dict
+from kha_jax.feed_forward import MoE
 from kha_jax.model import LossConfig
-from kha_jax.moe import MoE
-from kha_jax.parameters import Numerics
-from kha_jax.training import CheckpointConfig, EvaluationConfig, RunConfig
+from kha_jax.modules import Numerics
+from kha_jax.training.run_config import CheckpointConfig, EvaluationConfig, RunConfig
 
 
 class Row(NamedTuple):

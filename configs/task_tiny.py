@@ -15,9 +15,13 @@ from kha_jax.attention.projections import GroupedQuery
 from kha_jax.data import TASKS
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
-from kha_jax.optimizer import OptimizerConfig
-from kha_jax.parameters import Numerics
-from kha_jax.training import CheckpointConfig, EvaluationConfig, RunConfig
+from kha_jax.modules import Numerics
+from kha_jax.training.run_config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 
 # setting -> (task, its fields)
 SETTINGS = {

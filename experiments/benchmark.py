@@ -15,6 +15,8 @@ what each projection and mixer costs at the paper's 0.8B-6.6B attention, counted
 startup: seconds from the command to the first step of configs/kha_tiny.py, cold and with a warm
 compilation cache. saving: how long training waits for a checkpoint of 100M parameters with AdamW's
 moments, in the call and in the step after it, how long the save takes in all, and its checksums.
+scaling: step time and memory of ways for heads to interact against the length of a row, with what
+the accounting predicts, and a figure (extra: plots); the one suite that takes --config.
 Nothing here is a test; the figures go into the README with the machine's name.
 """
 
@@ -28,14 +30,16 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line, peers
-from experiments.command_line import UsageError
-from experiments.turns import SETTLED, interleave
+from experiments.cli import command_line
+from experiments.cli.command_line import UsageError
+from experiments.timing import peers
+from experiments.timing.turns import SETTLED, interleave
 
+command_line.define_config()
 SUITE = flags.DEFINE_enum(
     "suite",
     "dense",
-    ["dense", "moe", "decode", "variants", "startup", "saving"],
+    ["dense", "moe", "decode", "variants", "startup", "saving", "scaling"],
     "What to measure.",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Turns of each implementation.", lower_bound=1)
@@ -43,6 +47,10 @@ TORCH_COMPILE = flags.DEFINE_bool(
     "torch_compile", True, "Also measure torch.compile (about 30 s to compile)."
 )
 SAVE_TO = flags.DEFINE_string("save_to", None, "Folder on the disk that `saving` measures.")
+LENGTHS = flags.DEFINE_list(
+    "lengths", ["256", "512", "1024", "2048", "4096"], "Tokens of a row, in `scaling`."
+)
+OUT = flags.DEFINE_string("out", "figures", "Folder of the figure of `scaling`.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 LEVELLED = 30  # steps after which a mixture's experts have nearly equal loads; 13% slower at first
@@ -174,7 +182,7 @@ def cache_lengths(
     lengths: tuple[int, ...] = (256, 1024, 4096, 16384), batch: int = 8
 ) -> dict[str, Any]:
     """Milliseconds of one token in every row of a batch, by projection and length of the cache."""
-    from experiments.timing import interleaved
+    from experiments.timing.steps import interleaved
     from kha_jax.attention import AttentionConfig
     from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 
@@ -216,9 +224,9 @@ def machine() -> str:
     """Hardware and version that the figures belong to."""
     import jax
 
-    from kha_jax import accounting
+    from kha_jax.hardware import chips
 
-    return f"{accounting.hardware()}, jax {jax.__version__}"
+    return f"{chips.hardware()}, jax {jax.__version__}"
 
 
 def moe() -> dict[str, Any]:
@@ -228,7 +236,7 @@ def moe() -> dict[str, Any]:
 
 def startup() -> dict[str, Any]:
     """See the module's docstring."""
-    from experiments import waits
+    from experiments.timing import waits
 
     seconds = {}
     for run, seconds[run] in waits.first_steps():
@@ -238,7 +246,7 @@ def startup() -> dict[str, Any]:
 
 def saving() -> dict[str, Any]:
     """See the module's docstring."""
-    from experiments import waits
+    from experiments.timing import waits
 
     out = waits.saves(ROUNDS.value, SAVE_TO.value)
     names = "call", "step", "total", "checksums"
@@ -254,12 +262,22 @@ def saving() -> dict[str, Any]:
 
 def variants() -> dict[str, Any]:
     """See the module's docstring."""
-    from experiments import layer_costs
+    from experiments.timing import costs
 
-    tables, out = layer_costs.tables()
+    tables, out = costs.tables()
     for table in tables:
         CONSOLE.print(table)
     return out
+
+
+def scaling() -> dict[str, Any]:
+    """See the module's docstring."""
+    from experiments.run_folders import stored
+    from experiments.timing import scaling
+    from kha_jax.training.run_config import RunConfig
+
+    out = stored.local_folder("out", OUT.value)
+    return scaling.run(command_line.parse_config(RunConfig), LENGTHS.value, ROUNDS.value, out)
 
 
 SUITES = {
@@ -269,6 +287,7 @@ SUITES = {
     "variants": variants,
     "startup": startup,
     "saving": saving,
+    "scaling": scaling,
 }
 
 

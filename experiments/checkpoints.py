@@ -2,11 +2,12 @@
 
     python -m experiments.checkpoints --workdir=runs/kha_tiny --verify
     python -m experiments.checkpoints --workdir=runs/kha_tiny --diff=500,600
+    python -m experiments.checkpoints --workdir=runs/kha_tiny --leaves=600
 
 Without another flag it lists them: step, whether they belong to the run and have their sizes, size
 on disk, age, config. --verify also compares every checksum, and leaves with 74 when one is not
 intact. --prune=STEP,STEP removes those by name, but never the last good one. --diff=STEP,STEP
-compares two, leaf by leaf.
+compares two, leaf by leaf. --leaves=STEP shows the leaves of one with their norms.
 """
 
 import fcntl
@@ -23,17 +24,21 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line, stored
-from experiments.command_line import UsageError
-from experiments.run_folder import read_lineage
-from kha_jax.checkpoint import Checkpoints, leaves
-from kha_jax.manifest import MANIFEST, CheckpointError, verify
-from kha_jax.training import RunConfig
+from experiments.cli import command_line
+from experiments.cli.command_line import UsageError
+from experiments.run_folders import stored
+from experiments.run_folders.identity import read_lineage
+from kha_jax.analysis.leaves import Checkpoint
+from kha_jax.errors import CheckpointError
+from kha_jax.runs.checkpoint import Checkpoints, leaves
+from kha_jax.runs.manifest import MANIFEST, verify
+from kha_jax.training.run_config import RunConfig
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder.")
 VERIFY = flags.DEFINE_bool("verify", False, "Read every file and compare it with its checksum.")
 PRUNE = flags.DEFINE_list("prune", [], "Steps whose checkpoints are removed.")
 DIFF = flags.DEFINE_list("diff", [], "Two steps whose leaves are compared.")
+LEAVES = flags.DEFINE_string("leaves", None, "A step whose leaves are shown.")
 
 
 def steps_of(flag: str, words: list[str], known: list[int]) -> list[int]:
@@ -118,6 +123,19 @@ def diff(checkpoints: Checkpoints, first: int, second: int) -> None:
             print(f"{name}: changes by up to {change:.3g}, {share:.2%} of its largest value")
 
 
+def show_leaves(folder: Path) -> None:
+    """Path, shape, dtype and Frobenius norm of every leaf of a checkpoint, parameters first."""
+    state = Checkpoint(folder / "state")
+    norms, table = state.norms(), Table("leaf", "shape", "dtype", "norm")
+    for name in sorted(norms, key=lambda name: (not name.startswith("params/"), name)):
+        leaf = state.leaves[name]
+        shape = " x ".join(map(str, leaf.shape)) or "scalar"
+        table.add_row(name, shape, leaf.dtype, f"{norms[name]:.6g}")
+    Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160).print(
+        table
+    )
+
+
 def main() -> int:
     """See the module's docstring."""
     workdir = stored.run_folder("workdir", WORKDIR.value)
@@ -130,6 +148,9 @@ def main() -> int:
         known = [int(folder.name) for folder in folders]
         if DIFF.value:
             diff(checkpoints, *steps_of("diff", DIFF.value, known))
+        elif LEAVES.value:
+            (step,) = steps_of("leaves", [LEAVES.value], known)
+            show_leaves(checkpoints.path(step))
         elif PRUNE.value:
             prune(workdir, checkpoints, steps_of("prune", PRUNE.value, known), accepts)
         elif not show(folders, accepts, VERIFY.value):

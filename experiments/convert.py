@@ -28,20 +28,24 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line, stored
-from experiments.command_line import UsageError
-from experiments.run_folder import config_hash, writable
-from kha_jax import compression, sharding
+from experiments.cli import command_line
+from experiments.cli.command_line import UsageError
+from experiments.run_folders import identity, stored
+from experiments.run_folders.identity import config_hash
+from kha_jax import sharding
 from kha_jax.accounting import cache_bytes
+from kha_jax.analysis import costs, style
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import LinearMixer
-from kha_jax.checkpoint import Checkpoints
 from kha_jax.config import ConfigError, near, to_dict
-from kha_jax.decoding import absorb_model, foldable_slots
-from kha_jax.inspect import costs, style
-from kha_jax.manifest import folder_name, read_manifest, write_json
+from kha_jax.inference import compression
+from kha_jax.inference.folding import absorb_model, foldable_slots
 from kha_jax.model import ModelConfig
-from kha_jax.training import RunConfig, TrainState, make_trainer
+from kha_jax.runs.checkpoint import Checkpoints
+from kha_jax.runs.manifest import folder_name, read_manifest
+from kha_jax.storage import writable, write_json
+from kha_jax.training.run_config import RunConfig
+from kha_jax.training.step import TrainState, make_trainer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
 OUT = flags.DEFINE_string("out", None, "Run folder to write; must not hold checkpoints.")
@@ -209,7 +213,7 @@ def compress() -> None:
             "square); train on before it is used, or compress less",
             100 * change.share,
         )
-    settings = " ".join(stored.settings(to_dict(config), to_dict(written)))
+    settings = " ".join(identity.settings(to_dict(config), to_dict(written)))
     print(f"{out} is compressed at step {step}; to train on, add --workdir={out} {settings}")
     try:
         style.save(lambda: costs.compression(profiles, KV_HEADS.value), out / "compression")

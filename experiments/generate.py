@@ -15,14 +15,16 @@ import time
 
 from absl import flags
 
-from experiments import command_line, stored
-from experiments.command_line import UsageError
-from experiments.run_folder import use_compilation_cache
+from experiments.cli import command_line
+from experiments.cli.command_line import UsageError
+from experiments.run_folders import stored
+from experiments.run_folders.folder import use_compilation_cache
 from kha_jax.accounting import cache_bytes
 from kha_jax.config import ConfigError
-from kha_jax.decoding import Decoder, absorb_if_linear
-from kha_jax.sampling import Sampling
-from kha_jax.training import RunConfig
+from kha_jax.inference.decoding import Decoder
+from kha_jax.inference.folding import absorb_if_linear
+from kha_jax.inference.sampling import Sampling
+from kha_jax.training.run_config import RunConfig
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")

@@ -21,15 +21,16 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line
-from experiments.command_line import UsageError
-from kha_jax import planning, tpu
+from experiments.cli import command_line
+from experiments.cli.command_line import UsageError
+from kha_jax import planning
 from kha_jax.config import ConfigError, under
+from kha_jax.hardware import tpu
+from kha_jax.hardware.chips import SLICES
 from kha_jax.planning import EFFICIENCY, Plan, Setting, Topology
 from kha_jax.planning.search import COMPILED, MARGIN
 from kha_jax.remat import POLICIES
-from kha_jax.sharding import SLICES
-from kha_jax.training import RunConfig
+from kha_jax.training.run_config import RunConfig
 
 command_line.define_config(str(command_line.REPOSITORY / "configs" / "kha_moe_6b.py"))
 TOPOLOGY = flags.DEFINE_string(
@@ -58,7 +59,7 @@ COMPARE = flags.DEFINE_list(
     "Plan these variants of the config file, such as baseline,linear,mlp, on one slice.",
 )
 UNTUNED = flags.DEFINE_bool(
-    "untuned", False, "Plan without the settings of kha_jax.tpu too, side by side."
+    "untuned", False, "Plan without the settings of kha_jax.hardware.tpu too, side by side."
 )
 COMPILE = flags.DEFINE_bool("compile", True, "Compile for the slice; off: estimate the memory.")
 JSON = flags.DEFINE_bool("json", False, "Print the plans as JSON.")

@@ -21,16 +21,18 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line, stored, sweep_report
-from experiments.command_line import UsageError
-from kha_jax import inspect, metrics
-from kha_jax.checkpoint import CheckpointError
-from kha_jax.inspect import comparisons, curves, style, sweeps
+from experiments.cli import command_line
+from experiments.cli.command_line import UsageError
+from experiments.run_folders import stored
+from experiments.sweeps import report as sweep_report
+from kha_jax import analysis, metrics, spikes
+from kha_jax.analysis import comparisons, curves, style, sweeps
+from kha_jax.errors import CheckpointError
 
 WORKDIRS = flags.DEFINE_list("workdirs", [], "Run folders, drawn in this order.")
 SWEEP = flags.DEFINE_string("sweep", None, "Folder of a sweep, to report in the folder --out.")
 SPIKES = flags.DEFINE_string("spikes", None, "JSONL log, or folder of a run, to list spikes of.")
-VALUES = flags.DEFINE_list("values", list(metrics.SPIKING), "What --spikes looks at.")
+VALUES = flags.DEFINE_list("values", list(spikes.SPIKING), "What --spikes looks at.")
 OUT = flags.DEFINE_string(
     "out",
     "curves.png",
@@ -53,7 +55,7 @@ def draw_runs() -> None:
     if out.suffix not in (".png", ".svg"):
         raise UsageError(f"--out={out}: must end in .png or .svg; both are written")
     try:
-        runs = {_name(folder, folders): inspect.read_metrics(folder) for folder in folders}
+        runs = {_name(folder, folders): analysis.read_metrics(folder) for folder in folders}
         style.save(lambda: curves.training(runs), out.with_suffix(""))
     except CheckpointError as error:
         raise UsageError(f"--workdirs: {error}") from None
@@ -146,15 +148,15 @@ def list_spikes(console: Console) -> None:
     for name in ("step", "value", "peak", "over the centre", "times", "spreads", "recovery, steps"):
         table.add_column(name, justify="right")
     for name, (steps, values) in there.items():
-        found += metrics.find_spikes(steps, values, name)
-        console.print(f"{name}: {metrics.spike_rule(len(values)).describe()}")
+        found += spikes.find_spikes(steps, values, name)
+        console.print(f"{name}: {spikes.spike_rule(len(values)).describe()}")
     for one in sorted(found, key=lambda spike: spike.step):
         numbers = [f"{z:.4g}" for z in (one.peak, one.size, one.times, one.spreads)]
         back = "none" if one.recovery is None else str(one.recovery)
         table.add_row(str(one.step), one.name, *numbers, back)
     if found:
         console.print(table)
-    score = metrics.spike_score(rows, list(there))
+    score = spikes.spike_score(rows, list(there))
     share = "not known: the log is too short" if math.isnan(score) else f"{score:.4%} of steps"
     console.print(f"spikes: {len(found)}; spike score {share}")
 

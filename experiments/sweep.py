@@ -28,12 +28,14 @@ from rich.live import Live
 from rich.table import Table
 
 from configs.tables import SCALES, TABLES, load
-from experiments import command_line, results, runner, stored
-from experiments.command_line import UsageError
-from experiments.runner import Planned, Sweep, Wanted
+from experiments.cli import command_line
+from experiments.cli.command_line import UsageError
+from experiments.run_folders import results, stored
+from experiments.sweeps import runner
+from experiments.sweeps.runner import Planned, Sweep, Wanted
 from kha_jax.accounting import account
 from kha_jax.config import near
-from kha_jax.training import RunConfig
+from kha_jax.training.run_config import RunConfig
 
 TABLE = flags.DEFINE_string("table", None, f"Rows of a table: {', '.join(TABLES)}.")
 SCALE = flags.DEFINE_enum("scale", "tiny", ["paper", *SCALES], "Size of the table's runs.")

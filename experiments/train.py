@@ -24,19 +24,24 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import command_line, replay, stored
-from experiments.command_line import UsageError
-from experiments.progress import farewell
-from experiments.reporter import Profile, Reporter
-from experiments.run_folder import RunFolder, use_compilation_cache
-from experiments.stop import Stop
-from kha_jax import accounting, data, faults, processes, sharding, tpu
-from kha_jax.checkpoint import Checkpoints
+from experiments.cli import command_line
+from experiments.cli.command_line import UsageError
+from experiments.run_folders import stored
+from experiments.run_folders.folder import RunFolder, use_compilation_cache
+from experiments.train_loop import replay
+from experiments.train_loop.progress import farewell
+from experiments.train_loop.reporter import Profile, Reporter
+from experiments.train_loop.stop import Stop
+from kha_jax import accounting, data, sharding
 from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
+from kha_jax.hardware import chips, tpu
 from kha_jax.metrics import bits_per_byte
-from kha_jax.training import RunConfig, Trainer, TrainState, all_finite, make_trainer
-from kha_jax.watchdog import Watchdog
+from kha_jax.runs import faults, processes
+from kha_jax.runs.checkpoint import Checkpoints
+from kha_jax.runs.watchdog import Watchdog
+from kha_jax.training.run_config import RunConfig
+from kha_jax.training.step import Trainer, TrainState, all_finite, make_trainer
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string(
@@ -124,7 +129,7 @@ def build(config: RunConfig) -> tuple[jax.sharding.Mesh, Trainer]:
         mesh = sharding.make_mesh(config.mesh)
     with under("config"):
         config.check_on(mesh.shape, jax.default_backend())
-        memory = mesh.devices.size * accounting.device_bytes(jax.local_devices()[0])
+        memory = mesh.devices.size * chips.device_bytes(jax.local_devices()[0])
         accounting.check_memory(config.model, config.tokens_per_step // config.accumulation, memory)
         return mesh, make_trainer(config, mesh)
 

@@ -3,24 +3,19 @@
     python -m experiments.zoo --config=configs/kha_tiny.py --match=params
     python -m experiments.zoo --match=cache,flops --add=mine.py:variant --csv=zoo.csv
     python -m experiments.zoo --train=300 --seeds=3 --only=mlp,linear,mea --out=runs/zoo
-    python -m experiments.zoo --check
-    python -m experiments.zoo --scaling --out=figures
 
 Every projection and every mechanism of configs/base.py, and what --add names, is brought to the
 parameters, training FLOPs per token or cached numbers per token of the config without mixers, by
 the one size that is free: the feed-forward's width, or what the cache is made of. The table says
 what each has then; --measure times a training step and decoding; --train trains each over seeds, in
-folders of a sweep, and goes on where it was stopped. --check measures what every variant has to
-keep (kha_jax/properties.py), a line each; exit code 1 names what fails. --scaling draws step time
-and memory against the length, with what the accounting predicts.
+folders of a sweep, and goes on where it was stopped. What each has to keep is
+measured by experiments.check, step time against the length by experiments.benchmark.
 """
 
 import csv
 import json
 import logging
-import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +24,16 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line, members, results, runner, stored
-from experiments.command_line import UsageError
-from experiments.members import Member, Row
-from experiments.run_folder import changed
-from kha_jax.budget import MEASURES, TOLERANCE
+from experiments.cli import command_line
+from experiments.cli.command_line import UsageError
+from experiments.run_folders import results, stored
+from experiments.run_folders.identity import changed
+from experiments.sweeps import members, runner
+from experiments.sweeps.members import Member, Row
+from kha_jax.analysis.significance import paired
+from kha_jax.comparing.budget import MEASURES, TOLERANCE
 from kha_jax.config import near
-from kha_jax.statistics import paired
-from kha_jax.training import RunConfig
+from kha_jax.training.run_config import RunConfig
 
 command_line.define_config()
 MATCH = flags.DEFINE_list(
@@ -53,21 +50,15 @@ TRAIN = flags.DEFINE_integer("train", None, "Also train each for so many steps."
 SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each in --train.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print the table as JSON.")
 CSV = flags.DEFINE_string("csv", None, "Also write the table to this file.")
-CHECK = flags.DEFINE_bool("check", False, "Check what every variant has to keep instead.")
-SCALING = flags.DEFINE_bool("scaling", False, "Time steps at several lengths instead.")
-LENGTHS = flags.DEFINE_list("lengths", ["256", "512", "1024", "2048", "4096"], "Of --scaling.")
-OUT = flags.DEFINE_string(
-    "out", None, "Folder of --train (runs/zoo), or of the figure of --scaling (figures)."
-)
+OUT = flags.DEFINE_string("out", None, "Folder of --train; runs/zoo by default.")
 
 log = logging.getLogger("kha_jax")
-BROKEN = 1  # exit code of a check that failed
 
 
 def measured(found: dict[str, Member], rows: dict[str, Row]) -> tuple[float, dict[str, Row]]:
     """The machine's FLOP/s in one square product, and the rows with their times."""
-    from experiments import peers
-    from experiments.timing import decoding_step, interleaved, training_step
+    from experiments.timing import peers
+    from experiments.timing.steps import decoding_step, interleaved, training_step
 
     steps = {"matmul": peers.matmul_step()}
     for name, member in found.items():
@@ -158,7 +149,7 @@ def interval(
 
 def columns(name: str, row: Row) -> dict[str, str]:
     """What the table for people says of a row."""
-    from experiments.timing import NEW
+    from experiments.timing.steps import NEW
 
     def yes(value):
         return "" if value is None else "yes" if value else "no"
@@ -236,32 +227,6 @@ def write_csv(path: str, rows: dict[str, Row]) -> None:
         raise UsageError(f"--csv={path} cannot be written: {error.strerror}") from None
 
 
-def quickly_on_cpus() -> None:
-    """Eight virtual devices, whose products are float32, and code that is not optimised, which
-    compiles in a third of the time. jax reads this when it first computes."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
-
-
-def check(found: dict[str, Member]) -> int:
-    """A line for each variant, and the exit code."""
-    from kha_jax.properties import check
-
-    failed = []
-    for name, member in found.items():
-        began = time.perf_counter()
-        kept = check(member.run.model)
-        broken = [f"{prop}: {of.text}" for prop, of in kept.items() if of.holds is False]
-        figures = [f"{prop} {of.figure:.1g}" for prop, of in kept.items() if of.holds]
-        words = f"FAILED {'; '.join(broken)}" if broken else f"ok {', '.join(figures)}"
-        failed += [name] if broken else []
-        print(f"{name:16} {words} ({time.perf_counter() - began:.1f} s)", flush=True)
-    print(f"FAILED: {', '.join(failed)}" if failed else "all keep what they have to")
-    return BROKEN if failed else command_line.DONE
-
-
 def check_flags() -> None:
     """Raises UsageError where flags contradict each other."""
     for name in MATCH.value:
@@ -272,23 +237,13 @@ def check_flags() -> None:
             f"--match={','.join(MATCH.value)}: parameters and FLOPs are met by one width; name one "
             "of params, flops, cache, or cache and one of the others"
         )
-    if CHECK.value and SCALING.value:
-        raise UsageError("--check: does nothing beside --scaling; leave out one of them")
 
 
 def main() -> int | None:
     """See the module's docstring."""
     check_flags()
     config: RunConfig = command_line.parse_config(RunConfig)
-    if SCALING.value:
-        from experiments import scaling
-
-        out = stored.local_folder("out", OUT.value or "figures")
-        return scaling.run(config, LENGTHS.value, ROUNDS.value, out)
     found = members.members(config, ADD.value, ONLY.value)
-    if CHECK.value:
-        quickly_on_cpus()
-        return check(found)
     jax.config.update("jax_num_cpu_devices", members.WAYS)
     budget, found, rows = members.fitted(found, MATCH.value, MULTIPLE.value)
     # what cannot be trained or written is known before hours of training

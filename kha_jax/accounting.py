@@ -6,30 +6,12 @@ are visible, (T + 1) / 2 on average.
 """
 
 import math
-import os
-import platform
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import jax
 
 from kha_jax.config import ConfigError
 from kha_jax.model import ModelConfig, Segment
-
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a fragment of jax's
-# device_kind.
-PEAK_FLOPS = {
-    "v5p": 459e12,
-    "v5 lite": 197e12,
-    "v5e": 197e12,
-    "TPU v5": 459e12,  # what a v5p calls itself; the lite ones have matched above
-    "v6 lite": 918e12,
-    "v6e": 918e12,
-    "v4": 275e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
 
 
 class Accounting(NamedTuple):
@@ -122,32 +104,3 @@ def check_memory(model: ModelConfig, tokens: int, available: float) -> None:
             f"with batch_size / accumulation makes {tokens:,} tokens at once, for which the inputs "
             f"of the layers alone take {inputs / 1e9:,.1f} GB; {there}",
         )
-
-
-def device_bytes(device: jax.Device) -> float:
-    """Memory of a device; a CPU's share of the machine's, or of what its control group may have."""
-    told = (device.memory_stats() or {}).get("bytes_limit")
-    if told:
-        return told
-    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(total, float(text) if text.isdecimal() else total) / jax.local_device_count()
-
-
-def peak_flops(device_kind: str) -> float:
-    """bf16 FLOP/s of one device, or NaN where unknown."""
-    return next(
-        (peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), math.nan
-    )
-
-
-def hardware() -> str:
-    """What computes: so many accelerators of a kind, or the cores of a processor."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return f"{os.cpu_count()} cores of {next(named, platform.processor() or platform.machine())}"

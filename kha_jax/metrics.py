@@ -1,20 +1,17 @@
 """Metrics of a run: one JSON object a line, optional TensorBoard, and the meter that turns times
 into rates."""
 
-import collections
 import errno
 import json
 import logging
 import math
 import os
-import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 
-SPIKING = ("loss", "grad_norm")  # what the spike score looks at
 log = logging.getLogger("kha_jax")
 
 
@@ -156,114 +153,6 @@ class Spared:
             log.warning("%s: %d failures, training went on", self.name, self.lost)
 
 
-class Spikes:
-    """Notices a value far above its recent ones: by more than `far` times the median distance from
-    the median of the last `window`, which is taken as 1% of the median at least."""
-
-    def __init__(self, window: int = 100, enough: int = 20, far: float = 15.0):
-        self.recent: collections.deque[float] = collections.deque(maxlen=window)
-        self.enough, self.far = enough, far
-
-    def median_below(self, value: float) -> float | None:
-        """The recent median if the value is far above it, else None; the value is recent from now
-        on."""
-        recent = sorted(self.recent)
-        if math.isfinite(value):
-            self.recent.append(value)
-        if len(recent) < self.enough or not math.isfinite(value):
-            return None
-        median = statistics.median(recent)
-        spread = statistics.median(abs(one - median) for one in recent)
-        return median if value > median + self.far * max(spread, 0.01 * abs(median)) else None
-
-
-class SpikeRule(NamedTuple):
-    """When a value of a series is a spike: it is `far` spreads or more from the centre of the
-    `window` values before it, of which there must be `history`.
-
-    The mean and the standard deviation, and a fall counts like a rise, are the spike score of OLMo
-    2 (arXiv 2501.00656); what history a value needs is not said there. `robust`, for runs shorter
-    than that window: the median and 1.4826 times the median absolute deviation (at least `least`
-    of the median), which a first spike does not widen; rises alone, since the fall of a loss at the
-    start of training is none. A value that is not finite is a spike.
-    """
-
-    window: int = 1000
-    history: int = 100
-    far: float = 7.0
-    robust: bool = False
-    least: float = 1e-3
-
-    def describe(self) -> str:
-        """The rule in words."""
-        centre, spread, side = "mean", "standard deviations", "from"
-        if self.robust:
-            centre, spread, side = "median", "1.4826 x median absolute deviations", "above"
-        return (
-            f"at least {self.far:g} {spread} {side} the rolling {centre} of the last "
-            f"{self.window} values, of which {self.history} are needed"
-        )
-
-    def away(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(distance in spreads, centre, spread) of each value, NaN where history is missing; the
-        distance of a value that is not finite is infinite."""
-        centre, spread = np.full((2, len(values)), np.nan)
-        finite = np.isfinite(values)
-        for i in range(len(values)):
-            since = max(0, i - self.window)
-            recent = values[since:i][finite[since:i]]
-            if len(recent) < self.history:
-                continue
-            if self.robust:
-                centre[i] = middle = np.median(recent)
-                scale = 1.4826 * np.median(np.abs(recent - middle))
-                spread[i] = max(scale, self.least * abs(middle))
-            else:
-                centre[i], spread[i] = recent.mean(), recent.std()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            distance = np.where(values == centre, 0.0, (values - centre) / spread)
-        return np.where(finite | np.isnan(centre), distance, np.inf), centre, spread
-
-    def marks(self, distance: np.ndarray) -> np.ndarray:
-        """Which distances are those of a spike."""
-        return (distance if self.robust else np.abs(distance)) >= self.far
-
-
-def spike_rule(length: int) -> SpikeRule:
-    """OLMo 2's rule where a series is longer than its window, else the robust one over 40 values,
-    few enough that a falling loss moves little within them: it calls less than one in 10^4 values
-    of white noise a spike."""
-    full = SpikeRule()
-    return full if length > full.window else SpikeRule(window=40, history=20, robust=True)
-
-
-class Spike(NamedTuple):
-    """One excursion of a series.
-
-    step: its first. peak: the value that is furthest out, NaN where one was not finite. centre:
-    before it. spreads: how many of them the peak is away, NaN likewise. recovery: steps until a
-    value is within 2 spreads of that centre again, or better (below it, for a rise); None where
-    none is within a window of values.
-    """
-
-    name: str
-    step: int
-    peak: float
-    centre: float
-    spreads: float
-    recovery: int | None
-
-    @property
-    def size(self) -> float:
-        """The peak over the centre, in the series' unit (nats for a loss)."""
-        return self.peak - self.centre
-
-    @property
-    def times(self) -> float:
-        """The peak in multiples of the centre."""
-        return self.peak / self.centre if self.centre else math.nan
-
-
 def column(rows: Iterable[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the lines that have the name, the largest entry of a list; NaN for what is
     no number. Of lines with one step the last counts."""
@@ -276,50 +165,6 @@ def column(rows: Iterable[dict[str, Any]], name: str) -> tuple[np.ndarray, np.nd
             found[row["step"]] = max(numbers) if len(numbers) == len(listed) > 0 else math.nan
     steps = sorted(found)
     return np.array(steps, np.int64), np.array([found[step] for step in steps], np.float64)
-
-
-def find_spikes(
-    steps: Sequence[int], values: Sequence[float], name: str = "", rule: SpikeRule | None = None
-) -> list[Spike]:
-    """The spikes of a series, first to last. Values that spike before the series has recovered
-    belong to the first of them.
-
-    rule: `spike_rule` of the length by default.
-    """
-    values = np.asarray(values, np.float64)
-    rule = rule or spike_rule(len(values))
-    distance, centres, spreads = rule.away(values)
-    found, end = [], 0
-    for at in np.flatnonzero(rule.marks(distance)):
-        if at < end:
-            continue
-        sign = -1.0 if distance[at] < 0 else 1.0
-        after = sign * (values[at : at + rule.window] - centres[at])
-        back = np.flatnonzero(after <= 2 * spreads[at])  # NaN is not back
-        end = at + (int(back[0]) if back.size else len(after))
-        furthest = float(after[: end - at].max())
-        peak, out = centres[at] + sign * furthest, furthest / spreads[at] if spreads[at] else np.inf
-        recovery = int(steps[end] - steps[at]) if back.size else None
-        numbers = float(peak), float(centres[at]), float(out)
-        found.append(Spike(name, int(steps[at]), *numbers, recovery))
-    return found
-
-
-def spike_score(rows: Iterable[dict[str, Any]], names: Sequence[str] = SPIKING) -> float:
-    """Share of steps at which one of the named series is a spike (`spike_rule` of its length), of
-    the steps with enough history; NaN where there are none.
-
-    rows: objects with `step` and the names, such as `read_lines` gives of any JSONL log. Windows
-    count logged lines.
-    """
-    rows, scored, spiked = list(rows), set(), set()
-    for name in names:
-        steps, values = column(rows, name)
-        rule = spike_rule(len(values))
-        distance, *_ = rule.away(values)
-        scored.update(steps[~np.isnan(distance)].tolist())
-        spiked.update(steps[rule.marks(distance)].tolist())
-    return len(spiked) / len(scored) if scored else math.nan
 
 
 class Meter:

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.projections import State
 from kha_jax.config import Config, ConfigError, choice
-from kha_jax.feed_forward import FeedForward, SwiGLU
-from kha_jax.moe import MoE
+from kha_jax.feed_forward import FeedForward, MoE, SwiGLU
+from kha_jax.modules import Aux, Module, Numerics, RMSNorm, no_aux
 from kha_jax.ops import losses
-from kha_jax.ops.keep import STREAM, keep
-from kha_jax.parameters import Aux, Module, Numerics, RMSNorm, no_aux
+from kha_jax.ops.checkpoint_names import STREAM, keep
 from kha_jax.remat import POLICIES, jax_policy
 from kha_jax.sharding import constrain, per_device, sum_over, ways
 

@@ -7,7 +7,7 @@ import jax
 
 from kha_jax.attention import AttentionConfig
 from kha_jax.feed_forward import FeedForward
-from kha_jax.ops.keep import ATTENTION, INNER, PROJECTED, ROUTER, STREAM
+from kha_jax.ops.checkpoint_names import ATTENTION, INNER, PROJECTED, ROUTER, STREAM
 
 REST = "rest"  # norms, rotary, mixers, activations: what no policy but `none` keeps
 

@@ -21,6 +21,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kha_jax.config import Config, ConfigError, near
+from kha_jax.hardware.chips import SLICES, chips
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
@@ -52,25 +53,6 @@ SHARED = ("kv_heads",)
 # Axes whose parts are gathered where a parameter is used (FSDP).
 STORED = ("embed", "expert_embed")
 MESH_AXES = ("data", "expert", "model")
-# Slices by their vendor's names, where a v5p chip counts twice, and by libtpu's: kind and shape.
-SLICES = {
-    "v5e-1": "v5e:1x1",
-    "v5e-4": "v5e:2x2",
-    "v5e-64": "v5e:8x8",
-    "v5e-256": "v5e:16x16",
-    "v5p-8": "v5p:2x2x1",
-    "v5p-64": "v5p:4x4x2",
-    "v5p-128": "v5p:4x4x4",
-    "v6e-1": "v6e:1x1",
-    "v6e-4": "v6e:2x2",
-    "v6e-64": "v6e:8x8",
-    "v6e-256": "v6e:16x16",
-}
-
-
-def chips(topology: str) -> int:
-    """Devices of a slice by libtpu's name, such as v5p:4x4x4."""
-    return math.prod(map(int, topology.partition(":")[2].split("x")))
 
 
 # Devices of the places that a run can be meant for; None: any number.
@@ -89,8 +71,8 @@ class MeshConfig(Config):
     those that there are, `1-host` all of a single process, the others need as many devices as
     PRESETS says. None: wherever it is started.
 
-    tuning: what the step is compiled with on a TPU: what `kha_jax.tpu` has for its chip, or the
-    compiler's own defaults.
+    tuning: what the step is compiled with on a TPU: what `kha_jax.hardware.tpu` has for its chip,
+    or the compiler's own defaults.
     """
 
     preset: str | None = None

@@ -27,7 +27,7 @@ from kha_jax.attention.outputs import (
 )
 from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
-from kha_jax.properties import Layer
+from kha_jax.comparing.properties import Layer
 
 D = 16
 SLOTS = ("query", "key", "value")

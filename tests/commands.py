@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 300  # seconds, after which a command hangs, also on a machine that is busy
 SLOW_IMPORTS = (
-    "kha_jax.decoding",
-    "kha_jax.inspect",
-    "experiments.reporter",
-    "experiments.replay",
+    "kha_jax.inference.decoding",
+    "kha_jax.analysis",
+    "experiments.train_loop.reporter",
+    "experiments.train_loop.replay",
     "configs.base",
 )
 

@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.projections import GroupedQuery
-from kha_jax.feed_forward import SwiGLU
+from kha_jax.feed_forward import MoE, SwiGLU
 from kha_jax.model import LossConfig, ModelConfig
-from kha_jax.moe import MoE
-from kha_jax.parameters import Numerics
-from kha_jax.training import RunConfig
+from kha_jax.modules import Numerics
+from kha_jax.training.run_config import RunConfig
 
 
 def _model(layers, width, heads, kv_heads, feed_forward, vocabulary, embeddings="untied"):

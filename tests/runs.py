@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kha_jax.inspect.leaves import Checkpoint
+from kha_jax.analysis.leaves import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = [
@@ -39,7 +39,7 @@ SMALL = (
 
 
 def start(cache, workdir, *flags, base=SMALL, fault="", devices=1, **streams):
-    """The run as a process. fault: see kha_jax.faults. devices: virtual ones."""
+    """The run as a process. fault: see kha_jax.runs.faults. devices: virtual ones."""
     environment = {
         **os.environ,
         "KHA_JAX_CACHE": str(cache),

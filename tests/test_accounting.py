@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import pytest
 
 from configs import tables
-from kha_jax.accounting import account, peak_flops
+from kha_jax.accounting import account
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.config import to_dict
-from kha_jax.feed_forward import SwiGLU
+from kha_jax.feed_forward import MoE, SwiGLU
+from kha_jax.hardware.chips import peak_flops
 from kha_jax.model import ModelConfig
-from kha_jax.moe import MoE
-from kha_jax.parameters import Numerics
+from kha_jax.modules import Numerics
 
 PAPER_ATTENTION = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_heads=4, head_dim=128))
 SLOTS = ("query", "key", "value")

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kha_jax import accounting, properties, sharding
+from kha_jax import accounting, sharding
 from kha_jax.attention import AttentionConfig, outputs
-from kha_jax.attention.absorb import absorb, absorbed, foldable
 from kha_jax.attention.attention import LARGEST, SAMPLE
 from kha_jax.attention.mixers import HeadComposition, KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.outputs import (
@@ -24,12 +23,14 @@ from kha_jax.attention.outputs import (
 )
 from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
+from kha_jax.comparing import properties
+from kha_jax.comparing.properties import EXACT, PAD, POSITIONS, SEGMENTS, B, T, relative_error
 from kha_jax.config import ConfigError, from_dict, to_dict
+from kha_jax.inference.folding import absorb, absorbed, foldable
+from kha_jax.modules import Numerics
 from kha_jax.ops import attention as ops
-from kha_jax.parameters import Numerics
-from kha_jax.properties import EXACT, PAD, POSITIONS, SEGMENTS, B, T, relative_error
 from kha_jax.sharding import MeshConfig
-from kha_jax.training import RunConfig
+from kha_jax.training.run_config import RunConfig
 from tests import reference
 from tests.cases import (
     CASES,

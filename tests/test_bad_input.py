@@ -366,15 +366,15 @@ INPUTS = {
         2,
         "--set=config.optimizer.learning_rate=1: sets the same as --learning_rates=1,2",
     ),
-    "inspect of a damaged config": (
+    "analyze of a damaged config": (
         write("config.json", "[3]"),
-        ("inspect", "--workdir={run}", "--list"),
+        ("analyze", "--workdir={run}"),
         74,
         "config.json: is damaged",
     ),
-    "inspect of nothing": (no_damage, ("inspect",), 2, "--workdir: is required"),
-    "inspect of no folder": (no_damage, ("inspect", "--workdir={here}/none"), 2, "no such folder"),
-    "inspect of odd storage": (no_damage, ("inspect", "--workdir=odd://a"), 2, "storage is known"),
+    "analyze of nothing": (no_damage, ("analyze",), 2, "--workdir: is required"),
+    "analyze of no folder": (no_damage, ("analyze", "--workdir={here}/none"), 2, "no such folder"),
+    "analyze of odd storage": (no_damage, ("analyze", "--workdir=odd://a"), 2, "storage is known"),
     "a plan of no slice": (no_damage, ("plan", "--topology=v9:1x1"), 2, "v9:1x1"),
     "a ranking of one": (
         no_damage,

@@ -8,11 +8,10 @@ from kha_jax.attention.mixers import HeadComposition, KnockingMLP
 from kha_jax.attention.outputs import GatedOutput
 from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
-from kha_jax.budget import TOLERANCE, fit
+from kha_jax.comparing.budget import TOLERANCE, fit
 from kha_jax.config import ConfigError
-from kha_jax.feed_forward import SwiGLU
+from kha_jax.feed_forward import MoE, SwiGLU
 from kha_jax.model import AttentionFrom, ModelConfig
-from kha_jax.moe import MoE
 
 SIZES = {"query_heads": 8, "head_dim": 32}
 GQA = GroupedQuery(kv_heads=4, **SIZES)

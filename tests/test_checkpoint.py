@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kha_jax import faults, sharding
-from kha_jax.checkpoint import Checkpoints
-from kha_jax.manifest import MANIFEST, CheckpointError, verify
+from kha_jax import sharding
+from kha_jax.errors import CheckpointError
+from kha_jax.runs import faults
+from kha_jax.runs.checkpoint import Checkpoints
+from kha_jax.runs.manifest import MANIFEST, verify
 from kha_jax.sharding import MeshConfig
 
 STATE = {"params": {"w": jnp.arange(12.0).reshape(3, 4)}, "count": jnp.int32(7)}

@@ -10,10 +10,10 @@ from kha_jax import sharding
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery
-from kha_jax.moe import MoE
-from kha_jax.properties import collectives
+from kha_jax.comparing.properties import collectives
+from kha_jax.feed_forward import MoE
 from kha_jax.sharding import MeshConfig
-from kha_jax.training import make_trainer
+from kha_jax.training.step import make_trainer
 from tests.test_training import MODEL, RUN
 
 PLAIN = AttentionConfig(projection=GroupedQuery(query_heads=8, kv_heads=8, head_dim=8))

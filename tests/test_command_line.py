@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import help_text
+from experiments.cli import help_text
 from kha_jax.config import to_dict
-from kha_jax.training import RunConfig
+from kha_jax.training.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "flags.txt"
@@ -31,7 +31,25 @@ def defined(name: str) -> set[str]:
         for call in calls
         if isinstance(call.func, ast.Attribute) and call.func.attr.startswith("DEFINE_")
     }
-    return names | (defined("command_line") if "command_line.define_config(" in source else set())
+    return names | (
+        defined("cli/command_line") if "command_line.define_config(" in source else set()
+    )
+
+
+def test_the_commands_are_listed_and_a_misspelt_one_names_the_nearest():
+    code, out, _ = run("-m", "experiments")
+    assert code == 0 and [line.split()[2] for line in out.splitlines()] == [
+        f"experiments.{name}" for name in COMMANDS
+    ]
+    code, out, err = run("-m", "experiments", "trian")
+    assert (code, out, err) == (2, "", "error: trian: is no command; did you mean 'train'?\n")
+
+
+def test_what_one_types_stands_alone_at_the_top():
+    """A file of experiments/ is a command, and none has the name of a standard module, which it
+    would hide from whoever runs one as a file."""
+    names = {path.stem for path in (ROOT / "experiments").glob("[a-z]*.py")}
+    assert names == set(COMMANDS) and not names & sys.stdlib_module_names
 
 
 def test_commands_have_the_flags_of_the_golden_list():
@@ -83,7 +101,7 @@ def test_libtpu_is_quiet_where_there_is_no_tpu():
     """jax starts every platform that is installed; nothing keeps it from a TPU that is there."""
     pytest.importorskip("libtpu", reason="needs the extra: pip install -e '.[plan]'")
     program = (
-        "from experiments import command_line; import jax; "
+        "from experiments.cli import command_line; import jax; "
         "command_line.run(lambda: print(jax.default_backend(), jax.config.jax_platforms))"
     )
     alone = {name: None for name in ("JAX_PLATFORMS", *(n for n in os.environ if "TPU" in n))}

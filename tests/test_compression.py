@@ -12,12 +12,11 @@ from kha_jax.accounting import cache_bytes
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
-from kha_jax.compression import basis, compress
 from kha_jax.config import ConfigError
-from kha_jax.feed_forward import SwiGLU
+from kha_jax.feed_forward import MoE, SwiGLU
+from kha_jax.inference.compression import basis, compress
 from kha_jax.model import AttentionFrom, ModelConfig
-from kha_jax.moe import MoE
-from kha_jax.parameters import Numerics
+from kha_jax.modules import Numerics
 
 SIZES = {"query_heads": 4, "head_dim": 8}
 GQA = AttentionConfig(projection=GroupedQuery(kv_heads=4, **SIZES))

@@ -30,11 +30,10 @@ from kha_jax.config import (
     to_dict,
 )
 from kha_jax.data import MultiQueryAssociativeRecall
-from kha_jax.feed_forward import SwiGLU
+from kha_jax.feed_forward import MoE, SwiGLU
 from kha_jax.model import AttentionFrom, LossConfig, ModelConfig, SameAttention
-from kha_jax.moe import MoE
-from kha_jax.parameters import Numerics
-from kha_jax.training import RunConfig
+from kha_jax.modules import Numerics
+from kha_jax.training.run_config import RunConfig
 
 
 class Shape(Config):

@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 
 from kha_jax.config import ConfigError
-from kha_jax.data import (
-    TASKS,
-    DataError,
-    PythonSource,
-    StorageError,
-    batches,
-)
+from kha_jax.data import TASKS, PythonSource, batches
 from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
+from kha_jax.errors import DataError, StorageError
 
 DOCUMENTS = [b"first document", b"", b"second", b"the third is longer than a window of eight"]
 

@@ -23,12 +23,13 @@ from kha_jax.attention.outputs import HeadGroupNorm, MixtureOfHeads
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
-from kha_jax.decoding import Decoder, absorb_model, extend, prefill, unstack
-from kha_jax.feed_forward import SwiGLU
+from kha_jax.feed_forward import MoE, SwiGLU
+from kha_jax.inference.decoding import Decoder, extend, prefill
+from kha_jax.inference.folding import absorb_model
+from kha_jax.inference.layers import unstack
+from kha_jax.inference.sampling import Sampling, sample
 from kha_jax.model import AttentionFrom, ModelConfig
-from kha_jax.moe import MoE
-from kha_jax.parameters import Numerics
-from kha_jax.sampling import Sampling, sample
+from kha_jax.modules import Numerics
 from tests.commands import run_all
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,5 +1,6 @@
 """The fault table on a real run: it is killed, filled, fed and starved at named places (see
-kha_jax.faults), and the end is compared leaf by leaf, by hash, with a run that nothing happened to.
+kha_jax.runs.faults), and the end is compared leaf by leaf, by hash, with a run that nothing
+happened to.
 
 Golden runs and programs are shared; rows that one process can meet. Damage to files is in
 test_checkpoint, to data in test_data, to what a folder says in test_run_folder.

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.command_line import UsageError, check_override
+from experiments.cli.command_line import UsageError, check_override
 from kha_jax import accounting
 from kha_jax.config import ConfigError, from_dict, to_dict
-from kha_jax.data import DataError
 from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
-from kha_jax.training import RunConfig
+from kha_jax.errors import DataError
+from kha_jax.training.run_config import RunConfig
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies

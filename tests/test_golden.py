@@ -16,7 +16,8 @@ from configs import tables
 from kha_jax import sharding
 from kha_jax.accounting import account
 from kha_jax.config import from_dict, to_dict
-from kha_jax.training import RunConfig, make_trainer
+from kha_jax.training.run_config import RunConfig
+from kha_jax.training.step import make_trainer
 from tests.runs import CONFIGS, ROOT
 
 # Rows of tables are the other configs with another attention; tests/test_accounting.py has them.

@@ -9,35 +9,36 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "config": 0,
-    "faults": 0,
-    "watchdog": 0,
+    "errors": 0,
+    "hardware": 0,
     "ops": 0,
     "sharding": 0,
-    "tpu": 0,
-    "parameters": 0.5,  # the base of all modules: config and ops.norm
+    "storage": 0,
     "data": 1,
-    "optimizer": 1,
     "metrics": 1,
-    "statistics": 1,
-    "sampling": 1,
-    "processes": 1,
+    "modules": 1,
+    "spikes": 1,
     "attention": 2,
     "feed_forward": 2,
-    "moe": 2,
-    "remat": 2.4,
-    "model": 2.5,
-    "accounting": 2.6,  # what a block is made of, then the whole
-    "training": 3,
-    "manifest": 2.9,
-    "checkpoint": 3,
-    "decoding": 3,
-    "properties": 2.7,
-    "budget": 2.7,
-    "compression": 3.1,
-    "planning": 3.5,
-    "inspect": 4,
-    "convert": 4,
+    "accounting": 3,
+    "model": 3,
+    "remat": 3,
+    "runs": 3,
+    "inference": 4,
+    "training": 4,
+    "analysis": 5,
+    "comparing": 5,
+    "planning": 5,
 }
+# The commands stand on these, which stand on the library.
+ROOMS = {
+    "cli": 0,
+    "run_folders": 1,
+    "sweeps": 3,
+    "timing": 2,
+    "train_loop": 2,
+}
+COMMAND = 4  # what one types
 ALONE = ("config", "ops")  # these import nothing of kha_jax but themselves
 OPTIONAL = ("torch", "transformers", "tensorboardX", "matplotlib", "wandb")
 SOURCES = sorted(
@@ -92,10 +93,29 @@ def part_of(name: str) -> str | None:
     return parts[1] if exists or parts[1] in LAYERS else None
 
 
+def room_edges(path: Path, names: list[str]) -> list[str]:
+    """What is wrong among the commands: a helper imports from its own room and those below, a
+    command from rooms alone."""
+
+    def level(parts):
+        room = parts[1] if len(parts) > 1 else "__init__"
+        return ROOMS[room] if room in ROOMS else COMMAND
+
+    if path.parts[0] != "experiments":
+        return []
+    own, wrong = path.with_suffix("").parts, []
+    for parts in (name.split(".") for name in names if name.startswith("experiments.")):
+        same = parts[1] == own[1]
+        if not same and level(parts) >= level(own):
+            wrong.append(f"{path} imports {'.'.join(parts)}, which stands no deeper")
+    return wrong
+
+
 def upward_edges(path: Path, source: str) -> list[str]:
     """What is wrong with a module's imports, anywhere in it."""
-    wrong, own = [], part_of(module_name(path))
-    for name in sorted(imported(ast.walk(ast.parse(source)), package_of(path))):
+    names = sorted(imported(ast.walk(ast.parse(source)), package_of(path)))
+    wrong, own = room_edges(path, names), part_of(module_name(path))
+    for name in names:
         target = part_of(name)
         if path.parts[0] == "kha_jax" and name.split(".")[0] in ("experiments", "configs"):
             wrong.append(f"{path} imports {name}: the library never imports its programs")
@@ -114,10 +134,59 @@ def upward_edges(path: Path, source: str) -> list[str]:
     return wrong
 
 
+def circles(sources: dict[str, str]) -> list[list[str]]:
+    """Modules that import one another, in imports anywhere in them; sources: text by path."""
+    modules = {module_name(Path(path)): Path(path) for path in sources}
+
+    def module_of(name):
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph = {}
+    for own, path in modules.items():
+        names = imported(ast.walk(ast.parse(sources[str(path)])), package_of(path))
+        graph[own] = {module_of(name) for name in names} - {"", own}
+    return sorted(
+        sorted(part)
+        for part in {frozenset(_reached(graph, a) & _reaching(graph, a)) for a in graph}
+        if part
+    )
+
+
+def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    found, left = set(), list(graph[start])
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += graph[node]
+    return found
+
+
+def _reaching(graph: dict[str, set[str]], end: str) -> set[str]:
+    return {node for node in graph if end in _reached(graph, node)}
+
+
 def eager_optional(path: Path, source: str) -> list[str]:
     """Optional packages that importing the module would need."""
     names = imported(run_at_import(ast.parse(source)), package_of(path))
     return sorted(name for name in names if name.split(".")[0] in OPTIONAL)
+
+
+def test_no_modules_import_one_another():
+    assert circles({str(path): (ROOT / path).read_text() for path in SOURCES}) == []
+
+
+def test_circles_are_found():
+    """Also one of three, and one behind a function."""
+    pair = {"experiments/a/x.py": "def f():\n    from experiments.a import y"}
+    pair["experiments/a/y.py"] = "from experiments.a.x import f"
+    assert circles(pair) == [["experiments.a.x", "experiments.a.y"]]
+    ring = {f"kha_jax/{a}.py": f"import kha_jax.{b}" for a, b in ("ab", "bc", "ca")}
+    assert circles({**ring, "kha_jax/d.py": "import kha_jax.a"}) == [
+        [f"kha_jax.{m}" for m in "abc"]
+    ]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
@@ -140,25 +209,29 @@ def test_every_part_of_the_library_has_a_layer():
     [
         ("kha_jax/attention/mixers.py", "from kha_jax.model import ModelConfig", True),
         ("kha_jax/model.py", "from kha_jax import training", True),
-        ("kha_jax/model.py", "import kha_jax.training as t", True),
-        ("kha_jax/model.py", "def f():\n    from kha_jax.checkpoint import Checkpoints", True),
-        ("kha_jax/attention/mixers.py", "from .. import decoding", True),
+        ("kha_jax/model.py", "import kha_jax.training.step as t", True),
+        ("kha_jax/model.py", "def f():\n    from kha_jax.inference.decoding import Decoder", True),
+        ("kha_jax/attention/mixers.py", "from .. import inference", True),
         ("kha_jax/ops/norm.py", "from kha_jax.config import Config", True),
         ("kha_jax/config.py", "from kha_jax.ops import norm", True),
-        ("kha_jax/parameters.py", "from kha_jax.optimizer import OptimizerConfig", True),
-        ("kha_jax/training.py", "import experiments.train", True),
-        ("kha_jax/training.py", "from configs import base", True),
-        ("kha_jax/training.py", "from kha_jax.model import ModelConfig", False),
+        ("kha_jax/modules.py", "from kha_jax.training.run_config import RunConfig", True),
+        ("kha_jax/training/step.py", "import experiments.train", True),
+        ("kha_jax/training/step.py", "from configs import base", True),
+        ("kha_jax/training/step.py", "from kha_jax.model import ModelConfig", False),
         ("kha_jax/attention/__init__.py", "from .attention import Attention", False),
-        ("kha_jax/attention/mixers.py", "from ..parameters import Module", False),
-        ("kha_jax/parameters.py", "from kha_jax.ops.norm import rms_norm", False),
-        ("kha_jax/checkpoint.py", "from kha_jax import __version__", False),
+        ("kha_jax/attention/mixers.py", "from ..modules import Module", False),
+        ("kha_jax/modules.py", "from kha_jax.ops.norm import rms_norm", False),
+        ("kha_jax/runs/checkpoint.py", "from kha_jax import __version__", False),
         ("kha_jax/ops/losses.py", "from kha_jax.ops import norm\nimport jax", False),
         (
             "experiments/train.py",
-            "from kha_jax.training import train_step\nfrom experiments import report",
+            "from kha_jax.training.step import train_step\nfrom experiments.cli import help_text",
             False,
         ),
+        ("experiments/cli/terminal.py", "from experiments.sweeps import page", True),
+        ("experiments/sweeps/page.py", "from experiments import report", True),
+        ("experiments/sweeps/page.py", "from experiments.cli import terminal", False),
+        ("experiments/report.py", "from experiments import sweep", True),
     ],
 )
 def test_upward_edges_are_found(path, source, wrong):

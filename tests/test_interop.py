@@ -12,7 +12,7 @@ from kha_jax.attention.mixers import KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
-from kha_jax.parameters import Numerics
+from kha_jax.modules import Numerics
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install -e '.[interop]'")
 transformers = pytest.importorskip(

@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from experiments.terminal import Terminal
-from kha_jax import metrics
-from kha_jax.checkpoint import CheckpointError
-from kha_jax.inspect.reading import read_metrics
-from kha_jax.metrics import MetricsFile, Spared, Spikes, TensorBoard, read_lines
+from experiments.cli.terminal import Terminal
+from kha_jax import metrics, spikes
+from kha_jax.analysis.reading import read_metrics
+from kha_jax.errors import CheckpointError
+from kha_jax.metrics import MetricsFile, Spared, TensorBoard, read_lines
+from kha_jax.spikes import Spikes
 
 
 def test_what_is_not_finite_is_null(tmp_path):
@@ -108,14 +109,18 @@ def test_a_terminal_that_is_gone_counts_what_nobody_saw(tmp_path):
     terminal.stream.close()
 
 
-def test_spikes_stand_out_from_what_is_recent_and_noise_does_not():
-    spikes = Spikes(window=50)
-    noise = [1 + 0.1 * math.sin(i) for i in range(60)]
-    assert not any(spikes.median_below(value) for value in noise)
-    assert spikes.median_below(math.nan) is None
-    assert spikes.median_below(4.0) == pytest.approx(1, abs=0.1)
-    level = [spikes.median_below(4.0) for _ in range(60)]
-    assert level[0] and not level[-1]  # a new level is not an endless alarm
+@pytest.mark.parametrize("length", [300, 1500])
+def test_spikes_are_the_same_while_a_series_grows_and_afterwards(length):
+    """Both rules, on noise with a spike, a hole and a new level, which is not an endless alarm."""
+    values = 1 + 0.1 * np.sin(np.arange(length))
+    values[[200, 205]], values[250:] = (4.0, math.nan), 3.0
+    rule = spikes.spike_rule(length)
+    live = Spikes(rule)
+    noticed = [live.centre_before(float(value)) for value in values]
+    afterwards = rule.marks(rule.away(values)[0]) & np.isfinite(values)
+    assert [one is not None for one in noticed] == afterwards.tolist()
+    assert noticed[200] == pytest.approx(1, abs=0.1) and noticed[205] is None
+    assert noticed[250] is not None and noticed[-1] is None
     assert metrics.plain((1, [math.nan])) == [1, [None]]
 
 
@@ -128,16 +133,16 @@ def test_spikes_are_found_sized_and_timed_on_a_made_log():
     values[150] = math.nan
     values[250:] += 1
     steps = np.arange(10, 3010, 10)
-    first, second, level = metrics.find_spikes(steps, values, "loss")
+    first, second, level = spikes.find_spikes(steps, values, "loss")
     assert (first.name, first.step, first.peak, first.recovery) == ("loss", 1010, 4.0, 30)
     assert first.size == pytest.approx(2, abs=0.05) and first.times == pytest.approx(2, rel=0.02)
     assert first.spreads == pytest.approx(2 / 0.05, rel=0.4)
     assert second.step == 1510 and math.isnan(second.peak) and second.recovery == 10
     assert level.step == 2510 and level.recovery is None
     falling = 2 + 4 * np.exp(-np.arange(300) / 60) + 0.03 * random.normal(size=300)
-    assert metrics.find_spikes(steps, falling) == []
+    assert spikes.find_spikes(steps, falling) == []
     falling[150] += 1
-    assert [one.step for one in metrics.find_spikes(steps, falling)] == [1510]
+    assert [one.step for one in spikes.find_spikes(steps, falling)] == [1510]
 
 
 def test_the_spike_score_of_a_long_run_is_the_definition():
@@ -157,19 +162,19 @@ def test_the_spike_score_of_a_long_run_is_the_definition():
         if abs(z[i] - z[max(0, i - 1000) : i].mean()) >= 7 * z[max(0, i - 1000) : i].std()
     }
     assert words == {700, 1300, 1400}  # 50 has too little history
-    assert metrics.spike_score(rows) == pytest.approx(3 / 1400)
-    assert metrics.spike_score(rows, ["loss"]) == pytest.approx(2 / 1400)
-    assert "mean of the last 1000" in metrics.spike_rule(len(rows)).describe()
-    assert math.isnan(metrics.spike_score(rows[:20]))
-    assert math.isnan(metrics.spike_score(rows, ["nothing"]))
+    assert spikes.spike_score(rows) == pytest.approx(3 / 1400)
+    assert spikes.spike_score(rows, ["loss"]) == pytest.approx(2 / 1400)
+    assert "mean of the last 1000" in spikes.spike_rule(len(rows)).describe()
+    assert math.isnan(spikes.spike_score(rows[:20]))
+    assert math.isnan(spikes.spike_score(rows, ["nothing"]))
 
 
 def test_constant_values_have_no_spikes_and_null_is_one():
     rows = [{"step": i, "loss": 1.0} for i in range(60)]
-    assert metrics.spike_score(rows) == 0
+    assert spikes.spike_score(rows) == 0
     rows[50]["loss"] = None
     rows.append({"step": 59, "val_loss": 3.0})  # an evaluation's line
-    assert metrics.spike_score(rows) == pytest.approx(1 / 40)
+    assert spikes.spike_score(rows) == pytest.approx(1 / 40)
     assert metrics.column([{"step": 2, "a": [1, 3.0]}, {"step": 1, "a": 2}], "a")[1].tolist() == [
         2,
         3,

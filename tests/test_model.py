@@ -15,7 +15,7 @@ from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import LossConfig, ModelConfig
-from kha_jax.parameters import Numerics
+from kha_jax.modules import Numerics
 from kha_jax.remat import POLICIES
 
 PROJECTION = GroupedQuery(query_heads=4, kv_heads=2, head_dim=8)

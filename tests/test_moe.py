@@ -13,19 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kha_jax import checkpoint, sharding
+from kha_jax import sharding
 from kha_jax.accounting import account
 from kha_jax.attention.outputs import MixtureOfHeads
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
 from kha_jax.feed_forward import SwiGLU
+from kha_jax.feed_forward.moe import MoE, load_metrics, update_bias
 from kha_jax.model import AttentionFrom, in_order
-from kha_jax.moe import MoE, load_metrics, update_bias
+from kha_jax.modules import Aux, Numerics, no_aux
 from kha_jax.ops import experts_cpu
 from kha_jax.ops.experts import KERNELS, experts
-from kha_jax.parameters import Aux, Numerics, no_aux
+from kha_jax.runs import checkpoint
 from kha_jax.sharding import MeshConfig
-from kha_jax.training import make_trainer
+from kha_jax.training.step import make_trainer
 from tests import reference
 from tests.test_training import RUN, begun, random_batch, trained
 
@@ -340,8 +341,8 @@ def test_two_sources_of_one_metric_are_refused():
 TPU_LAYER = """
 import jax, jax.numpy as jnp, flax.linen as nn
 from jax.experimental import topologies
-from kha_jax.moe import MoE
-from kha_jax.parameters import Numerics
+from kha_jax.feed_forward import MoE
+from kha_jax.modules import Numerics
 device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
 config = MoE(experts=128, top_k=8, width=384, kernel="ragged")
 layer = config.build(model_width=2048, numerics=Numerics())

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from kha_jax import planning, tpu
+from kha_jax import planning
 from kha_jax.config import ConfigError, from_dict
+from kha_jax.hardware import tpu
+from kha_jax.hardware.chips import SLICES
 from kha_jax.ops.attention import KERNELS
 from kha_jax.planning import SliceError, faster, fastest, placed, plan, remedies, topology
 from kha_jax.planning.memory import Compiled
 from kha_jax.planning.search import MARGIN, settings
-from kha_jax.sharding import SLICES, MeshConfig
-from kha_jax.training import RunConfig
+from kha_jax.sharding import MeshConfig
+from kha_jax.training.run_config import RunConfig
 from tests import published
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,11 +12,11 @@ import pytest
 
 from kha_jax.attention import AttentionConfig, mixers, outputs
 from kha_jax.attention.outputs import Output, OutputMixer
+from kha_jax.comparing.properties import PROPERTIES, check
 from kha_jax.config import to_dict
 from kha_jax.model import AttentionFrom, ModelConfig, SameAttention
-from kha_jax.parameters import no_aux
-from kha_jax.properties import PROPERTIES, check
-from kha_jax.training import RunConfig
+from kha_jax.modules import no_aux
+from kha_jax.training.run_config import RunConfig
 from tests.cases import PROJECTIONS, D
 from tests.commands import run_all
 
@@ -148,7 +148,7 @@ from kha_jax.attention.projections import GroupedQuery
 from kha_jax.config import to_config_dict
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
-from kha_jax.parameters import no_aux
+from kha_jax.modules import no_aux
 from kha_jax.training import RunConfig
 
 
@@ -186,7 +186,7 @@ def own(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_names_what_is_broken_and_leaves_with_1(own, tmp_path):
-    (found,) = run_all([("zoo", [*own, "--only=mlp", "--check"])], tmp_path / "cache")
+    (found,) = run_all([("check", [*own, "--only=mlp"])], tmp_path / "cache")
     assert found.code == 1 and "\nFAILED: mine-leaky\n" in found.out
     assert "mine-leaky       FAILED causality: the gradient of later" in found.out
     assert "mlp              ok identity at the start 0, permuted heads" in found.out
@@ -199,14 +199,17 @@ def test_the_command_compares_what_a_user_brings(own, tmp_path):
         "match": ("--match=params,flops",),
         "only": ("--only=melp",),
         "add": ("--add=nowhere.py",),
-        "lengths": ("--scaling", "--lengths=256,x"),
+        "lengths": ("--suite=scaling", "--lengths=256,x"),
         "narrow": ("--match=cache,params", "--only=latent"),
         "other steps": (*own[:1], "--only=mlp", "--train=3", f"--out={tmp_path / 'zoo'}"),
     }
     of_another_budget = tmp_path / "zoo" / "mlp-seed0"
     (of_another_budget / "checkpoints" / "00000009").mkdir(parents=True)
     (of_another_budget / "config.json").write_text(json.dumps(to_dict(RunConfig(steps=9))))
-    lines = [("zoo", list(arguments)) for arguments in cases.values()]
+    lines = [
+        ("benchmark" if name == "lengths" else "zoo", list(arguments))
+        for name, arguments in cases.items()
+    ]
     found = dict(zip(cases, run_all(lines, tmp_path / "cache")))
     assert found["table"].code == 0, found["table"].err
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == [

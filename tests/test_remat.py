@@ -15,10 +15,9 @@ from jax.interpreters import partial_eval
 from kha_jax import remat
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.projections import GroupedQuery
-from kha_jax.feed_forward import SwiGLU
+from kha_jax.feed_forward import MoE, SwiGLU
 from kha_jax.model import ModelConfig
-from kha_jax.moe import MoE
-from kha_jax.parameters import Numerics
+from kha_jax.modules import Numerics
 
 B, T, LAYERS, WIDTH = 2, 64, 3, 48
 ATTENTION = AttentionConfig(projection=GroupedQuery(query_heads=4, kv_heads=2, head_dim=16))

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import sweep_report
-from kha_jax.inspect import sweeps
+from experiments.sweeps import report as sweep_report
+from kha_jax.analysis import sweeps
 from tests.commands import run_all
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,15 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.command_line import UsageError
-from experiments.run_folder import RunFolder, config_hash, use_compilation_cache
+from experiments.cli.command_line import UsageError
+from experiments.run_folders.folder import RunFolder, use_compilation_cache
+from experiments.run_folders.identity import config_hash
 from experiments.train import evaluate, open_sources
 from kha_jax import sharding
 from kha_jax.config import from_dict
-from kha_jax.data import DataError, MultiQueryAssociativeRecall, PythonSource
-from kha_jax.manifest import CheckpointError
+from kha_jax.data import MultiQueryAssociativeRecall, PythonSource
+from kha_jax.errors import CheckpointError, DataError
 from kha_jax.ops.losses import TokenSums
-from kha_jax.training import RunConfig
+from kha_jax.training.run_config import RunConfig
 from tests.runs import CONFIGS
 
 RUN = RunConfig(batch_size=4, seq_len=64)

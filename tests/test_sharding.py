@@ -14,14 +14,14 @@ from kha_jax.attention.mixers import STREAM_MIXERS
 from kha_jax.attention.projections import GroupedQuery
 from kha_jax.config import ConfigError
 from kha_jax.feed_forward import SwiGLU
+from kha_jax.hardware.chips import SLICES
 from kha_jax.model import ModelConfig
-from kha_jax.parameters import Numerics
+from kha_jax.modules import Numerics
 from kha_jax.planning import topology
 from kha_jax.sharding import (
     MESH_AXES,
     PRESETS,
     RULES,
-    SLICES,
     MeshConfig,
     batch_sharding,
     constrain,

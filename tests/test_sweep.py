@@ -13,12 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import command_line, results, runner
-from experiments.command_line import UsageError
-from experiments.runner import Sweep, Wanted
-from kha_jax.checkpoint import leaves
+from experiments.cli import command_line
+from experiments.cli.command_line import UsageError
+from experiments.run_folders import results
+from experiments.sweeps import runner
+from experiments.sweeps.runner import Sweep, Wanted
+from kha_jax.runs.checkpoint import leaves
 from kha_jax.sharding import MeshConfig, make_mesh
-from kha_jax.training import make_trainer
+from kha_jax.training.step import make_trainer
 from tests.runs import ROOT, SMALL
 
 ROW = Wanted("mlp", ("--config=configs/kha_tiny.py", "--config.steps=4"), "mlp")

@@ -4,9 +4,13 @@ and go on."""
 import json
 import shutil
 import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from kha_jax.analysis.leaves import Checkpoint
+from tests.commands import run_all
 from tests.runs import (
     STEPS,
     assert_same_end,
@@ -147,3 +151,42 @@ def test_steps_that_are_never_finite_stop_the_run_with_its_own_code(cache, tmp_p
     code, _, err = finish(start(cache, tmp_path, *flags, "--config.checkpoint.every=1"))
     assert code == 76 and "stopped at step 1: parameters or moments are not finite" in err
     assert not manifests(tmp_path)
+
+
+OLD = Path(__file__).parent / "fixtures" / "run_66038df"
+OLD_FLAGS = (
+    "--config=configs/mqar_tiny.py",
+    "--config.steps=12",
+    "--config.checkpoint.every=6",
+    "--config.batch_size=8",
+    "--config.model.width=16",
+    "--config.model.attention.projection.query_heads=2",
+    "--config.model.attention.projection.kv_heads=1",
+    "--config.model.attention.projection.head_dim=8",
+    "--config.model.attention.query.kind=linear",
+    "--config.model.feed_forward.width=16",
+    "--config.optimizer.knocking.decay=to_identity",
+    "--config.optimizer.knocking.learning_rate_multiplier=2.0",
+    "--config.evaluation.every=0",
+)
+
+
+def test_a_run_folder_of_an_older_commit_is_read_and_goes_on(tmp_path):
+    """Written by 66038df, before the packages were rearranged: six of twelve steps, and the state
+    that the same run had at the end. Bit-equal on the processor that wrote it; others may round
+    the last digits of a product otherwise."""
+    run = tmp_path / "old"
+    shutil.copytree(OLD, run, ignore=shutil.ignore_patterns("step_12.npz"))
+    commands = [
+        ("checkpoints", [f"--workdir={run}", "--verify"]),
+        ("convert", ["absorb", f"--workdir={run}", f"--out={tmp_path / 'folded'}"]),
+    ]
+    for found in run_all(commands, tmp_path / "cache"):
+        assert found.code == 0, found.err
+    code, out, err = finish(start(tmp_path / "cache", run, base=OLD_FLAGS))
+    assert code == 0 and "matches the checkpoint of step 6" in out, err
+    ended = Checkpoint(run / "checkpoints" / "00000012" / "state")
+    with np.load(OLD / "step_12.npz") as before:
+        assert set(before.files) == set(ended.leaves)
+        for name, leaf in ended.read(before.files).items():
+            np.testing.assert_allclose(leaf, before[name], rtol=1e-4, atol=1e-7, err_msg=name)

@@ -10,30 +10,25 @@ import numpy as np
 import optax
 import pytest
 
-from kha_jax import data, optimizer, sharding
+from kha_jax import data, sharding
 from kha_jax.attention import Attention, AttentionConfig
 from kha_jax.attention.attention import LARGEST
 from kha_jax.attention.mixers import KnockingLinear, KnockingMLP, NoMixer
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
-from kha_jax.checkpoint import CheckpointError, Checkpoints
 from kha_jax.config import ConfigError
 from kha_jax.data.loader import to_device
-from kha_jax.decoding import foldable_slots
-from kha_jax.feed_forward import SwiGLU
+from kha_jax.errors import CheckpointError
+from kha_jax.feed_forward import MoE, SwiGLU
+from kha_jax.inference.folding import foldable_slots
 from kha_jax.model import AttentionFrom, LossConfig, ModelConfig
-from kha_jax.moe import MoE
-from kha_jax.optimizer import (
-    KnockingOptimizerConfig,
-    OptimizerConfig,
-    learning_rate,
-    make,
-    roles,
-    schedule,
-)
-from kha_jax.parameters import Numerics
+from kha_jax.modules import Numerics
+from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.sharding import MeshConfig
-from kha_jax.training import RunConfig, make_trainer
+from kha_jax.training import optimizer
+from kha_jax.training.optimizer import learning_rate, make, roles, schedule
+from kha_jax.training.run_config import KnockingOptimizerConfig, OptimizerConfig, RunConfig
+from kha_jax.training.step import make_trainer
 from tests import cases
 
 ATTENTION = AttentionConfig(

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from kha_jax import watchdog
 from kha_jax.config import ConfigError
-from kha_jax.training import RunConfig
-from kha_jax.watchdog import Watchdog
+from kha_jax.runs import watchdog
+from kha_jax.runs.watchdog import Watchdog
+from kha_jax.training.run_config import RunConfig
 
 
 def test_what_takes_too_long_is_named_once():

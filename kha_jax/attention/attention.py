@@ -22,10 +22,10 @@ from kha_jax.attention.projections import (
 )
 from kha_jax.attention.scores import SCORE_MIXERS, NoScoreMixer, ScoreMixer
 from kha_jax.config import Config, choice
+from kha_jax.modules import Aux, Module
 from kha_jax.ops import attention as ops
 from kha_jax.ops import attention_cached
 from kha_jax.ops.linear import linear
-from kha_jax.parameters import Aux, Module
 from kha_jax.sharding import constrain, index_along, per_device, platform, ways
 
 SLOTS = ("query", "key", "value")
@@ -40,7 +40,7 @@ class AttentionConfig(Config):
     projection: who makes queries, keys and values. query, key, value: the stream mixer of each.
     logits, probabilities: the score mixer of each. output: the mixer of what the heads read.
     kernel: which implementation computes the scores (`kha_jax.ops.attention.KERNELS`); `auto` takes
-    the platform's best; a run on a TPU takes its chip's (`kha_jax.tpu`).
+    the platform's best; a run on a TPU takes its chip's (`kha_jax.hardware.tpu`).
     """
 
     projection: Projection = choice(PROJECTIONS, GroupedQuery())

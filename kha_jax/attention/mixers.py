@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from kha_jax.config import Config
+from kha_jax.modules import Module, Numerics
+from kha_jax.ops.checkpoint_names import PROJECTED, keep
 from kha_jax.ops.gating import sigmoid_gate
-from kha_jax.ops.keep import PROJECTED, keep
 from kha_jax.ops.linear import linear
-from kha_jax.parameters import Module, Numerics
 from kha_jax.sharding import ways
 
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kha_jax.config import Config
+from kha_jax.modules import Aux, Module, Numerics, RMSNorm, no_aux
 from kha_jax.ops.linear import linear
-from kha_jax.parameters import Aux, Module, Numerics, RMSNorm, no_aux
 
 
 class OutputMixer(Config):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from kha_jax.attention.mixers import diagonal
 from kha_jax.config import Config
-from kha_jax.parameters import Module, Numerics
+from kha_jax.modules import Module, Numerics
 
 
 class ScoreMixer(Config):

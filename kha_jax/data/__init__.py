@@ -3,10 +3,8 @@ step) alone."""
 
 from kha_jax.data.loader import (
     DataConfig,
-    DataError,
     Example,
     Source,
-    StorageError,
     batch_hash,
     batches,
     check_length,
@@ -22,6 +20,7 @@ from kha_jax.data.synthetic import (
     RelationalGraph,
     SelectiveCopy,
 )
+from kha_jax.errors import DataError, StorageError
 
 TASKS = {
     "mqar": MultiQueryAssociativeRecall,

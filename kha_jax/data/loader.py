@@ -4,23 +4,18 @@ Legend: B batch, T position.
 """
 
 import hashlib
-from typing import Any, Iterable, Iterator, Protocol
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Protocol
 
-import grain
 import jax
 import numpy as np
 
 from kha_jax.config import Config
+from kha_jax.errors import DataError
+
+if TYPE_CHECKING:
+    import grain  # nearly a second, which whoever wants configs alone does not pay
 
 Example = dict[str, np.ndarray]
-
-
-class DataError(Exception):
-    """Data that cannot be trained on. The message names the file or source and what to do."""
-
-
-class StorageError(Exception):
-    """A folder that cannot be written. The message names it and the reason."""
 
 
 class Source(Protocol):
@@ -59,9 +54,11 @@ class DataConfig(Config):
         raise NotImplementedError
 
 
-def window_order(length: int, seed: int, shuffle: bool = True) -> grain.MapDataset:
+def window_order(length: int, seed: int, shuffle: bool = True) -> "grain.MapDataset":
     """Which example comes when: an endless sequence of epochs over `length` of them, each in an
     order of its own."""
+    import grain
+
     order = grain.MapDataset.range(length).seed(seed)
     return (order.shuffle() if shuffle else order).repeat()
 
@@ -109,6 +106,8 @@ def batches(
     """
     check_length(source, batch_size, "lower batch_size or seq_len")
     order = window_order(len(source), seed, shuffle)
+
+    import grain
 
     def batch(step: int) -> Example:
         return stacked(source[order[step * batch_size + int(row)]] for row in rows)

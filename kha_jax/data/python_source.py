@@ -7,8 +7,10 @@ import sysconfig
 from pathlib import Path
 from typing import Iterator
 
-from kha_jax.data.loader import DataConfig, DataError
-from kha_jax.data.tokens import ByteTokenizer, TokenWindows, cache_folder, write_stream
+from kha_jax.data.loader import DataConfig
+from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
+from kha_jax.errors import DataError
+from kha_jax.storage import cache_folder
 
 LEFT_OUT = {
     "site-packages",

@@ -15,7 +15,8 @@ from typing import Any, Iterable
 
 import numpy as np
 
-from kha_jax.data.loader import DataError, Example, StorageError
+from kha_jax.data.loader import Example
+from kha_jax.errors import DataError, StorageError
 
 ID = np.dtype("<u2")
 CHUNK = 2**23  # tokens that are checked at once
@@ -46,22 +47,6 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the byte ids; special ids are dropped."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-
-
-def cache_folder(name: str) -> Path:
-    """A folder for what can be made again: $KHA_JAX_CACHE/name, by default below the user's cache
-    folder.
-
-    Raises:
-        StorageError: it is no folder of this machine.
-    """
-    base = (
-        os.environ.get("KHA_JAX_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kha_jax"
-    )
-    if "://" in str(base):
-        raise StorageError(f"KHA_JAX_CACHE={base}: object stores are not supported; name a folder")
-    return Path(base) / name
 
 
 def write_stream(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokenizer) -> None:

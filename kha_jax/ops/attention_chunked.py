@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kha_jax.ops.keep import ATTENTION, keep
+from kha_jax.ops.checkpoint_names import ATTENTION, keep
 
 MASKED = -1e30  # finite, so that a row without any visible key gives numbers and not NaN
 

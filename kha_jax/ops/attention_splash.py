@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from kha_jax.ops.keep import ATTENTION
+from kha_jax.ops.checkpoint_names import ATTENTION
 
 
 class Blocks(NamedTuple):
@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
 # of queries, so that at 1024 even a v6e computes longer on a block than it loads.
 BLOCKS = {192: Blocks(1024, 1024, 512), 512: Blocks(512, 512, 512)}
 # With fewer and longer turns; these want more of the VMEM than libtpu gives by itself, see
-# `kha_jax.tpu`.
+# `kha_jax.hardware.tpu`.
 LARGE = {192: Blocks(2048, 2048, 2048, fused=True)}
 # By the names of `kha_jax.ops.attention.KERNELS`.
 LIMITS = {"splash": BLOCKS, "splash_2048": LARGE}

@@ -10,9 +10,9 @@ F expert width.
 import jax
 import jax.numpy as jnp
 
+from kha_jax.ops.checkpoint_names import INNER, keep
 from kha_jax.ops.experts_cpu import blocked
 from kha_jax.ops.gating import swiglu
-from kha_jax.ops.keep import INNER, keep
 
 
 def experts(

@@ -15,10 +15,11 @@ from kha_jax import remat, sharding
 from kha_jax.model import Segment
 from kha_jax.ops.attention import ROWS
 from kha_jax.ops.attention_splash import LIMITS, Blocks, splash_blocks
-from kha_jax.ops.keep import INNER
+from kha_jax.ops.checkpoint_names import INNER
 from kha_jax.planning.slices import SliceError, Topology
 from kha_jax.sharding import ways_of
-from kha_jax.training import RunConfig, TrainState, make_trainer
+from kha_jax.training.run_config import RunConfig
+from kha_jax.training.step import TrainState, make_trainer
 
 
 def has_libtpu() -> bool:

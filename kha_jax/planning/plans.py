@@ -7,14 +7,14 @@ from kha_jax.config import ConfigError, under
 from kha_jax.planning import memory, times
 from kha_jax.planning.slices import Topology
 from kha_jax.sharding import ways_of
-from kha_jax.training import RunConfig
+from kha_jax.training.run_config import RunConfig
 
 
 class Plan(NamedTuple):
     """Sizes are bytes per device, times seconds of one optimiser step, `moved` bytes per device and
     step by kind of collective. `step_seconds` and what follows from it are the roofline,
     `expected_...` what `kha_jax.planning.times` expects. kernels: of each attention, by its field;
-    compiler_options: of libtpu, both by `kha_jax.tpu`."""
+    compiler_options: of libtpu, both by `kha_jax.hardware.tpu`."""
 
     topology: str
     chips: int

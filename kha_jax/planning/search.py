@@ -4,11 +4,12 @@ import math
 from typing import Any, Iterator, NamedTuple
 
 from kha_jax.config import ConfigError, to_dict
+from kha_jax.hardware.chips import SLICES
 from kha_jax.planning.plans import Plan, placed, plan
 from kha_jax.planning.slices import Topology, topology
 from kha_jax.remat import POLICIES
-from kha_jax.sharding import SLICES, ways_of
-from kha_jax.training import RunConfig
+from kha_jax.sharding import ways_of
+from kha_jax.training.run_config import RunConfig
 
 
 class Remedy(NamedTuple):

@@ -3,30 +3,9 @@
 import re
 from typing import NamedTuple
 
-from kha_jax import sharding
-from kha_jax.accounting import PEAK_FLOPS
 from kha_jax.config import near
-from kha_jax.sharding import SLICES
-
-
-class Chip(NamedTuple):
-    """One device by its data sheet: dense bf16 FLOP/s, bytes of HBM, bytes/s of HBM, bytes/s of its
-    links, all directions together, bytes/s to other slices (its share of the host's network), and
-    the side of its matrix unit."""
-
-    flops: float
-    hbm_bytes: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    network_bandwidth: float
-    matrix_side: int
-
-
-CHIPS = {
-    "v5p": Chip(PEAK_FLOPS["v5p"], 95 * 2**30, 2765e9, 600e9, 6.25e9, 128),
-    "v5e": Chip(PEAK_FLOPS["v5e"], 15.75 * 2**30, 819e9, 200e9, 3.125e9, 128),
-    "v6e": Chip(PEAK_FLOPS["v6e"], 31.25 * 2**30, 1640e9, 448e9, 12.5e9, 256),
-}
+from kha_jax.hardware import chips
+from kha_jax.hardware.chips import CHIPS, SLICES, Chip
 
 
 class Topology(NamedTuple):
@@ -65,4 +44,4 @@ def topology(name: str) -> Topology:
         raise SliceError(
             f"{name!r} is not KIND:SHAPE with a kind of {', '.join(CHIPS)}; {near(name, SLICES)}"
         )
-    return Topology(full, sharding.chips(full), CHIPS[kind])
+    return Topology(full, chips.chips(full), CHIPS[kind])

@@ -21,12 +21,12 @@ from kha_jax import sharding
 from kha_jax.model import Segment
 from kha_jax.ops.attention_chunked import chunks
 from kha_jax.ops.attention_splash import Blocks
-from kha_jax.ops.keep import ATTENTION, INNER
+from kha_jax.ops.checkpoint_names import ATTENTION, INNER
 from kha_jax.planning.memory import Layout, flash_blocks, head_floats, held, kept
 from kha_jax.planning.slices import Topology
 from kha_jax.remat import POLICIES
 from kha_jax.sharding import ways_of
-from kha_jax.training import RunConfig
+from kha_jax.training.run_config import RunConfig
 
 # Of the peak, in the matrix products and the attention kernel: an assumption, not a measurement.
 EFFICIENCY = 0.75

@@ -12,9 +12,9 @@ from typing import ClassVar, Mapping
 
 import jax
 
-from kha_jax import parameters
 from kha_jax.attention.mixers import Mixer, StreamMixer
 from kha_jax.config import Config
+from kha_jax.modules import Module
 
 Mixers = dict[str, Mixer]
 State = dict[str, jax.Array]
@@ -104,7 +104,7 @@ def shared_heads_misfit(query_heads: int, read: dict[str, int], *slots: str):
     return None
 
 
-class ProjectionModule(parameters.Module):
+class ProjectionModule(Module):
     """Base of the projections' modules; a mixer of their streams is a `mixers.Mixer`.
 
     Attention calls the instance, then either `keys_and_values` and the score kernel, or `read` and

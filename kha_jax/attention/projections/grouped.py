@@ -17,9 +17,9 @@ from kha_jax.attention.projections.base import (
     cached_heads,
     shared_heads_misfit,
 )
+from kha_jax.modules import RMSNorm
 from kha_jax.ops import rope
 from kha_jax.ops.linear import linear
-from kha_jax.parameters import RMSNorm
 from kha_jax.sharding import constrain
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from kha_jax.attention.projections.base import Projection, ProjectionModule
+from kha_jax.modules import RMSNorm
 from kha_jax.ops import rope
-from kha_jax.ops.keep import PROJECTED, keep
+from kha_jax.ops.checkpoint_names import PROJECTED, keep
 from kha_jax.ops.linear import linear
-from kha_jax.parameters import RMSNorm
 from kha_jax.sharding import constrain
 
 

@@ -1,0 +1,1 @@
+"""What all commands share: the command line, help, the terminal, settings of the C library."""

@@ -1,0 +1,306 @@
+"""What all commands share: the config flag, one-line errors, exit codes, logging."""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import re
+import runpy
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+from absl import flags
+from ml_collections import config_flags
+from ml_collections.config_dict import ConfigDict
+
+from experiments.cli import c_library, help_text
+from experiments.cli.terminal import Terminal
+from kha_jax.config import ConfigError, from_dict, near
+
+DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
+GRACE = 10.0  # seconds in which a process that hangs says so
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEFAULT_CONFIG = str(REPOSITORY / "configs" / "kha_tiny.py")
+
+
+class UsageError(Exception):
+    """A command line that cannot be used; shown as one line, exit code 2."""
+
+
+def define_config(default: str = DEFAULT_CONFIG) -> None:
+    """The flag --config=file.py[:variant], with --config.a.b=value for single fields; complaints
+    end the program at once.
+
+    config_flags already reads the command line when the flag is defined, so the overrides are
+    checked here.
+    """
+    arguments = [a for a in sys.argv if not re.match(r"--?(no)?config\.help(=|$)", a)]
+    try:
+        if help_text.wanted():
+            arguments = arguments[:1]
+        _check_config_arguments(arguments[1:], default)
+        config_flags.DEFINE_config_file(
+            "config",
+            default,
+            "Run config, FILE.py or FILE.py:VARIANT; --config.FIELD=VALUE sets a field of it.",
+            lock_config=True,
+            sys_argv=arguments,
+        )
+        flags.DEFINE_bool("config.help", False, "List the config's fields with their meaning.")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USAGE)
+
+
+def _check_config_arguments(arguments: list[str], default: str) -> None:
+    """Raises UsageError when the config file does not load or an override names no field or has the
+    wrong type."""
+    path, _, variant = _named_config(arguments, default).partition(":")
+    if not path.strip():
+        raise UsageError("--config: names no file; write --config=FILE.py or --config=FILE.py:NAME")
+    if not Path(path).is_file():
+        raise UsageError(f"--config: no file {path}; configs are in {REPOSITORY / 'configs'}")
+    sys.path.insert(0, str(REPOSITORY))  # config files share pieces through the package configs
+    config = run_config_file(path, variant)
+    for argument in arguments:
+        match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)(?:=(.*))?$", argument)
+        if match:
+            check_override(config, match[1], match[2])
+
+
+def _named_config(arguments: list[str], default: str) -> str:
+    """What --config=FILE, or --config FILE, names last."""
+    named = default
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            named = following if match[1] is None else match[1]
+    return named
+
+
+def run_config_file(path: str, variant: str = "", flag: str = "--config") -> ConfigDict:
+    """What get_config(variant) of a config file returns; `flag` has named it.
+
+    Raises:
+        UsageError: the file cannot be run, with the line of it that says why, or defines no config.
+    """
+    try:
+        functions = runpy.run_path(path)
+        if "get_config" not in functions:
+            raise UsageError(f"{flag}={path}: defines no get_config(variant)")
+        config = functions["get_config"](*filter(None, [variant]))
+    except ConfigError as error:
+        raise UsageError(f"{flag}={path}: {error}") from None
+    except (Exception, SystemExit) as error:  # whatever the code of a stranger raises
+        if isinstance(error, UsageError):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        number = next((f.lineno for f in reversed(frames) if f.filename == path), None)
+        number = getattr(error, "lineno", None) or number
+        said = " ".join(str(error).split())
+        if type(error) is not ValueError:  # which says what a variant is not
+            said = f"line {number}: {type(error).__name__}: {said}"
+        raise UsageError(f"{flag}={path}: {said}") from None
+    if not isinstance(config, ConfigDict):
+        found = type(config).__name__
+        raise UsageError(f"{flag}={path}: get_config returns a {found}, expected a ConfigDict")
+    return config
+
+
+def check_override(config: Any, path: str, text: str | None) -> None:
+    """Checks one override, before ml_collections does in words of its own.
+
+    Raises:
+        UsageError: it names no field, or a text that cannot be its value.
+    """
+    node, walked = config, "config"
+    for name in path.split("."):
+        if not hasattr(node, "keys"):
+            raise UsageError(f"{walked}.{name}: {walked} is a single value, not a group of fields")
+        if name not in node:
+            raise UsageError(f"{walked}.{name}: is not a known field; {near(name, node.keys())}")
+        holder, node, walked = node, node[name], f"{walked}.{name}"
+    kind = holder.get_type(name)
+    if hasattr(node, "keys"):
+        raise UsageError(f"{walked}: is a group of fields; set one of {', '.join(node.keys())}")
+    if kind in (int, float) and text is not None:
+        try:
+            kind(text)
+        except ValueError:
+            raise UsageError(f"{walked}: expected {kind.__name__}, found {text!r}") from None
+
+
+def config_of(cls: type, arguments: Sequence[str]) -> Any:
+    """The frozen config that a command with these arguments has: --config=FILE.py[:VARIANT] and
+    --config.FIELD=VALUE.
+
+    Raises:
+        UsageError: names the field, what was found and what would work.
+    """
+    _check_config_arguments(list(arguments), DEFAULT_CONFIG)
+    values, line = flags.FlagValues(), ["", *arguments]
+    config_flags.DEFINE_config_file(
+        "config", DEFAULT_CONFIG, lock_config=True, flag_values=values, sys_argv=line
+    )
+    try:
+        values(line)
+        return _parsed(cls, values["config"])
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+
+
+def parse_config(cls: type) -> Any:
+    """The frozen config of type `cls` from the parsed flag; --config.help lists it and ends the
+    program.
+
+    Raises:
+        UsageError: names the field, what was found and what would work.
+    """
+    try:
+        config = _parsed(cls, flags.FLAGS["config"])
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+    if flags.FLAGS["config.help"].value:
+        print("\n".join(help_text.of_fields(config, "config")))
+        print("To see the fields of another kind, name it beside --config.help.")
+        sys.exit(DONE)
+    return config
+
+
+def _parsed(cls: type, flag: Any) -> Any:
+    """The frozen config of a flag that has been read. Where the config file has PRESETS, those of
+    `mesh.preset` set their fields, but for what was typed."""
+    typed = config_flags.get_override_values(flag)
+    if "mesh.preset" in typed:
+        presets = runpy.run_path(flag.config_filename.partition(":")[0]).get("PRESETS", {})
+        meant = presets.get(flag.value.mesh.preset, {})
+        flag.value.update_from_flattened_dict({k: v for k, v in meant.items() if k not in typed})
+    return from_dict(cls, flag.value, typed={f"config.{path}" for path in typed})
+
+
+def load_variant(cls: type, path: str, variant: str, flag: str = "--config") -> Any:
+    """The frozen config of a variant of a config file, which `flag` has named.
+
+    Raises:
+        UsageError: there is no such file, or it does not know the variant.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"{flag}: no file {path}; write {flag}=FILE.py or {flag}=FILE.py:NAME")
+    try:
+        return from_dict(cls, run_config_file(path, variant, flag))
+    except ConfigError as error:
+        raise UsageError(f"{path}:{variant}: {error}") from None
+
+
+def _parse_flags(argv: list[str], words: int) -> list[str]:
+    """absl's parser, with every complaint turned into one line; returns the words that are no
+    flags, `words` of them at most."""
+    if any(re.match(r"--?(flagfile|undefok)\b", argument) for argument in argv):
+        raise UsageError("--flagfile and --undefok: are not read; write the flags out")
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        known = [flag.name for flag in own_flags()]
+        raise UsageError(
+            f"--{error.flagname} is not a known flag; {near(error.flagname, known)}"
+        ) from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    if len(rest) > words + 1:
+        raise UsageError(f"{rest[words + 1]!r} is not understood; flags have the form --name=value")
+    return rest[1:]
+
+
+def give_up(message: str, code: int = HANG, stacks: bool = False) -> None:
+    """Ends the process at once: leaving in order would wait once more for what did not come.
+
+    stacks: of all threads first.
+    """
+    unseen = threading.Timer(GRACE, os._exit, [code])  # the terminal may be what hangs
+    unseen.daemon = True
+    unseen.start()
+    if stacks:
+        with contextlib.suppress(OSError, ValueError):
+            faulthandler.dump_traceback(sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def code_of(error: BaseException) -> int | None:
+    """The contract's exit code of an expected error."""
+    from kha_jax.errors import DataError, PeerError, StorageError, WaitError
+
+    codes = {
+        (UsageError, ConfigError): USAGE,
+        DataError: DATA,
+        (PeerError, WaitError): HANG,
+        StorageError: STORAGE,
+    }
+    return next((code for kinds, code in codes.items() if isinstance(error, kinds)), None)
+
+
+def own_flags() -> list[flags.Flag]:
+    """The flags of this program, without those that absl has for all."""
+    modules = (__name__, sys.argv[0])
+    return [flag for module in modules for flag in flags.FLAGS.get_flags_for_module(module)]
+
+
+def _quiet_libtpu() -> None:
+    """jax tries every platform that is installed. Where it found no TPU when it was imported,
+    libtpu would complain that nothing names its slice, and any name will do."""
+    import jax  # noqa: F401
+
+    if os.environ.get(c_library.NO_TPU) == "1" and not c_library.TOLD_OF_NO_TPU:
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+def _report(lost: Any) -> None:
+    """Shows an error that cannot be raised, but not those of threads which still write a save that
+    has failed: the storage library has left their loop by then."""
+    if (lost.exc_type, str(lost.exc_value)) != (RuntimeError, "Event loop is closed"):
+        sys.__unraisablehook__(lost)
+
+
+def run(main: Callable[..., int | None], words: int = 0) -> None:
+    """Parses the flags, calls main and leaves with the contract's exit code; expected errors are
+    one line on stderr.
+
+    words: how many arguments that are not flags main takes, at most.
+    """
+    from kha_jax.errors import WaitError
+    from kha_jax.runs.processes import lost_peer
+
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no text ends a program
+    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
+    if help_text.wanted():
+        about = sys.modules["__main__"].__doc__
+        print("\n".join(help_text.of_program(about, own_flags(), REPOSITORY)))
+        sys.exit(DONE)
+    _quiet_libtpu()
+    log = logging.getLogger("kha_jax")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(logging.StreamHandler(sys.stderr))
+    # pages of tracebacks for a full disk, of which our one line tells
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    sys.unraisablehook = _report
+    try:
+        code = main(*_parse_flags(sys.argv, words)) or DONE
+    except Exception as error:
+        code = code_of(error)
+        if isinstance(error, WaitError):
+            give_up(str(error))
+        if lost_peer(error):
+            reason = " ".join(str(error).split())
+            give_up(
+                "another process of the run is gone; start all of them again and they go on from "
+                f"the newest checkpoint ({reason})"
+            )
+        if code is None:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""Run folders: the folder, what identifies a run, stored runs as commands read them, results."""

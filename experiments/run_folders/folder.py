@@ -1,0 +1,236 @@
+"""The folder of a run: one writer, one config, one text, and room for its checkpoints.
+
+`config.json` is the config; `lineage.json` lists what the run has been since it began, one entry
+for each change that was allowed: hashes of the config, the data and the tokenizer, the step from
+which they hold, and the changed fields with both values.
+"""
+
+import errno
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.cli.command_line import UsageError
+from experiments.run_folders import stored
+from experiments.run_folders.identity import (
+    COMPUTED,
+    IDENTITY,
+    changed,
+    config_hash,
+    flat,
+    read_lineage,
+    tokenizer_hash,
+)
+from kha_jax import __version__
+from kha_jax.config import near, to_dict
+from kha_jax.data import Source, batch_hash
+from kha_jax.errors import CheckpointError, DataError
+from kha_jax.hardware import chips
+from kha_jax.runs.checkpoint import Checkpoints, state_bytes
+from kha_jax.runs.manifest import read_manifest
+from kha_jax.storage import PROBE, cache_folder, writable, write_json
+from kha_jax.training.run_config import RunConfig
+
+log = logging.getLogger("kha_jax")
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs where that can be done; a run does without."""
+    folder = cache_folder("compiled")
+    try:
+        writable(folder)
+    except OSError as error:
+        log.warning("%s: %s; compiled programs are not kept", folder, error.strerror)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+class RunFolder:
+    """A run folder: created, locked for this process, and holding the same config as before.
+
+    Nothing in it is overwritten before `keep`, so that a refused change leaves it as it was.
+
+    Raises:
+        UsageError: the folder cannot be written, is in use, or holds another run.
+        CheckpointError: its disk is full.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, allowed: list[str]):
+        self.path, self.config, self.allowed = path, config, allowed
+        self.changes: dict[str, tuple[Any, Any]] = {}
+        self.identity: dict[str, str] = {}
+        self.lineage: list[dict[str, Any]] = []
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(path / "lock", "a+")
+            if jax.process_index() == 0:
+                self._take_lock()
+                writable(path)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CheckpointError(
+                    f"{path}: {error.strerror}; {len(PROBE):,} bytes are needed to begin with, "
+                    f"{shutil.disk_usage(path).free:,} are free"
+                ) from None
+            raise UsageError(
+                f"--workdir={path} cannot be written: {error.strerror}; name another folder"
+            ) from None
+        self._check_names()
+        if jax.process_index() == 0 and any((path / "checkpoints").glob("*")):
+            self._compare()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.seek(0)
+            raise UsageError(
+                f"--workdir={self.path} is in use by process {self.lock.read().strip()}; name "
+                "another folder"
+            ) from None
+        self.lock.truncate(0)
+        self.lock.write(f"{os.getpid()} on {os.uname().nodename}")
+        self.lock.flush()
+        os.fsync(self.lock.fileno())
+
+    def _allows(self, field: str) -> bool:
+        return any(field == name or field.startswith(f"{name}.") for name in self.allowed)
+
+    def _check_names(self) -> None:
+        fields = list(flat(to_dict(self.config)))
+        groups = {f.rsplit(".", depth)[0] for f in fields for depth in range(1, f.count(".") + 1)}
+        for name in self.allowed:
+            if name not in fields and name not in groups:
+                raise UsageError(f"--allow_changes={name}: is no field; {near(name, fields)}")
+
+    def _compare(self) -> None:
+        """Finds what differs from the config that the run had last."""
+        path = self.path / "config.json"
+        if not path.exists():
+            self.lineage = read_lineage(self.path, self.config)
+            return
+        old = stored.read_config(path, RunConfig)
+        self.lineage = read_lineage(self.path, old)
+        for field, (before, after) in changed(old, self.config).items():
+            message = f"config.{field}: this run began with {before!r}, found {after!r}"
+            if field.startswith("model.") and not field.startswith(COMPUTED):
+                raise UsageError(f"{message}; the model cannot change, use another --workdir")
+            if not self._allows(field):
+                raise UsageError(f"{message}; use another --workdir or --allow_changes={field}")
+            self.changes[field] = before, after
+
+    def identify(self, source: Source) -> None:
+        """Says which text the run reads, and compares it with what it has read.
+
+        Raises:
+            UsageError: the tokenizer is another one.
+            DataError: the data are others, and --allow_changes does not name them.
+        """
+        now = config_hash(self.config), source.fingerprint, tokenizer_hash(self.config)
+        self.source, self.identity = source, dict(zip(IDENTITY, now))
+        last = {**self.identity, **(self.lineage[-1] if self.lineage else {})}
+        if last["tokenizer"] != self.identity["tokenizer"]:
+            raise UsageError(
+                f"config.data: this run began with the tokenizer {last['tokenizer']}, found "
+                f"{self.identity['tokenizer']}; use another --workdir"
+            )
+        if last["data"] == self.identity["data"]:
+            return
+        # what a synthetic source holds depends on these
+        if not self._allows("data") and not any(
+            field.startswith(("data.", "seed", "seq_len")) for field in self.changes
+        ):
+            raise DataError(
+                f"{source} is not what this run has read: it began with {last['data'][:12]}, found "
+                f"{self.identity['data'][:12]}; use another --workdir or --allow_changes=data"
+            )
+        self.changes["data"] = last["data"], self.identity["data"]
+
+    def checkpoints(self, state: Any) -> Checkpoints:
+        """Those of this run, whose manifests say whose they are and how they go on.
+
+        state: its shapes. Raises CheckpointError when there is no room for them.
+        """
+        keep = self.config.checkpoint.keep
+        accepts = [*self.lineage, self.identity]
+        made = Checkpoints(self.path / "checkpoints", keep, self._about, accepts)
+        if jax.process_index() == 0:
+            self._check_room(made, state_bytes(state))
+        return made
+
+    def _check_room(self, checkpoints: Checkpoints, size: int) -> None:
+        every = self.config.checkpoint.every
+        saves = 1 + (self.config.steps // every if every else 0)
+        missing = min(checkpoints.keep + 1, saves) - len(checkpoints.steps())
+        free = shutil.disk_usage(self.path).free
+        if missing * size > free:
+            raise CheckpointError(
+                f"{checkpoints.folder}: {missing} checkpoints of {size:,} bytes are still to be "
+                f"written there, {free:,} bytes are free; lower config.checkpoint.keep or name "
+                "another --workdir"
+            )
+
+    def _next_batch(self, step: int) -> str:
+        return batch_hash(
+            self.source, batch_size=self.config.batch_size, seed=self.config.seed, step=step
+        )
+
+    def _about(self, step: int) -> dict[str, Any]:
+        """What a manifest says of the run; step s has used the batches 0 ... s - 1."""
+        versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+        versions = {"python": platform.python_version(), "kha_jax": __version__, **versions}
+        next_batch = self._next_batch(step)
+        return {
+            **self.identity,
+            "next_batch": next_batch,
+            "versions": versions,
+            "hardware": chips.hardware(),
+        }
+
+    def check_next_batch(self, checkpoints: Checkpoints, step: int) -> None:
+        """Prints whether a resumed run goes on with the batch that the checkpoint foresaw.
+
+        Raises:
+            DataError: it does not, although nothing was changed.
+        """
+        if jax.process_index() != 0 or step >= self.config.steps:
+            return
+        now = self._next_batch(step)
+        foreseen = str(read_manifest(checkpoints.path(step)).get("next_batch", now))
+        said = f"resume check: next batch {now[:12]}"
+        if foreseen == now:
+            print(f"{said} matches the checkpoint of step {step}")
+        elif self.changes:
+            print(f"{said} is not the checkpoint's {foreseen[:12]}, after the allowed changes")
+        else:
+            raise DataError(f"{said} of {self.source} is not the checkpoint's {foreseen[:12]}")
+
+    def keep(self, step: int) -> None:
+        """Writes config.json and what has changed; called once the state of this step is there."""
+        if jax.process_index() != 0:
+            return
+        path = self.path / "lineage.json"
+        try:
+            if not self.lineage or self.lineage[-1] != self.identity:
+                entries = json.loads(path.read_text()) if path.exists() and self.lineage else []
+                new = {**self.identity, "from_step": step, "changes": self.changes}
+                write_json(path, [*entries, new])
+            write_json(self.path / "config.json", to_dict(self.config))
+        except OSError as error:
+            found = f"{path} or config.json could not be written: {error.strerror}"
+            raise CheckpointError(found) from None
+        for field, (before, after) in self.changes.items():
+            log.info("resuming with %s changed: %s -> %s", field, before, after)
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        self.lock.close()

@@ -1,0 +1,108 @@
+"""What a run is: hashes of its config and text, and the entries of its lineage."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from experiments.cli.command_line import UsageError
+from kha_jax.config import departures, to_dict
+from kha_jax.training.run_config import RunConfig
+
+# Fields that may change on resume: they decide what is recorded, not what is learnt.
+FREE = (
+    "evaluation.",
+    "checkpoint.",
+    "profile.",
+    "mesh.",
+    "max_nonfinite_steps",
+    "hang_timeout",
+    "data.cache_dir",
+    "model.attention.kernel",
+)
+# Of the model, those that may be allowed to change: they decide how it is computed or trained. The
+# others decide which function it is.
+COMPUTED = (
+    "model.stack",
+    "model.remat",
+    "model.loss.",
+    "model.numerics.dtype",
+    "model.feed_forward.kernel",
+    "model.feed_forward.chunk_tokens",
+    "model.feed_forward.balancing",
+    "model.feed_forward.router_z_loss",
+    "model.attention.query.apply",
+    "model.attention.key.apply",
+    "model.attention.value.apply",
+)
+IDENTITY = ("config", "data", "tokenizer")
+
+
+def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Dotted fields and their values."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        where = f"{path}.{name}" if path else name
+        out.update(flat(value, where) if isinstance(value, dict) else {where: value})
+    return out
+
+
+def settings(old: dict[str, Any], new: dict[str, Any], path: str = "config") -> list[str]:
+    """The flags that make config `new` of config `old`, both as dictionaries."""
+    out = []
+    for name, value in new.items():
+        before, where = old.get(name), f"{path}.{name}"
+        if isinstance(value, dict):
+            out += settings(before if isinstance(before, dict) else {}, value, where)
+        elif value is not None and value != before:
+            out.append(f"--{where}={value}")
+    return out
+
+
+def differences(
+    old: dict[str, Any], new: dict[str, Any], path: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted fields whose values differ, with both values."""
+    out: dict[str, tuple[Any, Any]] = {}
+    for name in {**old, **new}:
+        before, after = old.get(name), new.get(name)
+        where = f"{path}.{name}" if path else name
+        if isinstance(before, dict) and isinstance(after, dict):
+            out.update(differences(before, after, where))
+        elif before != after:
+            out[where] = (before, after)
+    return out
+
+
+def changed(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that decide what is learnt and differ, with both values."""
+    differing = differences(to_dict(old), to_dict(new))
+    return {field: both for field, both in differing.items() if not field.startswith(FREE)}
+
+
+def config_hash(config: RunConfig) -> str:
+    """Of the fields that decide what is learnt."""
+    fields = {k: v for k, v in flat(departures(config)).items() if not k.startswith(FREE)}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_hash(config: RunConfig) -> str:
+    """Which ids stand for which text; empty where there is no text."""
+    tokenizer = config.data.tokenizer()
+    return "" if tokenizer is None else tokenizer.fingerprint
+
+
+def read_lineage(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
+    """The entries of lineage.json, oldest first; without one, what the config alone tells.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    path = folder / "lineage.json"
+    try:
+        entries = [{k: one[k] for k in IDENTITY} for one in json.loads(path.read_text())]
+        return entries or [{"config": config_hash(config)}]
+    except FileNotFoundError:
+        return [{"config": config_hash(config)}]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path}: is damaged ({error!r}); put back that of the run") from None

@@ -1,0 +1,1 @@
+"""Sweeps: the runs of one, its members, and its report."""

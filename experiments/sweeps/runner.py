@@ -1,0 +1,377 @@
+"""Runs one after another, each a process of experiments.train with a folder of its own, and what
+came of them in one small CSV.
+
+A sweep's folder holds `sweep.json` (what was asked for), one run folder each, and `runs.csv`, a
+line for each run that has ended well (`results.Result`). Several commands may work on one folder at
+once: a run that another one is training is passed over.
+"""
+
+import collections
+import contextlib
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
+
+from experiments.cli import command_line
+from experiments.cli.command_line import UsageError
+from experiments.run_folders import results
+from experiments.run_folders.identity import config_hash
+from experiments.run_folders.results import Result
+from experiments.train_loop.stop import asking
+from kha_jax.accounting import account
+from kha_jax.config import to_dict
+from kha_jax.errors import CheckpointError
+from kha_jax.metrics import read_lines
+from kha_jax.runs.manifest import read_manifest
+from kha_jax.spikes import spike_score
+from kha_jax.storage import write_json
+from kha_jax.training.run_config import RunConfig
+
+RESULTS, PLAN, LOG = "runs.csv", "sweep.json", "log.txt"
+LAST = 0.1  # of the steps, over which the training loss is averaged
+
+
+class Wanted(NamedTuple):
+    """A row before its seeds: arguments of experiments.train, the row that it is compared with, and
+    what the paper prints."""
+
+    name: str
+    arguments: tuple[str, ...]
+    baseline: str
+    printed: float | None = None
+    note: str = ""
+
+
+class Planned(NamedTuple):
+    """A run that is wanted: `arguments` of experiments.train but its folder, and the config that
+    they make."""
+
+    name: str
+    row: str
+    seed: int
+    arguments: tuple[str, ...]
+    config: RunConfig
+    learning_rate: float | None = None
+
+    def hash(self) -> str:
+        """Of what decides its figures, but for the text that it reads."""
+        return _hash(self.config)
+
+    def tokens(self) -> int:
+        return self.config.steps * self.config.tokens_per_step
+
+    def flops(self) -> float:
+        """Of the whole training, by the accounting."""
+        cost = account(self.config.model, self.config.seq_len, tokens=self.config.tokens_per_step)
+        return cost.training_flops * self.tokens()
+
+
+@functools.cache
+def _hash(config: RunConfig) -> str:
+    evaluation = json.dumps(to_dict(config.evaluation))
+    text = config_hash(config) + evaluation
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def summary(run: Planned, folder: Path, commit: str) -> Result | None:
+    """What came of a run that was trained by this commit; None if it has not ended."""
+    metrics = folder / "metrics.jsonl"
+    rows = list(read_lines(metrics)) if metrics.exists() else []
+    evaluated = [row for row in rows if row.get("val_loss") is not None]
+    losses = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    config = run.config
+    if not evaluated or evaluated[-1]["step"] != config.steps or not losses:
+        return None
+    try:
+        manifest = read_manifest(folder / "checkpoints" / f"{config.steps:08d}")
+    except CheckpointError:
+        return None
+    cost = account(config.model, config.seq_len, tokens=config.tokens_per_step)
+    late = [loss for step, loss in losses if step > (1 - LAST) * config.steps]
+    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    return Result(
+        name=run.name,
+        row=run.row,
+        seed=run.seed,
+        learning_rate=config.optimizer.learning_rate,
+        hash=run.hash(),
+        data=str(manifest.get("data"))[:12],
+        steps=config.steps,
+        parameters=cost.parameters,
+        active_parameters=cost.active,
+        flops_per_token=cost.training_flops,
+        val_loss=evaluated[-1]["val_loss"],
+        val_bits_per_byte=evaluated[-1].get("val_bits_per_byte"),
+        val_accuracy=evaluated[-1].get("val_accuracy"),
+        train_loss=statistics.fmean(late or [losses[-1][1]]),
+        step_seconds=round(config.tokens_per_step / statistics.median(rates), 5),
+        spike_share=spike_score(rows),
+        nonfinite=sum(bool(row.get("nonfinite")) for row in rows),
+        hardware=str(manifest.get("hardware", "")),
+        commit=commit,
+        curve=" ".join(f"{row['step']}:{row['val_loss']:.5f}" for row in evaluated),
+    )
+
+
+class Sweep:
+    """The folder of a sweep and the runs that are wanted in it.
+
+    known: results from elsewhere; a run whose config and text are those of one of them is not
+    trained again.
+    """
+
+    def __init__(self, folder: Path, runs: Sequence[Planned], known: Sequence[Result] = ()):
+        self.folder, self.runs = folder, list(runs)
+        self.known = {(result.hash, result.data): result for result in known}
+        self.data: dict[str, str] = {}
+        self.failed: dict[str, int] = {}
+        self.asked_to_stop = False
+
+    def begin(self, about: dict[str, Any]) -> None:
+        """Makes the folder and writes what was asked for.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        wanted = [
+            {
+                "name": run.name,
+                "row": run.row,
+                "seed": run.seed,
+                "learning_rate": run.learning_rate,
+                "hash": run.hash(),
+                "steps": run.config.steps,
+            }
+            for run in self.runs
+        ]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / PLAN, {**about, "runs": wanted})
+        except OSError as error:
+            raise UsageError(f"--out={self.folder} cannot be written: {error.strerror}") from None
+
+    def results(self) -> dict[str, Result]:
+        """Those that are there, by the name of the run; others than the wanted too."""
+        path = self.folder / RESULTS
+        return {result.name: result for result in results.read(path)} if path.exists() else {}
+
+    def done(self) -> dict[str, Result]:
+        """Those of the wanted runs, of their present config."""
+        there = self.results()
+        return {
+            run.name: there[run.name]
+            for run in self.runs
+            if run.name in there and there[run.name].hash == run.hash()
+        }
+
+    def missing(self) -> list[Planned]:
+        done = self.done()
+        return [run for run in self.runs if run.name not in done]
+
+    def keep(self, result: Result) -> None:
+        """Adds a line to runs.csv."""
+        with open(self.folder / "lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            together = {**self.results(), result.name: result}
+            results.write(self.folder / RESULTS, list(together.values()))
+
+    def elsewhere(self) -> dict[str, Result]:
+        """Results of missing runs that are known from elsewhere, by the name of the run."""
+        found = {}
+        for run in self.missing() if self.known else ():
+            result = self.known.get((run.hash(), self._text(run.config)))
+            if result:
+                found[run.name] = result._replace(name=run.name, row=run.row)
+        return found
+
+    def take_known(self) -> int:
+        """Takes over the results that are known from elsewhere; how many."""
+        found = self.elsewhere()
+        for result in found.values():
+            self.keep(result)
+        return len(found)
+
+    def _text(self, config: RunConfig) -> str:
+        """The hash of the text that a run would read."""
+        key = json.dumps([to_dict(config.data), config.seq_len, config.seed], sort_keys=True)
+        if key not in self.data:
+            source = config.data.open("train", config.seq_len, config.seed)
+            self.data[key] = source.fingerprint[:12]
+        return self.data[key]
+
+    def train(self, run: Planned, watch: Callable[[], None]) -> int | None:
+        """Trains one run in a process of its own, or goes on with it; its exit code, that of a stop
+        where a signal came in its last moments, None where another process is training it.
+
+        watch: called about every second meanwhile.
+        """
+        folder = self.folder / run.name
+        folder.mkdir(exist_ok=True)
+        # the run's own lock is not taken in its first seconds, and outlives a sweep that is killed
+        with _locked(folder / "claim") as claimed:
+            with _locked(folder / "lock") as free:
+                pass
+            if not claimed or not free:
+                return None
+            commit = results.commit()
+            line = [sys.executable, "-m", "experiments.train", *run.arguments]
+            code = self._train([*line, f"--workdir={folder}"], folder / LOG, watch)
+        result = summary(run, folder, commit) if code == command_line.DONE else None
+        if result:
+            self.keep(result)
+        elif code == command_line.DONE:
+            code = command_line.STORAGE  # it says that it is done, and its record is not there
+        if code not in (command_line.DONE, command_line.PREEMPTED):
+            self.failed[run.name] = code
+        return command_line.PREEMPTED if self.asked_to_stop else code
+
+    def _train(self, line: list[str], path: Path, watch: Callable[[], None]) -> int:
+        with open(path, "ab") as log:
+            child = subprocess.Popen(
+                line, stdout=log, stderr=log, cwd=command_line.REPOSITORY, start_new_session=True
+            )
+        with self._passed_on(child):
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return child.wait(timeout=1)
+                watch()
+
+    @contextlib.contextmanager
+    def _passed_on(self, child: subprocess.Popen) -> Iterator[None]:
+        """Signals that ask this process to stop go to the child, which saves and leaves."""
+
+        def ask(number: int, _: Any) -> None:
+            self.asked_to_stop = True
+            child.send_signal(number)
+
+        before = {number: signal.signal(number, ask) for number in asking()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def last_line(self, run: Planned) -> dict[str, Any]:
+        """The newest metrics of a run; empty without any."""
+        path = self.folder / run.name / "metrics.jsonl"
+        try:
+            with open(path, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 2**14))
+                tail = file.read().splitlines()
+        except OSError:
+            return {}
+        for line in reversed(tail):
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "loss" in row:
+                    return row
+        return {}
+
+    def why(self, run: Planned) -> str:
+        """The last line that a run has said."""
+        path = self.folder / run.name / LOG
+        lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+        return lines[-1] if lines else ""
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether nobody else has the file locked; it is locked for as long as this lasts."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _short(value: str) -> str:
+    """A value as a part of the name of a run and its folder."""
+    return re.sub(r"[^\w.+-]+", "_", value).strip("_")
+
+
+def varied(rows: Sequence[Wanted], settings: Sequence[str]) -> list[Wanted]:
+    """The rows under every combination of `config.FIELD=VALUE,VALUE,...`; a single value is for all
+    of them and not part of a name. Each is compared with its baseline under the same combination, a
+    row that is alone with its first combination.
+
+    Raises:
+        UsageError: a setting has another form, or sets what another one does.
+    """
+    axes = []
+    for text in settings:
+        field, equals, values = text.partition("=")
+        if not equals or not field.startswith("config."):
+            problem = "must be config.FIELD=VALUE or config.FIELD=VALUE,VALUE,..."
+            raise UsageError(f"--set={text}: {problem}")
+        if field == "config.seed":
+            raise UsageError(f"--set={text}: runs differ by their seeds; use --seeds=N")
+        if any(field == axis[0][0] for axis in axes):
+            raise UsageError(f"--set={text}: {field} is set twice; name all its values at once")
+        # not the commas of a tuple
+        axes.append([(field, value) for value in re.split(r",(?![^(]*\))", values)])
+    combinations = list(itertools.product(*axes))
+
+    def named(name: str, combination: tuple[tuple[str, str], ...]) -> str:
+        many = [pair for pair, axis in zip(combination, axes) if len(axis) > 1]
+        return "-".join(
+            [name, *(f"{field.rpartition('.')[2]}={_short(value)}" for field, value in many)]
+        )
+
+    return [
+        row._replace(
+            name=named(row.name, combination),
+            arguments=(*row.arguments, *(f"--{field}={value}" for field, value in combination)),
+            baseline=named(row.baseline, combinations[0] if len(rows) == 1 else combination),
+            printed=row.printed if len(combinations) == 1 else None,
+        )
+        for row in rows
+        for combination in combinations
+    ]
+
+
+def planned(
+    rows: Sequence[Wanted], seeds: int = 1, learning_rates: Sequence[str] = ()
+) -> list[Planned]:
+    """Every run: all rows of a seed before the next seed, so that a part of them is paired.
+
+    Raises:
+        UsageError: a config cannot be used, or a rate is no number.
+    """
+    for rate in learning_rates:
+        if not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", rate):
+            raise UsageError(f"--learning_rates={rate}: must be a number, such as 3e-3")
+    runs = [
+        _planned(row, seed, rate)
+        for seed in range(seeds)
+        for row in rows
+        for rate in learning_rates or [""]
+    ]
+    counts = collections.Counter((run.row, run.seed, run.learning_rate) for run in runs)
+    for (row, _, rate), count in counts.items():
+        if count > 1:
+            which = row if rate is None else f"{row} at the learning rate {rate:g}"
+            raise UsageError(f"--learning_rates, --set: ask for {which} twice; name each once")
+    return runs
+
+
+def _planned(row: Wanted, seed: int, rate: str) -> Planned:
+    arguments = (*row.arguments, f"--config.seed={seed}")
+    if rate:
+        arguments = (*arguments, f"--config.optimizer.learning_rate={rate}")
+    name = "-".join(filter(None, (row.name, rate and f"lr{rate}", f"seed{seed}")))
+    config = command_line.config_of(RunConfig, arguments)
+    if not config.evaluation.every:
+        raise UsageError("config.evaluation.every: runs are compared by evaluations, found 0")
+    return Planned(name, row.name, seed, arguments, config, float(rate) if rate else None)

@@ -1,0 +1,1 @@
+"""Steps that are timed: here, in the peers, in turns; and what layers cost."""

@@ -1,0 +1,134 @@
+"""What a run tells while it trains: metrics to the terminal, metrics.jsonl and TensorBoard, spikes
+and steps that were not applied to the log, a profiler trace. None of them can stop it."""
+
+import functools
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import jax
+
+from experiments.train_loop.progress import Progress
+from kha_jax import accounting
+from kha_jax.attention.attention import LARGEST
+from kha_jax.hardware import chips
+from kha_jax.metrics import Meter, MetricsFile, Spared, TensorBoard
+from kha_jax.spikes import SPIKING, Spikes, spike_rule
+from kha_jax.training.run_config import RunConfig
+from kha_jax.training.trace import TRACE
+
+WINDOWS_NAMED = 8  # of a batch, in the log
+TRACE_EVERY = 10  # steps between the lines that hold what SELDOM begins
+SELDOM = (TRACE, LARGEST)  # the trace of the knocking matrices, the largest logit of each layer
+log = logging.getLogger("kha_jax")
+
+
+class Reporter:
+    """Where metrics go: the terminal, metrics.jsonl and TensorBoard, on process 0 alone. A step is
+    reported while the next one runs.
+
+    windows: the numbers of the windows that a step trains on. nonfinite: consecutive steps that
+    were not applied.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: jax.sharding.Mesh,
+        workdir: Path,
+        first_step: int,
+        windows: Callable[[int], list[int]],
+        tensorboard: bool,
+    ):
+        self.config, self.windows, self.pending, self.nonfinite = config, windows, None, 0
+        cost = accounting.account(config.model, config.seq_len, tokens=config.tokens_per_step)
+        peak = chips.peak_flops(jax.devices()[0].device_kind) * mesh.devices.size
+        self.meter = Meter(cost.training_flops, peak)
+        rule = spike_rule(config.steps)
+        self.spikes = {name: Spikes(rule) for name in SPIKING}
+        leader = jax.process_index() == 0
+        self.sinks: list[Spared] = []
+        if leader:
+            make = functools.partial(MetricsFile, workdir / "metrics.jsonl", first_step)
+            self.sinks.append(Spared("metrics.jsonl", make))
+        if leader and tensorboard:
+            make = functools.partial(TensorBoard, workdir / "tensorboard")
+            self.sinks.append(Spared("tensorboard", make))
+        self.progress = Progress(first_step, config.steps, enabled=leader)
+        self.progress.header(workdir, config, cost, mesh, first_step)
+
+    def now(self, step: int, values: dict[str, Any]) -> None:
+        """Reports values that are there."""
+        for sink in self.sinks:
+            sink.call("write", step, values)
+        self.progress.update(step, values)
+
+    def later(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Reports the step before this one, and this one next time."""
+        self.flush()
+        self.pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Reports the step that is waiting for it."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        if step % TRACE_EVERY:
+            metrics = {name: z for name, z in metrics.items() if not name.startswith(SELDOM)}
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        self.nonfinite = self.nonfinite + 1 if values["nonfinite"] else 0
+        if self.nonfinite:
+            found = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+            log.warning("step %d not applied: %s; %s", step, found, self._batch(step))
+        for name, spikes in self.spikes.items():
+            centre = spikes.centre_before(values[name])
+            if centre is not None:
+                found = f"{name} {values[name]:.4g} is far from its recent {centre:.4g}"
+                log.warning("step %d: spike, %s; %s", step, found, self._batch(step))
+                values["spike"] = 1
+        self.now(step, {**values, **self.meter.read(self.config.tokens_per_step)})
+
+    def _batch(self, step: int) -> str:
+        """Which examples a step had."""
+        rows = self.config.batch_size
+        windows = self.windows(step)
+        named = ", ".join(map(str, windows[:WINDOWS_NAMED]))
+        more = ", ..." if len(windows) > WINDOWS_NAMED else ""
+        return (
+            f"examples {(step - 1) * rows} to {step * rows - 1}, windows {named}{more}; "
+            f"--replay_step={step} shows them"
+        )
+
+    def evaluated(self, step: int) -> bool:
+        """Whether a resumed run's last line holds an evaluation; process 0 alone can tell."""
+        file = self.sinks[0].inner  # None where it cannot be written
+        return not step or (file is not None and "val_loss" in file.last)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+        self.progress.close()
+        if lost := getattr(sys.stdout, "lost", 0):
+            log.warning("the terminal: %d lines were not shown, training went on", lost)
+
+
+class Profile:
+    """The profiler trace that the config asks for."""
+
+    def __init__(self, config: RunConfig, folder: Path):
+        self.wanted, self.folder, self.running = config.profile, folder, False
+        self.profiler = Spared("the profile", lambda: jax.profiler)
+
+    def before(self, step: int) -> None:
+        if self.wanted.stop and step == self.wanted.start + 1:
+            self.profiler.call("start_trace", str(self.folder))
+            self.running = not self.profiler.lost
+
+    def after(self, step: int, state: Any) -> None:
+        if self.running and step == self.wanted.stop:
+            jax.block_until_ready(state)
+            self.profiler.call("stop_trace")
+            self.running = False
+            if not self.profiler.lost:
+                log.info("profile of steps %d to %d: %s", self.wanted.start, step - 1, self.folder)

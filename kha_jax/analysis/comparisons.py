@@ -1,0 +1,121 @@
+"""Figures of a sweep: differences beside the paper's, and how losses went over training."""
+
+from typing import Any
+
+import numpy as np
+
+from kha_jax.analysis import style
+from kha_jax.analysis.sweeps import LOSSES, Result, Summary, band
+
+Curves = dict[str, dict[int, dict[int, float]]]  # of each row: {seed: {step: loss}}
+SHOWN = 0.75  # share of training, its end, that decides the range of the losses shown
+
+
+def differences(summary: Summary) -> Any:
+    """Every row's difference to its baseline with its interval over seeds (each a tick), and the
+    paper's printed one; left of 0 is better."""
+    rows = [one for one in summary.results.values() if one.differences]
+    figure, axes = style.pyplot().subplots(figsize=(7.2, 1.3 + 0.42 * max(len(rows), 2)))
+    measured, printed = style.KINDS[0], style.KINDS[1]
+    for y, one in enumerate(rows):
+        low, high = one.difference.low, one.difference.high
+        if np.isfinite(low):
+            axes.plot([low, high], [y, y], color=measured, linestyle="-", linewidth=2.2, alpha=0.7)
+        look = {"linestyle": "none", "color": measured}
+        dots = list(one.differences.values())
+        axes.plot(dots, [y] * len(dots), marker="|", markersize=9, label="a seed", **look)
+        if np.isfinite(low):
+            label = "mean, 95% over seeds"
+            axes.plot(one.difference.mean, y, marker="o", markersize=6, label=label, **look)
+        if one.printed_difference is not None:
+            look = {"linestyle": "none", "color": printed, "markerfacecolor": "none"}
+            axes.plot(one.printed_difference, y, marker="D", markersize=6, label="paper", **look)
+    axes.axvline(0, color="grey", linewidth=1, linestyle="-")
+    axes.set_yticks(range(len(rows)), [one.row.name for one in rows])
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"difference to the baseline, {_unit(summary)}")
+    _legend(figure, axes)
+    return figure
+
+
+def losses(summary: Summary, curves: Curves) -> Any:
+    """The loss of every row over training beside that of its baseline (grey, dashed); bands are
+    from the lowest to the highest seed."""
+    rows = [one for name, one in summary.results.items() if curves.get(name)]
+    figure, axes = style.row_of(len(rows), 2.0, 2.6, sharex=True, sharey=True)
+    ends = []
+    for each, one in zip(axes, rows):
+        for name, ink in ((one.row.baseline, "grey"), (one.row.name, style.KINDS[0])):
+            if not curves.get(name) or (ink == "grey" and name == one.row.name):
+                continue
+            steps, values = band(list(curves[name].values()))
+            _band(each, steps, values, ink, "--" if ink == "grey" else "-")
+            late = steps >= (1 - SHOWN) * steps.max(initial=0)
+            ends.extend(values[:, late].ravel())
+        each.set_title(f"{one.row.name}: {one.loss:.3f}")
+    low, high = min(ends), max(ends)
+    margin = 0.05 * (high - low) or 0.1
+    axes[0].set_ylim(low - margin, high + margin)
+    figure.supylabel(
+        LOSSES[summary.loss].replace(" of the last tenth of the steps", ""), fontsize="medium"
+    )
+    figure.supxlabel("step", fontsize="medium")
+    return figure
+
+
+def gaps(summary: Summary, curves: Curves) -> Any:
+    """The paired difference to the baseline over training, seeds thin, their range shaded, their
+    mean bold; below 0 is better. The paper's difference at its end is dotted."""
+    rows = [one for one in summary.results.values() if _gap(one, curves)[0].size]
+    figure, axes = style.row_of(len(rows), 2.0, 2.6, sharex=True, sharey=True)
+    ends = [0.0]
+    for each, one in zip(axes, rows):
+        steps, values = _gap(one, curves)
+        _band(each, steps, values, style.KINDS[0], "-")
+        if len(values) > 1:
+            each.plot(
+                steps, values.T, color=style.KINDS[0], linewidth=0.5, linestyle="-", alpha=0.6
+            )
+        each.axhline(0, color="grey", linewidth=1, linestyle="-")
+        if one.printed_difference is not None:
+            each.axhline(one.printed_difference, color=style.KINDS[1], linestyle=":")
+            ends.append(one.printed_difference)
+        ends.extend(values[:, steps >= (1 - SHOWN) * steps.max()].ravel())
+        each.set_title(f"{one.row.name}: {one.difference.mean:+.3f}")
+    margin = 0.08 * (max(ends) - min(ends)) or 0.1
+    axes[0].set_ylim(min(ends) - margin, max(ends) + margin)
+    figure.supylabel("less the baseline, nats", fontsize="medium")
+    figure.supxlabel("step", fontsize="medium")
+    return figure
+
+
+def has_gaps(summary: Summary, curves: Curves) -> bool:
+    """Whether `gaps` has anything to draw."""
+    return any(_gap(one, curves)[0].size for one in summary.results.values())
+
+
+def _gap(one: Result, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
+    own, base = curves.get(one.row.name, {}), curves.get(one.row.baseline, {})
+    seeds = [seed for seed in one.differences if seed in own and seed in base]
+    if not seeds:
+        return np.array([]), np.array([])
+    steps, both = band([own[seed] for seed in seeds] + [base[seed] for seed in seeds])
+    return steps, both[: len(seeds)] - both[len(seeds) :]
+
+
+def _band(axes: Any, steps: np.ndarray, values: np.ndarray, colour: str, stroke: str) -> None:
+    marker = "." if len(steps) < 3 else ""
+    axes.plot(steps, values.mean(0), color=colour, linestyle=stroke, marker=marker)
+    if len(values) > 1:
+        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+
+
+def _unit(summary: Summary) -> str:
+    return f"nats ({LOSSES[summary.loss].split(',')[0]})"
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Each kind of mark once, below."""
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles))
+    if once:
+        figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once))

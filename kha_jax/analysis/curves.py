@@ -1,0 +1,129 @@
+"""Figures of how runs went, from the lines of their metrics.jsonl (`reading.read_metrics`)."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from kha_jax.analysis import style
+from kha_jax.analysis.models import Variant
+from kha_jax.attention.attention import LARGEST
+from kha_jax.metrics import column
+from kha_jax.spikes import SPIKING, find_spikes
+
+Rows = list[dict[str, Any]]
+VALIDATION = {
+    "val_bits_per_byte": "validation bits per byte",
+    "val_loss": "validation loss, nats per token",
+}
+STABILITY = {
+    "loss": "training loss, nats",
+    "grad_norm": "gradient norm",
+    LARGEST: "largest logit",
+}
+
+
+def smoothed(values: np.ndarray, over: int = 11) -> np.ndarray:
+    """Means of the finite values among the `over` around each entry, fewer at the ends; NaN where
+    there are none."""
+    window, finite = np.ones(over), np.isfinite(values)
+    if len(values) < over:
+        return values
+    sums = np.convolve(np.where(finite, values, 0), window, "same")
+    counts = np.convolve(finite.astype(float), window, "same")
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def training(runs: dict[str, Rows]) -> Any:
+    """Training loss, smoothed; validation bits per byte (or loss, for data without bytes) with its
+    last value; for mixtures the worst layer's MaxVio."""
+    balanced = any("max_violation" in row for rows in runs.values() for row in rows)
+    count = 3 if balanced else 2
+    figure, axes = style.pyplot().subplots(1, count, figsize=(4.2 * count, 3.3))
+    left, right = axes[:2]
+    texts = any("val_bits_per_byte" in row for rows in runs.values() for row in rows)
+    key = "val_bits_per_byte" if texts else "val_loss"
+    for index, (name, rows) in enumerate(runs.items()):
+        steps, losses = column(rows, "loss")
+        left.plot(steps, smoothed(losses), label=name)
+        steps, values = column(rows, key)
+        last = f"{name}: {values[-1]:.3f}" if values.size else name
+        right.plot(steps, values, marker=style.MARKERS[index % 6], label=last)
+        if balanced:
+            steps, worst = column(rows, "max_violation")
+            axes[2].plot(steps, smoothed(worst), label=name)
+    left.set_title("training loss, nats per token")
+    right.set_title(VALIDATION[key])
+    if balanced:
+        axes[2].axhline(0.2, color="grey", linewidth=0.8, linestyle=":")
+        axes[2].set_title("MaxVio of the worst layer")
+        style.plain_log(axes[2])
+    for each in axes:
+        each.set_xlabel("step")
+        each.legend()
+    return figure
+
+
+def stability(runs: dict[str, Rows], across: int = 4) -> Any:
+    """The loss of every step and the gradient norm with their spikes (`spikes.find_spikes`)
+    marked, and the largest attention logit of any layer where it was logged; a column for each run,
+    `across` of them side by side, on one scale (the paper's figures 1, right, and 2)."""
+    shown = [
+        name for name in STABILITY if any(name in row for rows in runs.values() for row in rows)
+    ]
+    columns, blocks = min(across, len(runs)), math.ceil(len(runs) / across)
+    size = (
+        (4.2 if columns < 3 else 3.2) * columns,
+        (2.3 if blocks == 1 else 1.9) * blocks * len(shown),
+    )
+    figure, grid = style.pyplot().subplots(
+        blocks * len(shown), columns, figsize=size, squeeze=False, sharex=True
+    )
+    for index, (name, rows) in enumerate(runs.items()):
+        block, at = divmod(index, columns)
+        panels = grid[block * len(shown) : (block + 1) * len(shown), at]
+        counts = [_spiky(panel, rows, key, index) for panel, key in zip(panels, shown)]
+        panels[0].set_title(f"{name}: {counts[0]} spike{'' if counts[0] == 1 else 's'}")
+    for row, key in enumerate(shown):
+        for panel in grid[row :: len(shown)].ravel():
+            panel.sharey(grid[row, 0])
+        for panel in grid[row :: len(shown), 0]:
+            panel.set_ylabel(STABILITY[key])
+        if key != "loss":
+            style.plain_log(grid[row, 0])
+    for panel in grid.ravel():
+        panel.label_outer()
+        panel.set_visible(panel.has_data())
+    for panel in grid[-1]:
+        panel.set_xlabel("step")
+    return figure
+
+
+def _spiky(axes: Any, rows: Rows, key: str, index: int) -> int:
+    """Draws a series with its spikes, and returns how many there are."""
+    steps, values = column(rows, key)
+    colour = style.KINDS[index % 4]
+    found = find_spikes(steps, values) if key in SPIKING else []
+    axes.plot(steps, values, color=colour, linewidth=0.8, linestyle="-")
+    # what is not finite is marked where it left
+    heights = [one.centre if math.isnan(one.peak) else one.peak for one in found]
+    at = [one.step for one in found]
+    axes.plot(at, heights, linestyle="none", marker="v", color=style.KINDS[4])
+    return len(found)
+
+
+def cost_against_loss(rows: list[Variant]) -> Any:
+    """What each variant costs to train and where it came to; down and to the left is better."""
+    figure, axes = style.pyplot().subplots(figsize=(5.2, 3.6))
+    texts = all(not math.isnan(row.bits_per_byte) for row in rows)
+    for index, row in enumerate(rows):
+        value = row.bits_per_byte if texts else row.loss
+        look = {"marker": style.MARKERS[index % 6], "color": style.KINDS[index % 6]}
+        axes.plot(row.training_flops / 1e6, value, linestyle="none", label=row.name, **look)
+    axes.set(
+        xlabel="training cost, MFLOP per token",
+        ylabel=VALIDATION["val_bits_per_byte" if texts else "val_loss"],
+    )
+    axes.margins(0.2)
+    axes.legend()
+    return figure

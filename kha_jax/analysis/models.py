@@ -1,0 +1,117 @@
+"""What needs a run's config besides its arrays: its streams on its own data, and its costs.
+
+Legend: L layers, R rows (tokens), N heads, H head width.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from kha_jax import accounting
+from kha_jax.analysis.reading import MIXER, Run
+from kha_jax.attention.mixers import Mixer
+from kha_jax.config import from_dict
+from kha_jax.errors import CheckpointError
+from kha_jax.ops.linear import linear
+from kha_jax.training.run_config import RunConfig
+
+
+class Stream(NamedTuple):
+    """One stream of a model on some tokens, before and after its mixer, both [L, R, N, H]."""
+
+    before: np.ndarray
+    after: np.ndarray
+
+
+def config_of(run: Run) -> RunConfig:
+    """The run's config.
+
+    Raises:
+        CheckpointError: a bare checkpoint has none.
+    """
+    if run.config is None:
+        raise CheckpointError(f"{run.folder}: a bare checkpoint has no config.json")
+    return from_dict(RunConfig, run.config)
+
+
+def streams(run: Run, rows: int = 4) -> dict[str, Stream]:
+    """The mixable streams (query, key, value) of every layer on the first `rows` sequences of the
+    run's validation data, padding left out. Reads all parameters and runs the model once."""
+    config = config_of(run)
+    source = config.data.open("validation", config.seq_len, config.seed)
+    examples = [source[index] for index in range(min(rows, len(source)))]
+    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    model = config.model.replace(numerics=config.model.numerics.replace(dtype="float32")).build()
+    variables = {name: run.checkpoint.tree(name) for name in ("params", "balance")}
+    real = batch["weights"].astype(bool)
+    seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+    def keep(slot, before, after):
+        seen.setdefault(slot, []).append((np.asarray(before)[real], np.asarray(after)[real]))
+
+    def watch(call, arguments, keywords, context):
+        out = call(*arguments, **keywords)
+        if isinstance(context.module, Mixer) and context.method_name == "project":
+            slot = context.module.name.removesuffix(MIXER)
+            jax.debug.callback(keep, slot, linear(*arguments), out, ordered=True)
+        return out
+
+    def forward(variables, tokens, positions, segment_ids):
+        with nn.intercept_methods(watch):
+            return model.apply(variables, tokens, positions, segment_ids, method="hidden")[0]
+
+    inputs = (batch[name] for name in ("tokens", "positions", "segment_ids"))
+    jax.block_until_ready(jax.jit(forward)(variables, *inputs))
+    jax.effects_barrier()
+    layers = sum(run.segments().values())
+    return {slot: Stream(*(_by_layer(z, layers) for z in zip(*seen[slot]))) for slot in seen}
+
+
+def _by_layer(parts: tuple[np.ndarray, ...], layers: int) -> np.ndarray:
+    """Streams [R, some of the heads, H] in the order in which the model made them, as
+    [L, R, N, H]."""
+    several = len(parts) // layers
+    made = [parts[first : first + several] for first in range(0, len(parts), several)]
+    return np.stack([np.concatenate(heads, axis=1) for heads in made])
+
+
+class Variant(NamedTuple):
+    """One row of the table of variants. parameters: all of them, mixing: those of mixers.
+    training_flops, cache_floats: per token. tokens: trained on. loss: nats per token on validation
+    data, the last that was measured; bits_per_byte: the same per byte of text, NaN for other data.
+    """
+
+    name: str
+    parameters: int
+    mixing: int
+    training_flops: float
+    cache_floats: int
+    tokens: int
+    loss: float
+    bits_per_byte: float
+
+
+def variants(runs: list[Run]) -> list[Variant]:
+    """What each run costs by the accounting, and where it has come to."""
+    return [_variant(run) for run in runs]
+
+
+def _variant(run: Run) -> Variant:
+    config, rows = config_of(run), run.metrics()
+    cost = accounting.account(config.model, config.seq_len, tokens=config.tokens_per_step)
+    last: dict[str, Any] = {}
+    for row in rows:
+        last |= row
+    return Variant(
+        name=run.name,
+        parameters=cost.parameters,
+        mixing=cost.mixing,
+        training_flops=cost.training_flops,
+        cache_floats=cost.cache_floats,
+        tokens=last.get("step", 0) * config.tokens_per_step,
+        loss=last.get("val_loss", math.nan),
+        bits_per_byte=last.get("val_bits_per_byte", math.nan),
+    )

@@ -1,0 +1,241 @@
+"""From a run folder, or a bare checkpoint, to arrays: only the leaves that are asked for are read.
+
+Paths may be local or remote (gs://, s3://), as Orbax takes them.
+"""
+
+import json
+import math
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from kha_jax.analysis.leaves import Checkpoint
+from kha_jax.attention.mixers import STREAM_MIXERS, HeadComposition, repetition
+from kha_jax.errors import CheckpointError
+from kha_jax.metrics import plain_row, read_lines
+from kha_jax.runs.manifest import MANIFEST
+from kha_jax.training.trace import TRACE
+
+MIXER = "_mixer"  # every small matrix between heads lives at .../SLOT_mixer/NAME
+STREAMS = ("query", "key", "value")
+ORDER = (*STREAMS, "kernel", "residual", "up", "gate", "down")  # that places are shown in
+
+
+class Stack(NamedTuple):
+    """One matrix of a model over the layers that have it.
+
+    T: [L, n, m], float32. layers: their numbers, from 0. start: [n, m] that training began with:
+    zeros for a gate, heads repeated where their number changes, the identity otherwise (also where
+    the config asked for a random start, which no checkpoint tells). axis: what it mixes, `feature`
+    or `head`.
+    """
+
+    T: np.ndarray
+    layers: tuple[int, ...]
+    start: np.ndarray
+    axis: str
+
+    @property
+    def change(self) -> np.ndarray:
+        """T - start, [L, n, m]."""
+        return self.T - self.start
+
+
+def saved_steps(workdir: epath.PathLike) -> list[int]:
+    """Steps of a run folder whose checkpoint has a manifest, oldest first."""
+    folder = epath.Path(workdir) / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.exists() else []
+    return sorted(int(n) for n in names if n.isdigit() and (folder / n / MANIFEST).exists())
+
+
+class Run:
+    """What can be looked at in a run folder, or in a bare checkpoint (a step's folder, or the
+    `state` in it, without metrics and config).
+
+    step: the newest with a manifest by default. Files are not verified here: a reader of a few
+    megabytes must not read the rest.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+
+    def __init__(self, path: epath.PathLike, step: int | None = None):
+        self.folder, self.name = epath.Path(path), epath.Path(path).name
+        bare = [self.folder, self.folder / "state"]
+        found = next((p for p in bare if (p / "_METADATA").exists()), None)
+        self.steps = [] if found else saved_steps(self.folder)
+        if found is None and not self.steps:
+            raise CheckpointError(f"{self.folder}: holds no checkpoint yet")
+        if step is not None and step not in self.steps:
+            raise CheckpointError(f"{self.folder}: step {step} is not kept; it has {self.steps}")
+        self.step = step if found or step is not None else self.steps[-1]
+        self.checkpoint = Checkpoint(
+            found or self.folder / "checkpoints" / f"{self.step:08d}" / "state"
+        )
+        config = self.folder / "config.json"
+        try:
+            self.config: dict[str, Any] | None = (
+                dict(json.loads(config.read_text())) if config.exists() else None
+            )
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{config}: is damaged ({error})") from None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """See `read_metrics`."""
+        return read_metrics(self.folder)
+
+    def segments(self) -> dict[str, int]:
+        """Layers of every scanned segment, in the model's order."""
+        sizes = {}
+        for name, leaf in self.checkpoint.leaves.items():
+            found = re.match(r"params/(.+?)/attention/", name)
+            if found:
+                sizes[found[1]] = leaf.shape[0]
+        return {name: sizes[name] for name in sorted(sizes, key=_natural)}
+
+    def matrices(self) -> dict[str, Stack]:
+        """Every mixer matrix by place, such as `value/kernel`, or `value/kernel/0` where each head
+        has its own; segments of equal shapes are one stack, others are told apart as
+        `SEGMENT/value/kernel`. A `residual` D is returned as the T that it stands for."""
+        offset, found = 0, {}
+        # what mixes outputs reads the block's input: it maps no heads or features to themselves
+        mixing = re.compile(rf"params/(.+)/attention/((?!output)[^/]+){MIXER}/([^/]+)$")
+        names = [name for name in self.checkpoint.leaves if mixing.match(name)]
+        arrays = self.checkpoint.read(n for n in names if len(self.checkpoint.leaves[n].shape) > 2)
+        for segment, length in self.segments().items():
+            layers = tuple(range(offset, offset + length))
+            offset += length
+            for name, T in arrays.items():
+                inside, slot, matrix = mixing.match(name).groups()
+                if inside != segment:
+                    continue
+                heads = {f"/{head}": T[:, head] for head in range(T.shape[1])}
+                for head, own in ({"": T} if T.ndim == 3 else heads).items():
+                    stack = self._stack(segment, slot, matrix, own, layers)
+                    found[segment, f"{slot}/{matrix}{head}"] = stack
+        return _joined(found)
+
+    def _stack(self, segment, slot, matrix, T, layers):
+        T, shape = T.astype(np.float32), T.shape[1:]
+        mixer = self._attention(layers[0]).get(slot, {})
+        if matrix == "residual":
+            T = T + mixer.get("diag_init", 1.0) * np.eye(*shape, dtype=np.float32)
+        if mixer.get("kind") in STREAM_MIXERS:
+            on_heads = issubclass(STREAM_MIXERS[mixer["kind"]], HeadComposition)
+        else:
+            output = self.checkpoint.leaves.get(f"params/{segment}/attention/output")
+            heads, width = output.shape[1:3] if output else (0, shape[0])
+            on_heads = slot not in STREAMS or width != shape[0] <= heads
+        start = np.asarray(repetition(None, shape, np.float32))
+        return Stack(
+            T, layers, 0 * start if matrix == "gate" else start, "head" if on_heads else "feature"
+        )
+
+    def _attention(self, layer: int) -> dict[str, Any]:
+        """The fields of a layer's attention; none for a bare checkpoint."""
+        model = (self.config or {}).get("model", {})
+        later = model.get("later", {})
+        changed = "attention" in later and layer >= later["layer"]
+        return later["attention"] if changed else model.get("attention", {})
+
+    def transforms(self) -> dict[str, Stack]:
+        """The linear map of each mixed stream at small z, [L, H, H] by slot: T of a linear mixer,
+        W_up W_down of an MLP (whose gate is 1 there)."""
+        stacks, out = self.matrices(), {}
+        for place, stack in stacks.items():
+            prefix, _, matrix = place.rpartition("/")
+            down = stacks.get(f"{prefix}/down")
+            if stack.axis == "feature" and matrix in ("kernel", "residual"):
+                out[prefix] = stack
+            elif matrix == "up" and down is not None:
+                out[prefix] = stack._replace(T=stack.T @ down.T)
+        return out
+
+    def stream_weights(
+        self, slot: str, widest: float = math.inf
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(W [D, heads, H], scale [D]) of the layers, first to last: what makes a stream out of the
+        normalised input, without its mixer. Nothing is read, and the list is empty, where the
+        projection goes through a latent or has more than `widest` features in all its heads."""
+        alias = {"query": ("query",), "key": ("key",), "value": ("value", "state")}[slot]
+        out = []
+        for segment in self.segments():
+            places = [f"params/{segment}/attention/projection/{name}" for name in alias]
+            place = next((p for p in places if p in self.checkpoint.leaves), None)
+            norm = f"params/{segment}/attention_norm/scale"
+            shape = self.checkpoint.leaves[place].shape if place else ()
+            if len(shape) != 4 or math.prod(shape[2:]) > widest:
+                return []
+            arrays = self.checkpoint.read([place, norm])
+            out += list(zip(arrays[place].astype(np.float32), arrays[norm].astype(np.float32)))
+        return out
+
+
+def _shown(place: str) -> list[Any]:
+    parts = place.split("/")
+    known = [ORDER.index(part) if part in ORDER else len(ORDER) for part in parts]
+    return [known, _natural(place)]
+
+
+def _natural(name: str) -> list[Any]:
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in _parts(name)]
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in re.split(r"(\d+)", name) if part]
+
+
+def _joined(found: dict[tuple[str, str], Stack]) -> dict[str, Stack]:
+    out: dict[str, Stack] = {}
+    for place in sorted({place for _, place in found}, key=_shown):
+        stacks = {segment: stack for (segment, p), stack in found.items() if p == place}
+        if len({stack.T.shape[1:] for stack in stacks.values()}) > 1:
+            out |= {f"{segment}/{place}": stack for segment, stack in stacks.items()}
+            continue
+        layers = sum((stack.layers for stack in stacks.values()), ())
+        first = next(iter(stacks.values()))
+        T = np.concatenate([stack.T for stack in stacks.values()])
+        out[place] = Stack(T, layers, first.start, first.axis)
+    return out
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl, without what was not finite.
+
+    Raises:
+        CheckpointError: the folder holds none with a loss.
+    """
+    path = epath.Path(workdir) / "metrics.jsonl"
+    try:
+        lines = [plain_row(row) for row in read_lines(path)]
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; train it first") from None
+    rows = [{name: value for name, value in row.items() if _drawable(value)} for row in lines]
+    if not any("loss" in row for row in rows):
+        raise CheckpointError(f"{path} holds no loss; train it first")
+    return rows
+
+
+def _drawable(value: Any) -> bool:
+    """Whether a value, or every one of a list, is a finite number."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(one, (int, float)) for one in values)
+
+
+def trace(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """{place: {measure: (steps, values [steps, L])}} of what training logged of its matrices,
+    segments one after another; see `optimizer.trace`."""
+    logged: dict[tuple[str, str], dict[str, list[tuple[int, list[float]]]]] = {}
+    names = {name: None for row in rows for name in row if name.startswith(TRACE)}
+    for name in sorted(names, key=_natural):
+        *_, slot, matrix, measure = name.split("/")
+        found = [(row["step"], row[name]) for row in rows if name in row]
+        logged.setdefault((f"{slot}/{matrix}", measure), {})[name] = found
+    out: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for (place, measure), segments in sorted(logged.items(), key=lambda entry: _shown(entry[0][0])):
+        steps = np.array([step for step, _ in next(iter(segments.values()))])
+        values = [np.array([value for _, value in found]) for found in segments.values()]
+        out.setdefault(place, {})[measure] = (steps, np.concatenate(values, axis=1))
+    return out

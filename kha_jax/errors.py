@@ -1,0 +1,22 @@
+"""What can go wrong outside of a config, each with one line that names what was found."""
+
+
+class DataError(Exception):
+    """Data that cannot be trained on. The message names the file or source and what to do."""
+
+
+class StorageError(Exception):
+    """A folder that cannot be written. The message names it and the reason."""
+
+
+class CheckpointError(StorageError):
+    """A checkpoint that could not be written or read. The message names the folder and the
+    reason."""
+
+
+class WaitError(Exception):
+    """Processes that did not come together in time. The message names what was waited for."""
+
+
+class PeerError(Exception):
+    """Another process of the run cannot go on. The message says which."""

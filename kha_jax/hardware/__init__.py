@@ -1,0 +1,1 @@
+"""Facts about chips, and what a step is compiled with on them."""

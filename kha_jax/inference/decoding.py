@@ -1,0 +1,233 @@
+"""Generation: prefill, then a compiled loop that appends one token at a time to a preallocated
+cache.
+
+The cache is what the projection calls its state: transformed keys and values, GTA's tied states,
+the latents of MLA and GLA. Ragged prompts are padded on the left, so that every row writes to the
+same slot; `pad` counts the padding of each row.
+
+Legend: B batch, T prompt length with padding, S slots of the cache, V vocabulary.
+"""
+
+import logging
+from typing import Any, Iterator, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kha_jax.attention.projections import State
+from kha_jax.inference.layers import Variables, Weights, blocks, unstack
+from kha_jax.inference.sampling import Sampling, draw
+from kha_jax.model import ModelConfig
+
+log = logging.getLogger("kha_jax")
+PROMPT_MULTIPLE = 32  # prompts are padded to multiples of it, so that few lengths compile
+PROMPT_CHUNK = 512  # and longer ones than this to multiples of this
+Cache = list[State]
+
+
+def prefill(
+    model: ModelConfig,
+    weights: Weights,
+    tokens_BT: jax.Array,
+    pad_B: jax.Array,
+    slots: int,
+    chunk: int | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] after the last token of each row, and a cache of `slots` that holds the rows in
+    its first T.
+
+    tokens_BT: row b begins with pad_B[b] tokens that nothing looks at. chunk: tokens of a row that
+    are computed at once, a divisor of T; all by default. What is held beside the cache grows with
+    it and not with T.
+    """
+    size = chunk or tokens_BT.shape[1]
+    filled = _first(model, weights, tokens_BT[:, :size], pad_B, slots)
+    if size == tokens_BT.shape[1]:
+        return filled
+
+    def more(i, filled):
+        tokens_BC = jax.lax.dynamic_slice_in_dim(tokens_BT, i * size, size, axis=1)
+        return extend(model, weights, filled[1], tokens_BC, i * size, pad_B)
+
+    return jax.lax.fori_loop(1, tokens_BT.shape[1] // size, more, filled)
+
+
+def _first(model, weights, tokens_BT, pad_B, slots):
+    """`prefill` of what the platform's kernel takes at once."""
+    column = jnp.arange(tokens_BT.shape[1])
+    positions_BT = jnp.maximum(column - pad_B[:, None], 0)
+    # as segment ids: padding is a document of its own
+    real_BT = (column >= pad_B[:, None]).astype(jnp.int32)
+    transformer = model.build()
+    x_BTD, cache = transformer.apply(weights.outer, tokens_BT, method="embed"), []
+    for block, layer in zip(blocks(model), weights.layers):
+        x_BTD, state = block.apply(layer, x_BTD, positions_BT, real_BT, slots, method="prefill")
+        cache.append(state)
+    return transformer.apply(weights.outer, x_BTD[:, -1], method="next_token_logits"), cache
+
+
+def extend(
+    model: ModelConfig,
+    weights: Weights,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    slot: jax.Array,
+    pad_B: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] after T more tokens in every row, and the cache with them from `slot` on."""
+    places_T = slot + jnp.arange(tokens_BT.shape[1])
+    positions_BT = jnp.maximum(places_T - pad_B[:, None], 0)
+    transformer = model.build()
+    x_BTD, extended = transformer.apply(weights.outer, tokens_BT, method="embed"), []
+    for block, layer, state in zip(blocks(model), weights.layers, cache):
+        x_BTD, state = block.apply(layer, x_BTD, positions_BT, state, slot, pad_B, method="extend")
+        extended.append(state)
+    return transformer.apply(weights.outer, x_BTD[:, -1], method="next_token_logits"), extended
+
+
+class Progress(NamedTuple):
+    """Where a batch of generations stands. token_B: the last token of each row, not yet in the
+    cache; slot: where it goes."""
+
+    cache: Cache
+    token_B: jax.Array
+    slot: jax.Array
+    pad_B: jax.Array
+    done_B: jax.Array
+    key: jax.Array
+
+
+class Decoder:
+    """Generates from one model on this process's default device.
+
+    Args:
+        model: its config; scores of the prompt are computed by the platform's best kernel whatever
+            it says.
+        variables: as trained, {"params": ...}. Linear mixers are best absorbed before
+            (`absorb_if_linear`); any model works as it is.
+        prompt_chunk: tokens of a prompt that are computed at once; a longer one comes in chunks, so
+            that it takes no more memory but for its cache.
+    """
+
+    def __init__(self, model: ModelConfig, variables: Variables, prompt_chunk: int = PROMPT_CHUNK):
+        if prompt_chunk < 1 or prompt_chunk % PROMPT_MULTIPLE:
+            problem = f"must be a positive multiple of {PROMPT_MULTIPLE}, found {prompt_chunk}"
+            raise ValueError(f"prompt_chunk: {problem}")
+        self.prompt_chunk = prompt_chunk
+        self.model = model.with_attention(lambda attention: attention.replace(kernel="auto"))
+        self.weights = unstack(model, variables)
+        self._start = jax.jit(self._start_, static_argnames=("sampling", "slots", "end"))
+        self._advance = jax.jit(
+            self._advance_, static_argnames=("sampling", "count", "end"), donate_argnums=1
+        )
+
+    def _start_(self, weights, tokens_BT, pad_B, key, *, sampling, slots, end) -> Progress:
+        chunk = min(self.prompt_chunk, tokens_BT.shape[1])
+        logits_BV, cache = prefill(self.model, weights, tokens_BT, pad_B, slots, chunk)
+        token_B, key = draw(logits_BV, key, sampling)
+        return Progress(
+            cache, token_B, jnp.int32(tokens_BT.shape[1]), pad_B, _is(token_B, end), key
+        )
+
+    def _advance_(self, weights, progress, *, sampling, count, end) -> tuple[Progress, jax.Array]:
+        """Up to `count` more tokens in every row; stops early once all rows are done."""
+
+        def going(carry):
+            i, progress, _ = carry
+            return (i < count) & ~jnp.all(progress.done_B)
+
+        def one(carry):
+            i, p, out_BC = carry
+            token_B1 = p.token_B[:, None]
+            logits_BV, cache = extend(self.model, weights, p.cache, token_B1, p.slot, p.pad_B)
+            token_B, key = draw(logits_BV, p.key, sampling)
+            token_B = token_B if end is None else jnp.where(p.done_B, end, token_B)
+            done_B = p.done_B | _is(token_B, end)
+            return (
+                i + 1,
+                Progress(cache, token_B, p.slot + 1, p.pad_B, done_B, key),
+                out_BC.at[:, i].set(token_B),
+            )
+
+        filler = jnp.full((progress.token_B.shape[0], count), 0 if end is None else end, jnp.int32)
+        _, progress, out_BC = jax.lax.while_loop(going, one, (0, progress, filler))
+        return progress, out_BC
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        *,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        end: int | None = None,
+        chunk: int = 8,
+    ) -> Iterator[np.ndarray]:
+        """Yields the new tokens, [B, at most `chunk`] at a time.
+
+        Args:
+            prompts: token ids of each row, of any lengths from one.
+            tokens: new tokens per row.
+            end: the id that ends a row; what follows it in the row is `end` again, and a batch
+                stops once all rows have ended.
+
+        Raises:
+            ValueError: an empty prompt, an id outside the vocabulary, or no tokens to make.
+        """
+        _check(prompts, tokens, self.model.vocabulary_size)
+        longest = max(map(len, prompts))
+        one_chunk = longest <= self.prompt_chunk
+        length = _up(longest, PROMPT_MULTIPLE if one_chunk else self.prompt_chunk)
+        pad = np.array([length - len(prompt) for prompt in prompts], np.int32)
+        padded = np.stack(
+            [np.pad(np.asarray(prompt, np.int32), (p, 0)) for prompt, p in zip(prompts, pad)]
+        )
+        slots = length + _up(tokens, PROMPT_MULTIPLE)
+        progress = self._start(
+            self.weights, padded, pad, jax.random.key(seed), sampling=sampling, slots=slots, end=end
+        )
+        yield np.asarray(progress.token_B)[:, None]
+        left = tokens - 1
+        while left > 0 and not np.all(progress.done_B):
+            progress, out = self._advance(
+                self.weights, progress, sampling=sampling, count=min(chunk, tokens - 1), end=end
+            )
+            yield np.asarray(out)[:, :left]
+            left -= chunk
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], tokens: int, **settings: Any
+    ) -> list[list[int]]:
+        """The new tokens of each row, without the `end` that stopped it; see `stream`, whose
+        settings it takes."""
+        rows = np.concatenate(
+            list(self.stream(prompts, tokens, **{"chunk": tokens, **settings})), axis=1
+        ).tolist()
+        end = settings.get("end")
+        return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _is(token_B: jax.Array, end: int | None) -> jax.Array:
+    return jnp.zeros(token_B.shape, bool) if end is None else token_B == end
+
+
+def _check(prompts: Sequence[Sequence[int]], tokens: int, vocabulary_size: int) -> None:
+    if tokens < 1:
+        raise ValueError(f"tokens: must be at least 1, found {tokens}")
+    if not prompts:
+        raise ValueError("prompts: there is none")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(
+                f"prompts[{row}]: is empty; begin with a token, such as the end of a document"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary_size:
+            raise ValueError(
+                f"prompts[{row}]: ids must be in [0, {vocabulary_size}), found {min(prompt)} to "
+                f"{max(prompt)}"
+            )

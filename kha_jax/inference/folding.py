@@ -1,0 +1,116 @@
+"""Folds linear stream mixers into the weights around them.
+
+x (W T) = (x W) T: T_q, T_k and T_v go into the weights that make the stream, whatever the
+projection (paper, equation 8): W_Q, W_K, W_V for grouped queries, the tied state's weights for GTA,
+the query and up-projections for MLA and GLA. The mixer's own module is applied to the weights, so
+that every linear mixer folds as it is defined. An MLP or a gate is not linear in its stream and
+cannot be folded; score and output mixers stay.
+"""
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kha_jax.attention.attention import SLOTS, AttentionConfig
+from kha_jax.attention.mixers import NoMixer
+from kha_jax.config import ConfigError, under
+from kha_jax.inference.layers import Variables
+from kha_jax.model import ModelConfig
+from kha_jax.modules import Numerics
+
+log = logging.getLogger("kha_jax")
+EXACT = Numerics(dtype="float32")
+
+
+def foldable(config: AttentionConfig) -> list[str]:
+    """The slots that hold a mixer to fold.
+
+    Raises:
+        ConfigError: names a slot whose mixer no weights can stand for, with the reason.
+    """
+    slots = [slot for slot in SLOTS if type(getattr(config, slot)) is not NoMixer]
+    for slot in slots:
+        mixer, heads = getattr(config, slot), config.projection.streams(1)[slot][0]
+        reason = mixer.unfoldable(heads)
+        if reason:
+            raise ConfigError(f"{slot}.kind", f"{type(mixer).__name__} {reason}")
+    return slots
+
+
+def absorbed(config: AttentionConfig) -> AttentionConfig:
+    """The config without its stream mixers, whose projection makes the heads that they made."""
+    plain = config.projection.with_heads(config.heads_read()["value"])
+    return config.replace(projection=plain, **{slot: NoMixer() for slot in SLOTS})
+
+
+def absorb(config: AttentionConfig, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of `absorbed(config)` that compute the same attention.
+
+    Args:
+        config: any projection with linear mixers or none.
+        parameters: of one attention layer, or of a stack of layers with a leading axis. Products
+            are float32, then cast back.
+
+    Raises:
+        ConfigError: a mixer does not fold.
+    """
+    projection = dict(parameters["projection"])
+    slots = foldable(config)
+    for slot in slots:
+        heads, head_dim, _ = config.projection.streams(1)[slot]
+        mixer = getattr(config, slot).build(heads, head_dim, EXACT, name=None)
+        name, own = config.projection.stream_weights[slot], parameters[f"{slot}_mixer"]
+
+        def fold(own, weights, mixer=mixer):
+            with jax.default_matmul_precision("highest"):
+                folded = mixer.apply({"params": own}, weights.astype(jnp.float32))
+            return folded.astype(weights.dtype)
+
+        stacked = parameters["output"].ndim == 4
+        projection[name] = (jax.vmap(fold) if stacked else fold)(own, projection[name])
+    mixers = {f"{slot}_mixer" for slot in slots}
+    rest = {name: leaf for name, leaf in parameters.items() if name not in mixers}
+    return {**rest, "projection": projection}
+
+
+def foldable_slots(model: ModelConfig) -> list[str]:
+    """The slots that hold a mixer to fold in some layer.
+
+    Raises:
+        ConfigError: names a slot whose mixer no weights can stand for, with the reason.
+    """
+    found: set[str] = set()
+    for name, attention in model.attentions().items():
+        with under(name):
+            found |= set(foldable(attention))
+    return [slot for slot in SLOTS if slot in found]
+
+
+def absorb_model(model: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
+    """The model without stream mixers and the variables that compute the same logits; see
+    attention.absorb.
+
+    Raises:
+        ConfigError: a mixer does not fold.
+    """
+    params = dict(variables["params"])
+    for segment in model.segments():
+        layers = params[segment.name]
+        folded = absorb(segment.attention, layers["attention"])
+        params[segment.name] = {**layers, "attention": folded}
+    return model.with_attention(absorbed), {**variables, "params": params}
+
+
+def absorb_if_linear(model: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
+    """`absorb_model`, or what was given where there is nothing to fold or a mixer that does not."""
+    try:
+        slots = foldable_slots(model)
+    except ConfigError as error:
+        log.info("not folded: %s", error)
+        return model, variables
+    if not slots:
+        return model, variables
+    log.info("folded linear mixers of %s into the weights", ", ".join(slots))
+    return absorb_model(model, variables)

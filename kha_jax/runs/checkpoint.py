@@ -1,0 +1,358 @@
+"""Checkpoints that count only once they are whole: Orbax arrays, then a manifest with the checksum
+of every file.
+
+Layout: `<workdir>/checkpoints/<step>/state/...`, then `<step>/MANIFEST.json`, then
+`checkpoints/NEWEST`, which holds the step. A folder without a manifest is a leftover of an
+interrupted save; a writer removes it. Where NEWEST is, a checkpoint has been whole, so that a run
+which finds none any more does not start again.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import logging
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from kha_jax.errors import CheckpointError
+from kha_jax.runs import faults, processes
+from kha_jax.runs.manifest import (
+    MANIFEST,
+    checksum,
+    folder_name,
+    read_manifest,
+    same_size,
+    verify,
+    why,
+)
+from kha_jax.storage import write_json
+
+REJECTED, NEWEST = "MANIFEST.rejected", "NEWEST"
+WAIT_SECONDS = 1800  # that processes wait for one another around a save
+VERIFY_SECONDS = 3600  # that other processes wait for process 0 to read every file of a checkpoint
+LEAVES_NAMED = 5  # of those that differ from what is expected
+log = logging.getLogger("kha_jax")
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, such as params/layers/attention/query."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def state_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of their descriptions."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+@functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+def _copied(state: Any, room: Any) -> Any:
+    """The state in the buffers of `room`, an earlier copy: new pages cost ten times a copy. What
+    somebody still reads there is not overwritten; jax then takes new ones after all."""
+    return jax.tree.map(jnp.copy, state)
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Saves run in the background; their errors are raised by
+    the next call, or on leaving the `with` block. On a CPU a copy of the state is kept from the
+    first save on, as much memory as the state takes.
+
+    Args:
+        folder: created when the first checkpoint is saved.
+        keep: newest verified checkpoints that retention leaves.
+        about: entries of the manifest of a step; called in the background.
+        accepts: see verify.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 1,
+        about: Callable[[int], dict[str, Any]] = lambda step: {},
+        accepts: Sequence[dict[str, Any]] = ({},),
+    ):
+        self.folder, self.keep = Path(folder).absolute(), keep
+        self.about, self.accepts = about, accepts
+        self.checkpointer = ocp.StandardCheckpointer()
+        self.background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: concurrent.futures.Future | None = None
+        self.saved_step: int | None = None
+        self.copy: Any = None
+        self.verified: set[int] = set()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.close()
+            return
+        try:  # the first error is the one to show; other processes may not come to wait
+            self.wait()
+        except CheckpointError as second:
+            log.error("besides: %s", second)
+        finally:
+            self._free()
+
+    def path(self, step: int) -> Path:
+        """The folder of a step."""
+        return self.folder / folder_name(step)
+
+    def folders(self) -> list[Path]:
+        """Those that have the name of a step, oldest first."""
+        named = (p for p in self.folder.glob("*") if re.fullmatch("[0-9]{8,9}", p.name))
+        return sorted((p for p in named if p.is_dir()), key=lambda p: int(p.name))
+
+    def steps(self) -> list[int]:
+        """Steps that have a manifest, oldest first."""
+        return [int(p.name) for p in self.folders() if (p / MANIFEST).exists()]
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts saving `state`; its arrays are copied before this returns. The step saved or
+        restored last is left alone.
+
+        Raises:
+            CheckpointError: this save could not start, or the previous one failed.
+        """
+        target = self.path(step)
+        with processes.together(f"start of the checkpoint of step {step}", WAIT_SECONDS):
+            self.wait()
+            if step == self.saved_step:
+                return
+            try:
+                if jax.process_index() == 0:
+                    shutil.rmtree(target, ignore_errors=True)
+                    target.mkdir(parents=True)
+                    faults.at("save", step, self.folder)
+            except OSError as error:
+                raise self._failure(step, state_bytes(state), error) from error
+        if jax.default_backend() == "cpu":
+            # From an accelerator Orbax copies before it returns. On a CPU it reads the arrays
+            # themselves, and the next step could not reuse those that are donated to it.
+            state = self.copy = _copied(state, self.copy)
+        try:
+            self.checkpointer.save(target / "state", state)
+        except (OSError, ValueError) as error:
+            raise self._failure(step, state_bytes(state), error) from error
+        self.saved_step = step
+        self.pending = self.background.submit(self._commit, step, state_bytes(state))
+
+    def _failure(self, step: int, size: int, error: Exception) -> CheckpointError:
+        """The error of a save, whose half-written files are removed."""
+        room = ""
+        with contextlib.suppress(OSError):
+            if jax.process_index() == 0:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free
+            room = f"; about {size:,} bytes are needed, {free:,} are free"
+        return CheckpointError(f"{self.path(step)} could not be written: {why(error)}{room}")
+
+    def _commit(self, step: int, size: int) -> None:
+        """Waits for the arrays, then makes them count and removes what is too old."""
+        target = self.path(step)
+        try:
+            self.checkpointer.wait_until_finished()
+            if jax.process_index() != 0:
+                return
+            faults.at("arrays_written", step, self.folder)
+            files = {
+                p.relative_to(target).as_posix(): checksum(p)
+                for p in sorted(target.rglob("*"))
+                if p.is_file()
+            }
+            write_json(target / MANIFEST, {"step": step, **self.about(step), "files": files})
+            self.verified.add(step)
+            faults.at("manifest_written", step, self.folder)
+            write_json(self.folder / NEWEST, step)
+        except Exception as error:
+            raise self._failure(step, size, error) from error
+        self._retain(step)
+
+    def _retain(self, now: int) -> None:
+        """Removes what is older than the newest `keep` verified checkpoints."""
+        kept = 0
+        for step in reversed(self.steps()):
+            if kept < self.keep:
+                kept += self._is_good(step)
+                continue
+            # The manifest goes first, so that a half-removed checkpoint never counts.
+            (self.path(step) / MANIFEST).unlink()
+            faults.at("retention", now, self.folder)
+            shutil.rmtree(self.path(step))
+
+    def _is_good(self, step: int) -> bool:
+        """Whether a checkpoint verifies; the content of one that has before is not read again."""
+        try:
+            if step not in self.verified:
+                verify(self.path(step), self.accepts)
+                self.verified.add(step)
+            files = read_manifest(self.path(step))["files"]
+            return all(same_size(self.path(step) / name, files[name]) for name in files)
+        except (CheckpointError, OSError) as error:
+            log.warning("checkpoint %d does not count: %s", step, error)
+            return False
+
+    def wait(self) -> None:
+        """Returns once the save under way is on disk.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        pending, self.pending = self.pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except CheckpointError:
+            self.saved_step = None
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self.folder}: {error}") from error
+
+    def close(self) -> None:
+        """Waits, then frees the threads."""
+        try:
+            with processes.together("end of the last checkpoint", WAIT_SECONDS):
+                self.wait()
+        finally:
+            self._free()
+
+    def _free(self) -> None:
+        self.background.shutdown()
+        with contextlib.suppress(Exception):  # `wait` has told of a save that failed
+            self.checkpointer.close()
+
+    def newest_good(self, set_aside: bool = True) -> int | None:
+        """The newest step that verifies, logging each one that is passed over; None when there has
+        been no checkpoint yet.
+
+        set_aside: damaged ones that are newer no longer count from here on and leftovers are
+        removed, as a writer needs; a reader changes nothing.
+
+        Raises:
+            CheckpointError: there are checkpoints, or have been, but none is good. Training never
+                restarts from scratch over them.
+        """
+        step = processes.from_leader(
+            "newest checkpoint", lambda: self._newest_good(set_aside), VERIFY_SECONDS
+        )
+        return None if step < 0 else step
+
+    def _newest_good(self, set_aside: bool) -> int:
+        for path in (p for p in self.folder.glob("*/") if not (p / MANIFEST).exists()):
+            log.warning("passed over %s: no %s; the save was interrupted", path, MANIFEST)
+        steps, good = self.steps(), -1
+        for step in reversed(steps):
+            try:
+                verify(self.path(step), self.accepts)
+                good = step
+                break
+            except (CheckpointError, OSError) as error:
+                log.warning("passed over checkpoint %d: %s", step, error)
+        if good < 0 and (steps or (self.folder / NEWEST).exists()):
+            found = f"none of the checkpoints {steps} is intact" if steps else "no manifest is left"
+            raise CheckpointError(
+                f"{self.folder}: {found} (the reasons are above); put one back, or move the folder "
+                "away to start again"
+            )
+        self.verified.add(good)
+        if set_aside:
+            self._set_aside([s for s in steps if s > good])
+        return good
+
+    def _set_aside(self, rejected: list[int]) -> None:
+        for step in rejected:
+            # It stays for whoever wants to look, but retention must not count it.
+            (self.path(step) / MANIFEST).rename(self.path(step) / REJECTED)
+        for path in self.folders():
+            if not (path / MANIFEST).exists() and not (path / REJECTED).exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _check(self, path: Path, abstract: Any, partial: bool) -> None:
+        """Compares shapes and dtypes with what is expected, before anything is read.
+
+        Raises:
+            CheckpointError: names leaves that are missing, not expected, or differ.
+        """
+        try:
+            saved = leaves(self.checkpointer.metadata(path).item_metadata.tree)
+        except Exception as error:
+            raise CheckpointError(f"{path} holds no state: {error}") from error
+        expected, wrong = leaves(abstract), []
+        for name, leaf in expected.items():
+            want = f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+            if name not in saved:
+                wrong.append(f"{name} is missing, expected {want}")
+                continue
+            storage = saved[name].storage
+            found = f"{np.dtype(saved[name].dtype)}{list(saved[name].shape)}"
+            if found != want:
+                wrong.append(f"{name} is {found}, expected {want}")
+            elif storage and math.prod(storage.chunk_shape or ()) > max(1, math.prod(leaf.shape)):
+                wrong.append(f"{name} is stored in chunks of {list(storage.chunk_shape)}")
+        if not partial:
+            wrong += [f"{name} is not expected" for name in saved if name not in expected]
+        if wrong:
+            more = f" and {len(wrong) - LEAVES_NAMED} more" if len(wrong) > LEAVES_NAMED else ""
+            raise CheckpointError(
+                f"{path} does not hold the state of this config: "
+                f"{'; '.join(wrong[:LEAVES_NAMED])}{more}"
+            )
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The state saved at `step`, laid out as the ShapeDtypeStructs in `abstract` say.
+
+        Raises:
+            CheckpointError: the files do not hold exactly such a tree.
+        """
+        path = self.path(step) / "state"
+        self._check(path, abstract, partial=False)
+        try:
+            state = self.checkpointer.restore(path, abstract)
+        except Exception as error:
+            raise CheckpointError(f"{path} could not be read: {error}") from error
+        self.saved_step = step
+        return state
+
+    def restore_all(self, step: int) -> Any:
+        """The state saved at `step` as it is: dicts and lists of arrays on the first device.
+
+        Raises:
+            CheckpointError: the files cannot be read.
+        """
+        path, here = self.path(step) / "state", jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+        def described(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+        try:
+            tree = self.checkpointer.metadata(path).item_metadata.tree
+            return self.checkpointer.restore(path, jax.tree.map(described, tree))
+        except Exception as error:
+            raise CheckpointError(f"{self.path(step)} could not be read: {error}") from error
+
+    def restore_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Some fields of the state saved at `step`, such as {"params": ...}, without reading the
+        others.
+
+        Raises:
+            CheckpointError: the files do not hold them.
+        """
+        path = self.path(step) / "state"
+        self._check(path, abstract, partial=True)
+        placed = ocp.checkpoint_utils.construct_restore_args(abstract)
+        arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=placed, partial_restore=True)
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                return reader.restore(path, args=arguments)
+        except Exception as error:
+            raise CheckpointError(f"{path} could not be read: {error}") from error

@@ -1,0 +1,91 @@
+"""What makes a folder of files a checkpoint: a manifest, written last, with the step, whose it is,
+and the size and checksum of every file."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Sequence
+
+from kha_jax.errors import CheckpointError
+
+MANIFEST = "MANIFEST.json"
+
+
+def why(error: Exception) -> str:
+    """What the system said, out of the many lines that a storage library makes of it."""
+    said = " ".join(str(error).split())
+    known = (os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES))
+    return next((reason for reason in known if reason in said), said[:300])
+
+
+def folder_name(step: int) -> str:
+    """The folder of a step below `checkpoints`."""
+    return f"{step:08d}"
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, whatever its files hold.
+
+    Raises:
+        CheckpointError: there is none, or it is no manifest.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        files = {name: (e["bytes"], e["sha256"]) for name, e in manifest["files"].items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {MANIFEST}; the save was interrupted") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable: {error!r}") from None
+    if not files:
+        raise CheckpointError(f"{path} names no file")
+    return manifest
+
+
+def verify(
+    folder: Path, accepts: Sequence[dict[str, Any]] = ({},), thorough: bool = True
+) -> dict[str, Any]:
+    """The manifest of a checkpoint of this run and step whose files are all as it says.
+
+    accepts: entries that its manifest may have; all those of one element must be equal. thorough:
+    False compares sizes and not what the files hold.
+
+    Raises:
+        CheckpointError: names what is foreign, or the first file that is missing or differs.
+    """
+    manifest = read_manifest(folder)
+    if manifest.get("step") != int(folder.name):
+        raise CheckpointError(f"{folder} holds step {manifest.get('step')}")
+    differing = [[k for k in one if manifest.get(k) != one[k]] for one in accepts]
+    if all(differing):
+        name = differing[-1][0]
+        raise CheckpointError(
+            f"{folder} is of another run: its {name} is {manifest.get(name)}, this run's is "
+            f"{accepts[-1][name]}"
+        )
+    # what costs nothing first
+    for same in (same_size, _same_content) if thorough else (same_size,):
+        for name, entry in manifest["files"].items():
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is missing")
+            if not same(folder / name, entry):
+                raise CheckpointError(f"{folder / name} differs from its checksum")
+    return manifest
+
+
+def same_size(path: Path, entry: dict[str, Any]) -> bool:
+    return path.stat().st_size == entry["bytes"]
+
+
+def _same_content(path: Path, entry: dict[str, Any]) -> bool:
+    return checksum(path) == entry

@@ -1,0 +1,238 @@
+"""Several processes of one run: how they find each other, and how they wait for one another, always
+by name and not for ever."""
+
+import contextlib
+import ctypes
+import hashlib
+import itertools
+import logging
+import os
+import socket
+import threading
+import time
+from typing import Any, Callable, Iterator
+
+import jax
+import numpy as np
+from jax._src import distributed
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+from kha_jax.config import ConfigError
+from kha_jax.errors import DataError, PeerError, WaitError
+
+log = logging.getLogger("kha_jax")
+HINT_SECONDS = 60
+HEARTBEAT_SECONDS = 100  # the runtime's own default
+FAILED, LISTENS = "kha_jax failed", 1.0  # where a process says so; seconds between two looks
+_waits = itertools.count()
+
+
+def join(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    seconds: int,
+    silence: float,
+    give_up: Callable[[str], Any],
+) -> None:
+    """Connects the processes of a run: by the arguments, or without them under SLURM and on TPU
+    pods; one process needs nothing.
+
+    silence: seconds after which a process that hangs leaves by itself; only later does the runtime
+    abort those that hear nothing of another one.
+    give_up: is called with a message, from another thread, when they have not come together within
+    so many seconds; it must end the process, since nothing else interrupts the runtime's own wait.
+
+    Raises:
+        ConfigError: process 0 cannot listen at the address.
+        WaitError: the runtime refuses.
+    """
+    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
+    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if coordinator_address is None and not slurm and not pod:
+        return
+    where = "that SLURM started" if slurm else "of this TPU slice"
+    if coordinator_address:
+        where = f"at {coordinator_address}"
+        if process_id == 0:
+            _check_port(coordinator_address)
+    late = (
+        f"the processes {where} did not come together within {seconds} s; does each run this "
+        "command and reach process 0?"
+    )
+    with (
+        _after(HINT_SECONDS, log.warning, f"still waiting for the processes {where}"),
+        _after(seconds, give_up, late),
+    ):
+        try:
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_id,
+                initialization_timeout=seconds + 60,
+                heartbeat_timeout_seconds=max(HEARTBEAT_SECONDS, int(silence) + 60),
+            )
+        except (RuntimeError, ValueError) as error:
+            raise WaitError(f"the processes {where} did not come together: {error}") from None
+
+
+def _check_port(address: str) -> None:
+    """The runtime's own server dies without a word where the port is taken.
+
+    Raises:
+        ConfigError: names the address.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(("", int(address.rsplit(":", 1)[1])))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"--coordinator_address={address}",
+            f"process 0 cannot listen there: {reason}; name a free port",
+        ) from None
+
+
+def handler_of(number: int) -> Callable[[int], Any]:
+    """Takes the runtime's handler of a signal, to be called from one of our own: joined processes
+    hear of a preemption by a handler in C, which Python neither shows nor keeps. One process has
+    none, so that nothing is called."""
+    take = ctypes.CDLL(None).signal
+    take.restype, take.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    found = take(number, None) if jax.process_count() > 1 else None
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(found) if found else lambda number: None
+
+
+@contextlib.contextmanager
+def _after(seconds: float, action: Callable[[str], Any], message: str) -> Iterator[None]:
+    """Calls action(message) when the block takes longer."""
+    timer = threading.Timer(seconds, action, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def together(name: str, seconds: int) -> Iterator[None]:
+    """All processes leave the block, or none does: where one of them raises, the others raise too,
+    and nobody waits for it.
+
+    Raises:
+        PeerError: another process raised; DataError where its data are the reason.
+        WaitError: not every process was at its end within so many seconds.
+    """
+    problem = None
+    try:
+        yield
+    except Exception as raised:
+        problem = raised
+    if jax.process_count() > 1:
+        with _after(
+            HINT_SECONDS, log.warning, f"still waiting for every process to finish {name!r}"
+        ):
+            try:
+                multihost.get_barrier_sync_fn()(
+                    key=f"kha_jax {next(_waits)}: {name}", timeout_ms=1000 * seconds
+                )
+            except RuntimeError as raised:
+                raise WaitError(
+                    f"not every process finished {name!r} within {seconds} s: {problem or raised}"
+                ) from None
+        kind = (problem is not None) + isinstance(problem, DataError)
+        kinds = multihost_utils.process_allgather(np.array(kind))
+        if problem is None and kinds.any():
+            raise (DataError if kinds.max() == 2 else PeerError)(
+                f"{name}: process {np.argmax(kinds)} cannot go on; it says why"
+            )
+    if problem is not None:
+        raise problem
+
+
+@contextlib.contextmanager
+def one_fate(
+    code_of: Callable[[Exception], int | None], leave: Callable[[str, int], Any]
+) -> Iterator[None]:
+    """An error of one process within the block ends all of them with its exit code; they would wait
+    for it in a collective, where nothing else reaches them.
+
+    code_of: the exit code of an error, None where it is not an expected one; that is raised. leave:
+    ends this process at once with a message and a code.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    # Private, but the one way to the runtime's own table of words; Orbax takes it too.
+    client, left = distributed.global_state.client, threading.Event()
+
+    def leave_last(message: str, code: int) -> None:
+        if jax.process_index() == 0:  # the table is there, and the runtime aborts who misses it
+            time.sleep(3 * LISTENS)
+        leave(message, code)
+
+    def listen() -> None:
+        while not left.wait(LISTENS):
+            with contextlib.suppress(RuntimeError):  # nobody has failed
+                code, message = client.key_value_try_get(FAILED).split(" ", 1)
+                leave_last(message, int(code))
+
+    threading.Thread(target=listen, name="listener", daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PeerError) or lost_peer(error):
+            time.sleep(6 * LISTENS)  # the one that failed says why, and the listener leaves
+            raise
+        left.set()
+        code, reason = code_of(error), " ".join(str(error).split())
+        with contextlib.suppress(RuntimeError):  # another one was faster
+            word = f"{code or code_of(PeerError())} process {jax.process_index()}: {reason}"
+            client.key_value_set(FAILED, word)
+        if code is None:
+            raise
+        leave_last(str(error), code)
+    finally:
+        left.set()
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether the runtime failed because another process is gone, as far as its message tells."""
+    gone = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "UNKNOWN: Gloo")
+    return (
+        isinstance(error, jax.errors.JaxRuntimeError)
+        and jax.process_count() > 1
+        and str(error).startswith(gone)
+    )
+
+
+def from_leader(name: str, compute: Callable[[], int], seconds: int) -> int:
+    """What process 0 computes, on every process; raises as `together` does."""
+    found = 0
+    with together(name, seconds):
+        if jax.process_index() == 0:
+            found = compute()
+    if jax.process_count() > 1:
+        found = multihost_utils.broadcast_one_to_all(np.array(found, np.int32))
+    return int(found)
+
+
+def same(name: str, content: str, remedy: str) -> None:
+    """Checks that all processes hold the same text.
+
+    Raises:
+        ConfigError: names the first process whose text is not that of process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = multihost_utils.process_allgather(
+        np.frombuffer(hashlib.sha256(content.encode()).digest(), np.int32)
+    )
+    different = np.flatnonzero((digests != digests[0]).any(axis=-1))
+    if len(different):
+        raise ConfigError(
+            name, f"that of process {different[0]} is not that of process 0; {remedy}"
+        )

@@ -1,0 +1,90 @@
+"""AdamW with warm-up and cosine decay, per-role weight decay, and the knobs of the knocking
+matrices.
+
+A parameter's role follows from its logical axes: the small matrices of mixers carry `mixer_in` and
+have the role `knocking`, other parameters with two or more axes (layers not counted) are weights,
+and the rest (norm scales) are vectors, which are never decayed.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kha_jax.training.run_config import OptimizerConfig
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate of update number `count` (from 0): warm-up to the peak, then cosine to
+    final_fraction of it."""
+    warmup = max(1, round(config.warmup_fraction * steps))
+    peak = config.learning_rate
+    cosine = optax.cosine_decay_schedule(peak, max(1, steps - warmup), config.final_fraction)
+    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([rise, cosine], [warmup])
+
+
+def roles(axes: Any) -> Any:
+    """The role of every parameter (`knocking`, `weight` or `vector`) from a tree of logical axis
+    names."""
+
+    def one(names: tuple[str, ...]) -> str:
+        if "mixer_in" in names:
+            return "knocking"
+        return "weight" if len([name for name in names if name != "layers"]) >= 2 else "vector"
+
+    return jax.tree.map(one, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def _clip(bound: float) -> optax.GradientTransformationExtraArgs:
+    """optax.clip_by_global_norm for a caller that has the norm already."""
+
+    def update(grads, state, parameters=None, *, norm=None):
+        norm = optax.tree.norm(grads) if norm is None else norm
+        return jax.tree.map(lambda g: jnp.where(norm < bound, g, g / norm * bound), grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda parameters: optax.EmptyState(), update)
+
+
+def make(
+    config: OptimizerConfig, steps: int, axes: Any, initial_knocking: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser for parameters with the given logical axes. Its `update` takes the gradients'
+    global `norm` too, and computes it where it is not given.
+
+    Args:
+        config: see OptimizerConfig.
+        steps: length of the run, for the schedule.
+        axes: tree of logical axis names, shaped like the parameters.
+        initial_knocking: tree shaped like the parameters that holds the initial value of every
+            knocking matrix (anything elsewhere); needed for knocking decay `to_identity`.
+    """
+    role = roles(axes)
+    knocking = config.knocking
+
+    def decayed(update, parameter, name, target):
+        if name == "vector" or (name == "knocking" and knocking.decay == "none"):
+            return update
+        to_target = name == "knocking" and knocking.decay == "to_identity"
+        return update + config.weight_decay * (parameter - target if to_target else parameter)
+
+    def scaled(update, name):
+        return update * knocking.learning_rate_multiplier if name == "knocking" else update
+
+    def decay_and_scale(updates, parameters):
+        targets = role if initial_knocking is None else initial_knocking
+        updates = jax.tree.map(decayed, updates, parameters, role, targets)
+        return jax.tree.map(scaled, updates, role)
+
+    return optax.chain(
+        _clip(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.stateless(decay_and_scale),
+        optax.scale_by_learning_rate(schedule(config, steps)),
+    )
+
+
+def learning_rate(config: OptimizerConfig, steps: int, optimizer_state: Any) -> jax.Array:
+    """The learning rate that the next update will use."""
+    return jnp.asarray(schedule(config, steps)(optimizer_state[-1].count), jnp.float32)

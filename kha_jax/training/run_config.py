@@ -1,0 +1,195 @@
+"""A run's config: everything that decides a run, and nothing that compiles."""
+
+from typing import Literal, Mapping
+
+import jax.numpy as jnp
+
+from kha_jax import data
+from kha_jax.config import Config, choice
+from kha_jax.data import DataConfig
+from kha_jax.hardware import tpu
+from kha_jax.model import ModelConfig
+from kha_jax.ops.attention import refusal
+from kha_jax.sharding import MeshConfig, mesh_axes, ways_of
+
+
+class KnockingOptimizerConfig(Config):
+    """How knocking matrices are trained.
+
+    decay: `weights` shrinks them like any weight (the paper states no exclusion), `none` leaves
+    them alone, `to_identity` pulls them back to their initial value. learning_rate_multiplier:
+    factor on their learning rate.
+    """
+
+    decay: Literal["weights", "none", "to_identity"] = "weights"
+    learning_rate_multiplier: float = 1.0
+
+    def validate(self):
+        self.at_least(0, "learning_rate_multiplier")
+
+
+class OptimizerConfig(Config):
+    """AdamW (arXiv 1711.05101), the paper's section 4.1 by default.
+
+    learning_rate: at the peak. warmup_fraction: share of the steps with a linear rise.
+    final_fraction: share of the peak that the cosine ends at. weight_decay: decoupled. clip_norm:
+    bound on the global gradient norm.
+    """
+
+    learning_rate: float = 7.5e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    warmup_fraction: float = 0.05
+    final_fraction: float = 0.1
+    knocking: KnockingOptimizerConfig = KnockingOptimizerConfig()
+
+    def validate(self):
+        for field in ("learning_rate", "eps", "clip_norm"):
+            self.require(
+                getattr(self, field) > 0, field, f"must be positive, found {getattr(self, field)}"
+            )
+        for field in ("b1", "b2", "warmup_fraction", "final_fraction"):
+            value = getattr(self, field)
+            self.require(
+                0 <= value < 1 or field == "final_fraction" and value == 1,
+                field,
+                f"must be in [0, 1), found {value}",
+            )
+        self.at_least(0, "weight_decay")
+
+
+class EvaluationConfig(Config):
+    """every: steps between evaluations (the last step always has one), 0 for none. batches: of
+    batch_size windows of the validation split, which may hold fewer; they are computed in
+    micro-batches like a step."""
+
+    every: int = 100
+    batches: int = 8
+
+    def validate(self):
+        self.at_least(0, "every")
+        self.at_least(1, "batches")
+
+
+class CheckpointConfig(Config):
+    """every: steps between checkpoints (the last step always has one), 0 for none. keep: newest
+    ones that stay."""
+
+    every: int = 200
+    keep: int = 2
+
+    def validate(self):
+        self.at_least(0, "every")
+        self.at_least(1, "keep")
+
+
+class ProfileConfig(Config):
+    """A profiler trace of steps start to stop - 1, written below the workdir. stop = 0: none."""
+
+    start: int = 0
+    stop: int = 0
+
+    def validate(self):
+        self.at_least(0, "start", "stop")
+        problem = f"must be greater than start={self.start}, or 0 for no trace, found {self.stop}"
+        self.require(self.stop == 0 or self.stop > self.start, "stop", problem)
+
+
+class RunConfig(Config):
+    """Everything that decides a run.
+
+    steps: optimiser steps. seed: of the initial values and of the data order. batch_size: rows of a
+    step over all devices. seq_len: tokens of a row. accumulation: micro-batches that a step is
+    computed in. max_nonfinite_steps: consecutive steps with a non-finite loss or
+    gradient (none of which is applied) after which the run stops. hang_timeout:
+    seconds within which a step must end (compilation, evaluations and checkpoints have an hour
+    more), or the run leaves with the stacks of all threads.
+    """
+
+    steps: int = 1000
+    seed: int = 0
+    batch_size: int = 16
+    seq_len: int = 256
+    accumulation: int = 1
+    max_nonfinite_steps: int = 10
+    hang_timeout: float = 600.0
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = choice(data.SOURCES, data.PythonSource(), by="source")
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+    def validate(self):
+        self.at_least(1, "steps", "batch_size", "seq_len", "accumulation", "max_nonfinite_steps")
+        self.at_least(1, "hang_timeout")
+        self.require(self.steps < 10**9, "steps", f"must be below 10^9, found {self.steps}")
+        self.require(0 <= self.seed < 2**32, "seed", f"must be in [0, 2^32), found {self.seed}")
+        problem = f"must divide batch_size={self.batch_size}, found {self.accumulation}"
+        self.require(self.batch_size % self.accumulation == 0, "accumulation", problem)
+        needed, have = self.data.vocabulary_size(), self.model.vocabulary_size
+        problem = f"must be at least the data's {needed}, found {have}"
+        self.require(have >= needed, "model.vocabulary_size", problem)
+        shortest = self.data.minimum_seq_len()
+        self.require(
+            self.seq_len >= shortest,
+            "seq_len",
+            f"must be at least {shortest} for this data, found {self.seq_len}",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimiser step, over all devices and micro-batches."""
+        return self.batch_size * self.seq_len
+
+    def check_on(self, sizes: Mapping[str, int], platform: str) -> None:
+        """Checks that the run can be placed on a mesh whose axes have these sizes.
+
+        Raises:
+            ConfigError: names what does not divide over it, or the kernel that does not run there.
+        """
+        ways, rows = ways_of(sizes, "batch"), self.batch_size // self.accumulation
+        problem = (
+            f"must divide by {ways} devices in each micro-batch, found {self.batch_size} / "
+            f"{self.accumulation}"
+        )
+        self.require(rows % ways == 0, "batch_size", problem)
+        (axis,) = mesh_axes("loss_length")
+        problem = f"must divide by mesh.{axis}={sizes[axis]}, found {self.seq_len}"
+        self.require(self.seq_len % sizes[axis] == 0, "seq_len", problem)
+        for name, attention in self.model.attentions().items():
+            case = attention.case(platform, self.model.numerics.dtype, self.seq_len)
+            problem = refusal(attention.kernel, case)
+            self.require(problem is None, f"model.{name}.kernel", str(problem))
+
+    def kernels(self, platform: str) -> dict[str, str]:
+        """What computes the scores of each attention there, by its field of the model."""
+        case = platform, self.model.numerics.dtype, self.seq_len
+        return {name: it.kernel_on(*case) for name, it in self.model.attentions().items()}
+
+    def tuned(self, chip: str | None) -> tuple["RunConfig", tpu.Settings]:
+        """The run as it is compiled for a chip of `kha_jax.hardware.tpu`, with the kernels that
+        `auto` stands for there, and the settings of its compilation; itself and none for None."""
+        chip = None if self.mesh.tuning == "none" else chip
+        mixture = any(segment.feed_forward.router_width() for segment in self.model.segments())
+        settings = tpu.settings(chip, mixture)
+
+        def tune(attention):
+            case = attention.case("tpu", self.model.numerics.dtype, self.seq_len)
+            takes = attention.kernel == "auto" and refusal(settings.kernel, case) is None
+            return attention.replace(kernel=settings.kernel) if takes else attention
+
+        if settings.kernel is None or self.seq_len < tpu.LONG:
+            return self, settings
+        return self.replace(model=self.model.with_attention(tune)), settings
+
+
+# What a batch holds, all [B, T].
+BATCH = {
+    **dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32),
+    "weights": jnp.float32,
+}

@@ -1,0 +1,227 @@
+"""A run's config, its state, and its compiled functions: init, train_step and evaluation_step.
+
+Legend: A micro-batches of a step, B batch, T position.
+"""
+
+import functools
+from typing import Any, Callable, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from kha_jax.config import under
+from kha_jax.feed_forward import moe
+from kha_jax.hardware import tpu
+from kha_jax.model import Batch, Transformer
+from kha_jax.ops.losses import TokenSums
+from kha_jax.sharding import batch_sharding, on_mesh, tree_shardings
+from kha_jax.training import optimizer
+from kha_jax.training.run_config import BATCH, RunConfig
+from kha_jax.training.trace import trace
+
+
+class TrainState(NamedTuple):
+    """All that changes while training. step counts batches; the optimiser counts the updates that
+    were applied.
+
+    balance: the routers' biases, which no gradient reaches; empty without them.
+    """
+
+    step: jax.Array
+    params: Any
+    balance: Any
+    optimizer: Any
+
+
+class Trainer(NamedTuple):
+    """One run on one mesh: its functions, compiled when they are first called wherever that is, and
+    the shapes and places of what they take.
+
+    init: the state from a random key. train_step: the next state and metrics; it takes the memory
+    of the state that it is given. evaluation_step: sums over the tokens of a batch.
+    """
+
+    model: Transformer
+    init: Callable[[jax.Array], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    evaluation_step: Callable[[TrainState, Batch], TokenSums]
+    abstract: TrainState
+    abstract_batch: Batch
+    shardings: TrainState
+
+    def lower(self) -> jax.stages.Lowered:
+        """The train step, to be compiled ahead of time."""
+        return self.train_step.lower(self.abstract, self.abstract_batch)
+
+
+def variables(state: TrainState) -> dict[str, Any]:
+    """What the model is applied with."""
+    return {"params": state.params, "balance": state.balance}
+
+
+def _boxed_variables(model: Transformer, key: jax.Array) -> dict[str, Any]:
+    # its one row does not divide over a mesh
+    init = on_mesh(None, functools.partial(model.init, method="loss"))
+    batch = {name: jnp.ones((1, 1), dtype) for name, dtype in BATCH.items()}
+    return {"balance": {}, **init(key, batch)}
+
+
+def _is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def _initial_knocking(model: Transformer, seed: int, axes: Any) -> Any:
+    """The parameters' tree with the values that the matrices of mixers start from in a run of this
+    seed, and zeros elsewhere."""
+    keep = jax.tree.map(lambda role: role == "knocking", optimizer.roles(axes))
+
+    def take(keep, leaf):
+        return leaf if keep else jnp.zeros(())
+
+    return jax.jit(
+        lambda: jax.tree.map(
+            take, keep, nn.unbox(_boxed_variables(model, jax.random.key(seed))["params"])
+        )
+    )()
+
+
+def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
+    """Builds the model and optimiser of a run and says how its state is laid out on the mesh.
+
+    Raises:
+        ConfigError: names a parameter that does not divide over the mesh.
+    """
+    real = isinstance(mesh, jax.sharding.Mesh)  # nothing is compiled for an abstract one
+    config, settings = config.tuned(tpu.chip_of(mesh.devices.flat[0]) if real else None)
+    compiled = functools.partial(jax.jit, compiler_options=settings.options or None)
+    model = config.model.build()
+    # Parameters do not depend on the kernel, and not every kernel runs on the one token that they
+    # are made with.
+    any_length = config.model.with_attention(lambda a: a.replace(kernel="reference")).build()
+    boxed = jax.eval_shape(lambda key: _boxed_variables(any_length, key), jax.random.key(0))[
+        "params"
+    ]
+    axes = jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=_is_boxed)
+    needs_initial = config.optimizer.knocking.decay == "to_identity"
+    initial = _initial_knocking(any_length, config.seed, axes) if needs_initial else None
+    tx = optimizer.make(config.optimizer, config.steps, axes, initial)
+
+    def boxed_init(key: jax.Array) -> TrainState:
+        born = _boxed_variables(any_length, key)
+        return TrainState(
+            jnp.zeros((), jnp.int32), born["params"], born["balance"], tx.init(born["params"])
+        )
+
+    def init(key: jax.Array) -> TrainState:
+        return nn.unbox(boxed_init(key))
+
+    boxed_state = jax.eval_shape(boxed_init, jax.random.key(0))
+    with under("mesh"):
+        shardings = tree_shardings(boxed_state, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.unbox(boxed_state),
+        shardings,
+    )
+    shape, rows = (config.batch_size, config.seq_len), batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in BATCH.items()}
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = _train_step(config, model, tx, state, batch)
+        return state, {**metrics, **trace(state.params, optimizer.roles(axes))}
+
+    def evaluation_step(state: TrainState, batch: Batch) -> TokenSums:
+        return model.apply(variables(state), batch, method="loss")[1][0]
+
+    return Trainer(
+        model=model,
+        init=jax.jit(init, out_shardings=shardings),
+        train_step=compiled(
+            on_mesh(mesh, train_step), donate_argnums=0, out_shardings=(shardings, None)
+        ),
+        evaluation_step=compiled(on_mesh(mesh, evaluation_step)),
+        abstract=abstract,
+        abstract_batch=batch,
+        shardings=shardings,
+    )
+
+
+def _train_step(config, model, tx, state, batch):
+    """One update from one global batch.
+
+    The gradient is that of (sum of the objective over all micro-batches) / (their weighted tokens),
+    so a step does not depend on how its tokens are spread over micro-batches or devices. A
+    non-finite loss or gradient leaves everything but the step as it was.
+    """
+
+    def objective(params, micro_batch):
+        return model.apply(variables(state._replace(params=params)), micro_batch, method="loss")
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def accumulate(total, micro_batch):
+        (value, (sums, aux)), grads = gradient(state.params, micro_batch)
+        return jax.tree.map(jnp.add, total, (value, sums, grads)), aux
+
+    if config.accumulation == 1:
+        (value, (sums, aux)), grads = gradient(state.params, batch)
+    else:
+        # Row r goes to micro-batch r mod A, so that each device splits its own rows.
+        micro_batches = jax.tree.map(
+            lambda z: z.reshape(-1, config.accumulation, *z.shape[1:]).swapaxes(0, 1), batch
+        )
+        first = jax.tree.map(lambda z: z[0], micro_batches)
+        shapes = jax.eval_shape(gradient, state.params, first)
+        (value, (sums, _)), grads = shapes
+        zero = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), (value, sums, grads))
+        (value, sums, grads), aux = jax.lax.scan(accumulate, zero, micro_batches)
+        counts = jax.tree.map(lambda z: jnp.sum(z, axis=0), aux.counts)
+        means = jax.tree.map(lambda z: jnp.mean(z, axis=0), aux.metrics)
+        aux = aux._replace(counts=counts, metrics=means)
+
+    tokens = jnp.maximum(sums.tokens, 1)
+
+    def mean():  # within its consumers, so that it is never written out
+        return jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
+
+    norm = optax.tree.norm(mean())
+    balance, load = _rebalance(config.model.feed_forward, state.balance, aux.counts)
+
+    def updated(state):
+        updates, moments = tx.update(mean(), state.optimizer, state.params, norm=norm)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step, params, balance, moments)
+
+    # Branches, since a selection would hold the state of before beside the one of after.
+    finite = jnp.isfinite(norm) & jnp.isfinite(value)
+    after = jax.lax.cond(finite, updated, lambda state: state, state)
+    metrics = {
+        "loss": sums.loss / tokens,
+        "grad_norm": norm,
+        "learning_rate": optimizer.learning_rate(config.optimizer, config.steps, state.optimizer),
+        "nonfinite": 1 - finite.astype(jnp.int32),
+        **({"z_loss": sums.z_loss / tokens} if config.model.loss.z_loss else {}),
+        **aux.metrics,
+        **load,
+    }
+    return after._replace(step=state.step + 1), metrics
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no leaf holds a nan or an infinity."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _rebalance(feed_forward, balance, counts):
+    """The routers' biases after a step with these assignments, and the metrics of their load."""
+    if not counts:
+        return balance, {}
+    counts_LE = jnp.concatenate(jax.tree.leaves(counts))
+    if not balance:
+        return balance, moe.load_metrics(counts_LE, None)
+    update = functools.partial(moe.update_bias, feed_forward)
+    moved = jax.tree.map(update, balance, counts)
+    return moved, moe.load_metrics(counts_LE, jnp.concatenate(jax.tree.leaves(moved)))
