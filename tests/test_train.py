@@ -179,7 +179,8 @@ def test_a_run_folder_of_an_older_commit_is_read_and_goes_on(tmp_path):
     shutil.copytree(OLD, run, ignore=shutil.ignore_patterns("step_12.npz"))
     commands = [
         ("checkpoints", [f"--workdir={run}", "--verify"]),
-        ("convert", ["absorb", f"--workdir={run}", f"--out={tmp_path / 'folded'}"]),
+        ("checkpoints", [f"--workdir={run}", "--leaves=6"]),
+        ("train", [*OLD_FLAGS, f"--workdir={run}", "--replay_step=6"]),
     ]
     for found in run_all(commands, tmp_path / "cache"):
         assert found.code == 0, found.err
