@@ -1,2 +1,22 @@
-"""What a run is and does: its config, the compiled step, the optimizer and what it traces. The
-config alone needs no optax and no grain: import `kha_jax.training.run_config`."""
+"""What a run is and does: its config (here), the compiled step, the optimizer, what is traced.
+
+The config alone needs neither optax nor grain.
+"""
+
+from kha_jax.training.run_config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    KnockingOptimizerConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    RunConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "EvaluationConfig",
+    "KnockingOptimizerConfig",
+    "OptimizerConfig",
+    "ProfileConfig",
+    "RunConfig",
+]
