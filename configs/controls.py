@@ -17,11 +17,11 @@ from configs import base, tables
 from kha_jax.attention.mixers import KnockingLinear, KnockingMLP, StreamMixer, UnsharedLinear
 
 
-def row(mixers: dict[str, StreamMixer], loss: float | None = None, **knocking: Any) -> tables.Row:
+def row(mixers: dict[str, StreamMixer], loss: float | None = None, **training: Any) -> tables.Row:
     """A run with these mixers, whose matrices are trained in this way."""
     run = base.paper_run("moe_7b", tables.EXPLORED_TOKENS, base.PAPER_ATTENTION.replace(**mixers))
-    rule = run.optimizer.knocking.replace(**knocking)
-    return tables.Row(run.replace(optimizer=run.optimizer.replace(knocking=rule)), loss=loss)
+    rule = run.optimizer.mixer.replace(**training)
+    return tables.Row(run.replace(optimizer=run.optimizer.replace(mixer=rule)), loss=loss)
 
 
 def everywhere(mixer: StreamMixer) -> dict[str, StreamMixer]:

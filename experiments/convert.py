@@ -1,9 +1,9 @@
 """Turns one run folder into another.
 
-    python -m experiments.convert absorb --workdir=runs/linear --out=runs/linear_absorbed
+    python -m experiments.convert fold --workdir=runs/linear --out=runs/linear_folded
     python -m experiments.convert compress --workdir=runs/baseline --kv_heads=2 --out=runs/two
 
-absorb: folds linear mixers into the weights around them in float32, compares the logits with those
+fold: folds linear mixers into the weights around them in float32, compares the logits with those
 of the mixers applied to the activations, on random tokens, prints the largest change, and writes a
 baseline run (config.json and a checkpoint of the same step) that every command reads.
 
@@ -39,7 +39,7 @@ from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import LinearMixer
 from kha_jax.config import ConfigError, near, to_dict
 from kha_jax.inference import compression
-from kha_jax.inference.folding import absorb_model, foldable_slots
+from kha_jax.inference.folding import fold_model, foldable_slots
 from kha_jax.model import ModelConfig
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import folder_name, read_manifest
@@ -53,7 +53,7 @@ STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good o
 TOLERANCE = flags.DEFINE_float(
     "tolerance",
     None,
-    "Largest accepted change of a logit, relative to the largest one; 1e-3 by default in absorb, "
+    "Largest accepted change of a logit, relative to the largest one; 1e-3 by default in fold, "
     "any in compress.",
     lower_bound=0,
 )
@@ -155,7 +155,7 @@ def new_folder() -> Path:
     return out
 
 
-def absorb() -> None:
+def fold() -> None:
     """See the module's docstring."""
     out = new_folder()
     config, step, variables = stored.read_run(WORKDIR.value, STEP.value)
@@ -165,7 +165,7 @@ def absorb() -> None:
         raise UsageError(str(error.under("config.model"))) from None
     if not slots:
         raise UsageError(f"--workdir={WORKDIR.value}: nothing to fold; no mixer of q, k or v")
-    model, folded = absorb_model(config.model, variables)
+    model, folded = fold_model(config.model, variables)
     unfolded = config.model.with_attention(on_activations)
     change = logit_change((unfolded, variables), (model, folded), config.seq_len)
     change.check(FOLDED if TOLERANCE.value is None else TOLERANCE.value)
@@ -184,9 +184,9 @@ def compress() -> None:
     if not layers:
         raise UsageError(f"--layers={LAYERS.value}: write the first one and a dash, such as 12-")
     config, step, variables = stored.read_run(WORKDIR.value, STEP.value)
-    if config.optimizer.knocking.decay == "to_identity":
+    if config.optimizer.mixer.decay == "to_identity":
         problem = "pulls the composition to where it did not start; use weights or none"
-        raise UsageError(f"config.optimizer.knocking.decay: 'to_identity' {problem}")
+        raise UsageError(f"config.optimizer.mixer.decay: 'to_identity' {problem}")
     try:
         first = int(layers[1])
         model, changed, profiles = compression.compress(
@@ -235,7 +235,7 @@ def show_profiles(profiles: dict[str, dict[int, np.ndarray]], heads: int) -> Non
     Console(soft_wrap=True, highlight=False).print(table)
 
 
-COMMANDS = {"absorb": absorb, "compress": compress}
+COMMANDS = {"fold": fold, "compress": compress}
 
 
 def main(command: str = "") -> None:

@@ -22,7 +22,7 @@ from experiments.run_folders.folder import use_compilation_cache
 from kha_jax.accounting import cache_bytes
 from kha_jax.config import ConfigError
 from kha_jax.inference.decoding import Decoder
-from kha_jax.inference.folding import absorb_if_linear
+from kha_jax.inference.folding import fold_if_linear
 from kha_jax.inference.sampling import Sampling
 from kha_jax.training.run_config import RunConfig
 
@@ -38,7 +38,7 @@ TOP_P = flags.DEFINE_float(
     "top_p", 1.0, "Draw among the likeliest tokens that together have this probability."
 )
 SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", lower_bound=0, upper_bound=2**32 - 1)
-ABSORB = flags.DEFINE_bool("absorb", True, "Fold linear mixers into the weights first.")
+FOLD = flags.DEFINE_bool("fold", True, "Fold linear mixers into the weights first.")
 
 log = logging.getLogger("kha_jax")
 FARTHEST = 64  # times the length that a model was trained on, beyond which nothing is continued
@@ -85,7 +85,7 @@ def main() -> None:
         )
     use_compilation_cache()
     trained = config.model, variables
-    decoder = Decoder(*(absorb_if_linear(*trained) if ABSORB.value else trained))
+    decoder = Decoder(*(fold_if_linear(*trained) if FOLD.value else trained))
     settings = {"sampling": sampling, "seed": SEED.value, "end": tokenizer.end_of_document}
     began = time.perf_counter()
     if len(prompts) == 1:

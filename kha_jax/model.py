@@ -18,9 +18,9 @@ from kha_jax.config import Config, ConfigError, choice
 from kha_jax.feed_forward import FeedForward, MoE, SwiGLU
 from kha_jax.modules import Aux, Module, Numerics, RMSNorm, no_aux
 from kha_jax.ops import losses
-from kha_jax.ops.checkpoint_names import STREAM, keep
+from kha_jax.ops.checkpoint_names import STREAM, checkpoint_name
 from kha_jax.remat import POLICIES, jax_policy
-from kha_jax.sharding import constrain, per_device, sum_over, ways
+from kha_jax.sharding import axis_size, constrain, per_device, sum_over
 
 FEED_FORWARDS = {"swiglu": SwiGLU, "moe": MoE}
 Batch = dict[str, jax.Array]
@@ -196,7 +196,7 @@ class Block(Module):
     def _residuals(self, x_BTD, attend):
         x_BTD = constrain(x_BTD, "batch", "length", "features")
         y_BTD, from_attention = attend(self.attention_norm(x_BTD))
-        x_BTD = keep(x_BTD + y_BTD, STREAM)
+        x_BTD = checkpoint_name(x_BTD + y_BTD, STREAM)
         y_BTD, aux = self.feed_forward(self.feed_forward_norm(x_BTD))
         return constrain(x_BTD + y_BTD, "batch", "length", "features"), from_attention, aux
 
@@ -308,7 +308,7 @@ class Transformer(Module):
         """Each device takes its own tokens, split over all mesh axes, through the whole table,
         whose gradient is summed once."""
         c, tokens = self.config.loss, ("batch", "loss_length")
-        chunk = max(1, c.chunk_tokens // ways(*tokens))
+        chunk = max(1, c.chunk_tokens // axis_size(*tokens))
 
         def local(x_BTD, table_VD, targets_BT, weights_BT):
             sums = losses.cross_entropy(

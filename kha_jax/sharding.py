@@ -192,15 +192,15 @@ def mesh_axes(*axes: str | None) -> tuple[str, ...]:
     return tuple(a for part in parts for a in ((part,) if isinstance(part, str) else part))
 
 
-def ways_of(sizes: Mapping[str, int], *axes: str | None) -> int:
+def axis_size_of(sizes: Mapping[str, int], *axes: str | None) -> int:
     """Devices that split these logical axes together, on a mesh of these sizes."""
     return math.prod(sizes[axis] for axis in mesh_axes(*axes))
 
 
-def ways(*axes: str) -> int:
+def axis_size(*axes: str) -> int:
     """Devices of the mesh that split these logical axes together; 1 without a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return ways_of(sizes, *axes) if sizes else 1
+    return axis_size_of(sizes, *axes) if sizes else 1
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -217,7 +217,7 @@ def _divided(
     """The axes, without those of SHARED that are fewer than their devices."""
 
     def whole(axis, size):
-        return axis in SHARED and size < (n := ways_of(sizes, axis)) and n % size == 0
+        return axis in SHARED and size < (n := axis_size_of(sizes, axis)) and n % size == 0
 
     return tuple(None if whole(axis, size) else axis for axis, size in zip(axes, shape))
 
@@ -243,23 +243,23 @@ def per_device(function: Callable, in_axes: tuple, out_axes: Any) -> Callable:
 def gather(x: jax.Array, axis: str) -> jax.Array:
     """Within `per_device`: the parts of x on all devices that split a logical axis, one after
     another along the first dimension."""
-    return jax.lax.all_gather(x, mesh_axes(axis), tiled=True) if ways(axis) > 1 else x
+    return jax.lax.all_gather(x, mesh_axes(axis), tiled=True) if axis_size(axis) > 1 else x
 
 
 def sum_over(tree: Any, *axes: str) -> Any:
     """Within `per_device`: sums over all devices that split these logical axes."""
-    return jax.lax.psum(tree, mesh_axes(*axes)) if ways(*axes) > 1 else tree
+    return jax.lax.psum(tree, mesh_axes(*axes)) if axis_size(*axes) > 1 else tree
 
 
 def scatter_sum(x: jax.Array, axis: str) -> jax.Array:
     """Within `per_device`: of the sum over all devices that split a logical axis, this device's
     part along the first dimension; the transpose of `gather`."""
-    return jax.lax.psum_scatter(x, mesh_axes(axis), tiled=True) if ways(axis) > 1 else x
+    return jax.lax.psum_scatter(x, mesh_axes(axis), tiled=True) if axis_size(axis) > 1 else x
 
 
 def index_along(axis: str) -> jax.Array | int:
     """Within `per_device`: which part of a logical axis this device holds, from 0."""
-    return jax.lax.axis_index(mesh_axes(axis)) if ways(axis) > 1 else 0
+    return jax.lax.axis_index(mesh_axes(axis)) if axis_size(axis) > 1 else 0
 
 
 def spec(axes: tuple[str | None, ...], where: str = "array") -> PartitionSpec:
@@ -298,11 +298,11 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         axes = _divided(leaf.names, leaf.value.shape, mesh.shape)
         for size, axis in zip(leaf.value.shape, axes):
-            if size % ways_of(mesh.shape, axis):
+            if size % axis_size_of(mesh.shape, axis):
                 raise ConfigError(
                     "",
                     f"{name}: dimension {axis!r} of {size} does not divide into "
-                    f"{ways_of(mesh.shape, axis)} (mesh axis {RULES[axis]})",
+                    f"{axis_size_of(mesh.shape, axis)} (mesh axis {RULES[axis]})",
                 )
         return NamedSharding(mesh, spec(axes, name))
 
@@ -311,7 +311,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     )
 
 
-def gathered_ways(sharding: NamedSharding) -> int:
+def gathered_axis_size(sharding: NamedSharding) -> int:
     """Devices over which FSDP gathers a parameter when it is used."""
     stored = [RULES[axis] for axis in STORED]
     axes = [axis for axis in sharding.spec if axis in stored]

@@ -220,7 +220,7 @@ def run(tmp_path_factory, trainer):
 
 def roles(trainer):
     def knocking(path, _):
-        return "knocking" if "_mixer" in jax.tree_util.keystr(path) else "weight"
+        return "mixer" if "_mixer" in jax.tree_util.keystr(path) else "weight"
 
     return jax.tree_util.tree_map_with_path(knocking, trainer.abstract.params)
 
@@ -348,7 +348,7 @@ def test_a_step_logs_the_trace_of_what_it_made(trainer):
 def test_matrices_of_single_heads_are_traced_by_their_mean():
     T = jnp.asarray(RNG.normal(size=(2, 3, 4, 4)), jnp.float32)
     params = {"layers": {"attention": {"value_mixer": {"kernel": T}}}}
-    logged = trace.trace(params, jax.tree.map(lambda _: "knocking", params))
+    logged = trace.trace(params, jax.tree.map(lambda _: "mixer", params))
     found = logged["knocking/layers/value/kernel/diagonal_mean"]
     np.testing.assert_allclose(found, np.trace(T, axis1=2, axis2=3).mean(1) / 4, rtol=1e-5)
 
@@ -363,7 +363,7 @@ def test_the_trace_costs_less_than_half_a_percent_of_a_step(name):
     H, layers = config.model.attention.projection.head_dim, config.model.layers
     T = jax.ShapeDtypeStruct((layers, H, H), jnp.float32)
     params = {"layers": {f"{slot}_mixer": {"kernel": T} for slot in ("query", "key", "value")}}
-    role = jax.tree.map(lambda _: "knocking", params)
+    role = jax.tree.map(lambda _: "mixer", params)
     compiled = jax.jit(lambda p: trace.trace(p, role)).lower(params).compile()
     tokens = config.batch_size * config.seq_len
     cost = accounting.account(config.model, config.seq_len, tokens=tokens)

@@ -26,7 +26,7 @@ from kha_jax.attention.scores import TalkingHeads
 from kha_jax.comparing import properties
 from kha_jax.comparing.properties import EXACT, PAD, POSITIONS, SEGMENTS, B, T, relative_error
 from kha_jax.config import ConfigError, from_dict, to_dict
-from kha_jax.inference.folding import absorb, absorbed, foldable
+from kha_jax.inference.folding import fold, foldable, folded_config
 from kha_jax.modules import Numerics
 from kha_jax.ops import attention as ops
 from kha_jax.sharding import MeshConfig
@@ -231,7 +231,7 @@ def test_weights_and_activations_have_the_same_gradients(projection):
 
 def at_all_slots(projection, mixer):
     """The mixer wherever this projection takes it."""
-    takes = [slot for slot in SLOTS if PROJECTIONS[projection].refusal(slot, mixer) is None]
+    takes = [slot for slot in SLOTS if PROJECTIONS[projection].why_not(slot, mixer) is None]
     return AttentionConfig(projection=PROJECTIONS[projection], **everywhere(mixer, *takes))
 
 
@@ -244,23 +244,23 @@ FOLDED = [(name, projection) for name, (_, on) in FOLDING.items() for projection
 
 
 @pytest.mark.parametrize(("name", "projection"), FOLDED, ids=IDS(FOLDED))
-def test_absorbing_linear_mixers_changes_nothing(name, projection):
+def test_folding_linear_mixers_changes_nothing(name, projection):
     config = at_all_slots(projection, FOLDING[name][0])
-    params, baseline = random(config), absorbed(config)
-    folded = absorb(config, params)
+    params, baseline = random(config), folded_config(config)
+    folded = fold(config, params)
     assert baseline == AttentionConfig(projection=PROJECTIONS[projection])
     chex.assert_trees_all_equal_shapes(folded, random(baseline))
     assert relative_error(output(baseline, folded), output(config, params)) < 1e-5
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-    first = jax.tree.map(lambda leaf: leaf[0], absorb(config, stack))
+    first = jax.tree.map(lambda leaf: leaf[0], fold(config, stack))
     chex.assert_trees_all_close(first, folded, rtol=1e-6)
 
 
 def test_folding_a_composition_into_fewer_heads_leaves_a_projection_of_those():
     config = config_of("fewer", "mha")
-    assert absorbed(config) == AttentionConfig(projection=PROJECTIONS["gqa"])
-    folded = absorb(config, random(config))
-    error = relative_error(output(absorbed(config), folded), output(config, random(config)))
+    assert folded_config(config) == AttentionConfig(projection=PROJECTIONS["gqa"])
+    folded = fold(config, random(config))
+    error = relative_error(output(folded_config(config), folded), output(config, random(config)))
     assert error < 1e-5
 
 

@@ -511,7 +511,7 @@ def test_departures_are_what_a_new_default_leaves_alone():
     plain = RunConfig(model=ModelConfig(layers=4))
     assert departures(plain) == {"model": {"attention": {}, "loss": {}, "numerics": {}}} | {
         name: {} for name in ("optimizer", "evaluation", "checkpoint", "mesh", "profile")
-    } | {"optimizer": {"knocking": {}}}
+    } | {"optimizer": {"mixer": {}}}
     linear = plain.model.attention.replace(key=KnockingLinear(diag_init=0.5))
     changed = plain.replace(model=plain.model.replace(attention=linear, layers=5))
     model = departures(changed)["model"]

@@ -25,7 +25,7 @@ from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
 from kha_jax.feed_forward import MoE, SwiGLU
 from kha_jax.inference.decoding import Decoder, extend, prefill
-from kha_jax.inference.folding import absorb_model
+from kha_jax.inference.folding import fold_model
 from kha_jax.inference.layers import unstack
 from kha_jax.inference.sampling import Sampling, sample
 from kha_jax.model import AttentionFrom, ModelConfig
@@ -254,7 +254,7 @@ def step_flops(attention):
     config = model(attention, width=64, feed_forward=SwiGLU(width=128))
     variables = jax.eval_shape(config.build().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     if isinstance(attention.query, KnockingLinear):
-        variables = jax.eval_shape(lambda v: absorb_model(config, v)[1], nn.unbox(variables))
+        variables = jax.eval_shape(lambda v: fold_model(config, v)[1], nn.unbox(variables))
         config = config.replace(attention=AttentionConfig(projection=attention.projection))
     weights = jax.eval_shape(functools.partial(unstack, config), nn.unbox(variables))
     ids, slot = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
@@ -272,7 +272,7 @@ def step_flops(attention):
     )
 
 
-def test_absorbed_decoding_costs_exactly_the_baseline_and_an_mlp_its_matrices_for_one_token():
+def test_folded_decoding_costs_exactly_the_baseline_and_an_mlp_its_matrices_for_one_token():
     plain = AttentionConfig(projection=GroupedQuery(query_heads=4, kv_heads=2, head_dim=64))
     baseline, linear, mlp = (
         step_flops(plain.replace(**slots)) for slots in ({}, LINEAR, {"value": KnockingMLP()})
@@ -316,19 +316,19 @@ def command(base, name, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_an_absorbed_run_is_a_baseline_that_generates_the_same(runs):
+def test_a_folded_run_is_a_baseline_that_generates_the_same(runs):
     code, out, err = command(
-        runs, "convert", "absorb", f"--workdir={runs / 'linear'}", f"--out={runs / 'absorbed'}"
+        runs, "convert", "fold", f"--workdir={runs / 'linear'}", f"--out={runs / 'folded'}"
     )
     assert code == 0 and "folded query, key, value: largest logit change" in out, err
-    assert json.loads((runs / "absorbed" / "config.json").read_text())["model"]["attention"][
+    assert json.loads((runs / "folded" / "config.json").read_text())["model"]["attention"][
         "query"
     ] == {"kind": "none"}
     flags = ("--tokens=20", "--prompt=def f(", "--prompt=é")
     texts = []
     for folder, said in (
         ("linear", "folded linear mixers of query, key, value"),
-        ("absorbed", "step 4"),
+        ("folded", "step 4"),
     ):
         code, out, err = command(runs, "generate", f"--workdir={runs / folder}", *flags)
         assert code == 0 and said in err, err
@@ -340,25 +340,25 @@ def test_an_absorbed_run_is_a_baseline_that_generates_the_same(runs):
         "--config.steps=5",
         "--allow_changes=steps",
     )
-    code, out, err = command(runs, "train", *again, f"--workdir={runs / 'absorbed'}")
+    code, out, err = command(runs, "train", *again, f"--workdir={runs / 'folded'}")
     assert code == 0 and "resuming after step 4" in out, err
     for arguments, message in (
         (
-            ("absorb", f"--workdir={runs / 'absorbed'}", f"--out={runs / 'other'}"),
+            ("fold", f"--workdir={runs / 'folded'}", f"--out={runs / 'other'}"),
             "nothing to fold; no mixer of q, k or v",
         ),
         (
-            ("absorb", f"--workdir={runs / 'linear'}", f"--out={runs / 'absorbed'}"),
+            ("fold", f"--workdir={runs / 'linear'}", f"--out={runs / 'folded'}"),
             "already holds checkpoints",
         ),
-        (("absrob",), "did you mean 'absorb'?"),
+        (("fodl",), "did you mean 'fold'?"),
     ):
         code, out, err = command(runs, "convert", *arguments)
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1
 
 
 def test_one_prompt_streams_and_bad_ones_are_one_line(runs):
-    sampled = ("--prompt=é", "--tokens=20", "--temperature=1", "--noabsorb")
+    sampled = ("--prompt=é", "--tokens=20", "--temperature=1", "--nofold")
     code, out, err = command(runs, "generate", f"--workdir={runs / 'linear'}", *sampled)
     assert code == 0 and out.startswith("é") and "20 new tokens" in err, err
     for flags, message in (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kha_jax.ops import rope
-from kha_jax.ops.attention import Case, ScoreMaps, attention, best_kernel, refusal
+from kha_jax.ops.attention import Case, ScoreMaps, attention, best_kernel, why_not
 from kha_jax.ops.attention_splash import LARGE, Blocks, splash, splash_blocks
 from kha_jax.ops.gating import sigmoid_gate, swiglu
 from kha_jax.ops.linear import linear
@@ -225,7 +225,7 @@ GPU = Case("gpu", jnp.bfloat16, 256, 64, 64)
     ],
 )
 def test_auto_takes_the_fused_kernel_where_it_fits(case, kernel):
-    assert best_kernel(case) == kernel and refusal(kernel, case) is None
+    assert best_kernel(case) == kernel and why_not(kernel, case) is None
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_auto_takes_the_fused_kernel_where_it_fits(case, kernel):
     ],
 )
 def test_a_kernel_that_cannot_says_why_before_and_when_it_runs(kernel, case, problem):
-    assert problem in refusal(kernel, case) and refusal("auto", case) is None
+    assert problem in why_not(kernel, case) and why_not("auto", case) is None
     qkv = (jnp.zeros((1, case.length, 2, width)) for width in case[3:4] * 2 + case[4:5])
     maps = ScoreMaps(logits=jax.tree_util.Partial(jnp.negative)) if case.heads_meet else ScoreMaps()
     with pytest.raises(ValueError, match="attention kernel '" + kernel):

@@ -52,7 +52,7 @@ def test_experts_that_are_split_have_rows_for_the_tokens_of_all_their_devices():
     run, slice_ = config().replace(accumulation=8), topology("v5p-128")
     run = run.replace(model=run.model.replace(remat="inner"))
     whole, split = (
-        plan(run.replace(mesh=MeshConfig(expert=ways)), slice_, False) for ways in (1, 4)
+        plan(run.replace(mesh=MeshConfig(expert=size)), slice_, False) for size in (1, 4)
     )
     moe, bfloat16 = run.model.feed_forward, 2
     inner = moe.inner_floats(run.model.width) * run.tokens_per_step / run.accumulation / 64

@@ -23,6 +23,7 @@ from kha_jax.sharding import (
     PRESETS,
     RULES,
     MeshConfig,
+    axis_size,
     batch_sharding,
     constrain,
     gather,
@@ -36,7 +37,6 @@ from kha_jax.sharding import (
     spec,
     sum_over,
     tree_shardings,
-    ways,
 )
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2)]
@@ -213,11 +213,11 @@ def test_tree_shardings_of_the_transformer(sizes):
     shardings = tree_shardings(shapes, mesh)
     for leaf, sharding in zip(boxes(shapes), jax.tree.leaves(shardings), strict=True):
         assert sharding.mesh == mesh
-        ways = [
+        sizes = [
             np.prod([mesh.shape[a] for a in np.atleast_1d(part or [])], dtype=int)
             for part in spec(leaf.names)
         ]
-        assert sharding.shard_shape(leaf.value.shape) == tuple(np.array(leaf.value.shape) // ways)
+        assert sharding.shard_shape(leaf.value.shape) == tuple(np.array(leaf.value.shape) // sizes)
     assert jax.tree.structure(shardings) == jax.tree.structure(nn.unbox(shapes))
 
 
@@ -281,7 +281,7 @@ def test_what_was_traced_without_a_mesh_is_traced_again_within_one():
 
     @jax.jit
     def pin(x):
-        seen.append(ways("batch"))
+        seen.append(axis_size("batch"))
         return constrain(2 * x, "batch", "length", "feed_forward")
 
     def shard(y):

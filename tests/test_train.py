@@ -165,8 +165,8 @@ OLD_FLAGS = (
     "--config.model.attention.projection.head_dim=8",
     "--config.model.attention.query.kind=linear",
     "--config.model.feed_forward.width=16",
-    "--config.optimizer.knocking.decay=to_identity",
-    "--config.optimizer.knocking.learning_rate_multiplier=2.0",
+    "--config.optimizer.mixer.decay=to_identity",
+    "--config.optimizer.mixer.learning_rate_multiplier=2.0",
     "--config.evaluation.every=0",
 )
 

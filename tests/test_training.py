@@ -27,7 +27,7 @@ from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.sharding import MeshConfig
 from kha_jax.training import optimizer
 from kha_jax.training.optimizer import learning_rate, make, roles, schedule
-from kha_jax.training.run_config import KnockingOptimizerConfig, OptimizerConfig, RunConfig
+from kha_jax.training.run_config import MixerOptimizerConfig, OptimizerConfig, RunConfig
 from kha_jax.training.step import make_trainer
 from tests import cases
 
@@ -275,7 +275,7 @@ def test_roles_follow_from_logical_axes():
         "norm": "vector",
         "final_norm": "vector",
         "table": "weight",
-        "knock": "knocking",
+        "knock": "mixer",
     }
 
 
@@ -308,7 +308,7 @@ def test_weight_decay_by_role(decay):
         learning_rate=0.5,
         weight_decay=0.1,
         warmup_fraction=0,
-        knocking=KnockingOptimizerConfig(decay=decay),
+        mixer=MixerOptimizerConfig(decay=decay),
     )
     eye = jnp.broadcast_to(jnp.eye(4), (2, 4, 4))
     rate = float(schedule(config, 10)(0))
@@ -334,7 +334,7 @@ def test_to_identity_in_a_run_pulls_to_the_initial_matrices():
             RUN.replace(
                 model=MODEL.replace(attention=random_start),
                 optimizer=OptimizerConfig(
-                    weight_decay=decay, knocking=KnockingOptimizerConfig(decay="to_identity")
+                    weight_decay=decay, mixer=MixerOptimizerConfig(decay="to_identity")
                 ),
             ),
             steps=1,
@@ -352,7 +352,7 @@ def test_to_identity_in_a_run_pulls_to_the_initial_matrices():
 def test_learning_rate_multiplier_of_knocking_matrices():
     def multiplied(m):
         return OptimizerConfig(
-            weight_decay=0, knocking=KnockingOptimizerConfig(learning_rate_multiplier=m)
+            weight_decay=0, mixer=MixerOptimizerConfig(learning_rate_multiplier=m)
         )
 
     base, doubled = (trained(RUN.replace(optimizer=multiplied(m)), steps=1) for m in (1.0, 2.0))

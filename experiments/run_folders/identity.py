@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.cli.command_line import UsageError
 from kha_jax.config import departures, to_dict
-from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_config import RunConfig, old_name
 
 # Fields that may change on resume: they decide what is recorded, not what is learnt.
 FREE = (
@@ -82,7 +82,8 @@ def changed(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 def config_hash(config: RunConfig) -> str:
     """Of the fields that decide what is learnt."""
-    fields = {k: v for k, v in flat(departures(config)).items() if not k.startswith(FREE)}
+    learnt = {k: v for k, v in flat(departures(config)).items() if not k.startswith(FREE)}
+    fields = {old_name(k): v for k, v in learnt.items()}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

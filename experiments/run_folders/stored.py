@@ -8,6 +8,7 @@ from typing import Any
 from experiments.cli.command_line import UsageError
 from experiments.run_folders.identity import read_lineage
 from kha_jax.config import from_dict
+from kha_jax.training.run_config import with_new_names
 
 
 def local_folder(flag: str, name: str | None) -> Path:
@@ -52,7 +53,7 @@ def read_config(path: Path, cls: type) -> Any:
         values = json.loads(path.read_text())
         if not isinstance(values, dict):
             raise ValueError(f"holds a {type(values).__name__} and no fields")
-        return from_dict(cls, values)
+        return from_dict(cls, with_new_names(values))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{path}: is damaged ({error}); put back the one that the run was started with"

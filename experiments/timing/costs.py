@@ -54,7 +54,7 @@ def projection_table() -> tuple[Table, dict[str, dict[str, Any]]]:
     out = {}
     for name, projection in PROJECTIONS.items():
         cost = cost_of(AttentionConfig(projection=projection))
-        fits = [k for k, m in STREAM_MIXERS.items() if projection.refusal("value", m()) is None]
+        fits = [k for k, m in STREAM_MIXERS.items() if projection.why_not("value", m()) is None]
         figures = f"{cost['parameters'] / 1e6:.2f}", f"{cost['flops'] / 1e6:.1f}"
         cache, takes = f"{cost['cache_bytes']:,}", ", ".join(k for k in fits if k != "none")
         table.add_row(name, *figures, cache, takes, cost["tpu"], cost["gpu"])

@@ -177,16 +177,16 @@ def prompts(batch: int) -> np.ndarray:
 
 
 def kha_jax_generation(variant: str, batch: int) -> Step:
-    """NEW greedy tokens after a prompt by kha_jax.inference, linear mixers absorbed."""
+    """NEW greedy tokens after a prompt by kha_jax.inference, linear mixers folded."""
     import jax
     from flax import linen as nn
 
     from kha_jax.inference.decoding import Decoder
-    from kha_jax.inference.folding import absorb_if_linear
+    from kha_jax.inference.folding import fold_if_linear
 
     model = peer_run(variant).model
     variables = nn.unbox(jax.jit(model.build().init)(jax.random.key(0), np.zeros((1, 8), np.int32)))
-    decoder, rows = Decoder(*absorb_if_linear(model, variables)), prompts(batch).tolist()
+    decoder, rows = Decoder(*fold_if_linear(model, variables)), prompts(batch).tolist()
     return lambda: decoder.generate(rows, NEW)
 
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from kha_jax import sharding
 from kha_jax.inference.decoding import Decoder
-from kha_jax.inference.folding import absorb_if_linear
+from kha_jax.inference.folding import fold_if_linear
 from kha_jax.model import ModelConfig
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.step import make_trainer
@@ -56,7 +56,7 @@ def training_step(config: RunConfig) -> Compiled:
 def decoding_step(model: ModelConfig) -> Step:
     """NEW greedy tokens after PROMPT in each of ROWS rows, linear mixers folded."""
     variables = nn.unbox(jax.jit(model.build().init)(jax.random.key(0), np.zeros((1, 8), np.int32)))
-    decoder = Decoder(*absorb_if_linear(model, variables))
+    decoder = Decoder(*fold_if_linear(model, variables))
     ids = np.random.default_rng(1).integers(0, model.vocabulary_size, (ROWS, PROMPT)).tolist()
     return lambda: decoder.generate(ids, NEW)
 

@@ -16,6 +16,7 @@ from kha_jax.attention.mixers import STREAM_MIXERS, HeadComposition, repetition
 from kha_jax.errors import CheckpointError
 from kha_jax.metrics import plain_row, read_lines
 from kha_jax.runs.manifest import MANIFEST
+from kha_jax.training.run_config import with_new_names
 from kha_jax.training.trace import TRACE
 
 MIXER = "_mixer"  # every small matrix between heads lives at .../SLOT_mixer/NAME
@@ -77,7 +78,7 @@ class Run:
         config = self.folder / "config.json"
         try:
             self.config: dict[str, Any] | None = (
-                dict(json.loads(config.read_text())) if config.exists() else None
+                with_new_names(json.loads(config.read_text())) if config.exists() else None
             )
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{config}: is damaged ({error})") from None

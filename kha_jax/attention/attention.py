@@ -26,7 +26,7 @@ from kha_jax.modules import Aux, Module
 from kha_jax.ops import attention as ops
 from kha_jax.ops import attention_cached
 from kha_jax.ops.linear import linear
-from kha_jax.sharding import constrain, index_along, per_device, platform, ways
+from kha_jax.sharding import axis_size, constrain, index_along, per_device, platform
 
 SLOTS = ("query", "key", "value")
 SCORES = ("logits", "probabilities")
@@ -56,19 +56,18 @@ class AttentionConfig(Config):
         streams = self.projection.streams(1)
         for slot in SLOTS:
             mixer, name = getattr(self, slot), type(getattr(self, slot)).__name__
-            reason = None if type(mixer) is NoMixer else self.projection.refusal(slot, mixer)
+            reason = None if type(mixer) is NoMixer else self.projection.why_not(slot, mixer)
             if reason is None and slot in streams:
-                reason = mixer.misfit(streams[slot][0])
+                reason = mixer.why_not(streams[slot][0])
             self.require(reason is None, f"{slot}.kind", f"{name} cannot stand here: {reason}")
-        misfit = self.projection.misfit(self.heads_read())
-        if misfit:
-            self.require(False, f"{misfit[0]}.heads_read", misfit[1])
+        if problem := self.projection.why_not_heads(self.heads_read()):
+            self.require(False, f"{problem[0]}.heads_read", problem[1])
         heads = self.projection.output_shape()[0]
-        reason = self.output.misfit(heads, heads // self.heads_read()["value"])
+        reason = self.output.why_not(heads, heads // self.heads_read()["value"])
         name = type(self.output).__name__
         self.require(reason is None, "output.kind", f"{name} cannot stand here: {reason}")
         if self.heads_meet:
-            problem = ops.refusal(self.kernel, self.case("any", "float32", 1))
+            problem = ops.why_not(self.kernel, self.case("any", "float32", 1))
             self.require(problem is None, "kernel", str(problem))
 
     def mixers(self) -> dict[str, StreamMixer]:
@@ -298,9 +297,9 @@ class Attention(Module):
         queries = keys = ("batch", "length", "heads", None)
         if maps.meet:
             queries, keys = ("batch", "query_length", None, None), whole
-        elif k_BSKH.shape[2] < ways("heads"):
+        elif k_BSKH.shape[2] < axis_size("heads"):
             # A copy for each device that holds some of a key head's queries.
-            copies = ways("heads") // k_BSKH.shape[2]
+            copies = axis_size("heads") // k_BSKH.shape[2]
             k_BSKH, v_BSKU = (jnp.repeat(z, copies, axis=2) for z in (k_BSKH, v_BSKU))
 
         def local(q_BTNH, k_BSKH, v_BSKU, ids_BS, maps):

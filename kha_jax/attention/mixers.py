@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from kha_jax.config import Config
 from kha_jax.modules import Module, Numerics
-from kha_jax.ops.checkpoint_names import PROJECTED, keep
+from kha_jax.ops.checkpoint_names import PROJECTED, checkpoint_name
 from kha_jax.ops.gating import sigmoid_gate
 from kha_jax.ops.linear import linear
-from kha_jax.sharding import ways
+from kha_jax.sharding import axis_size
 
 
 class StreamMixer(Config):
@@ -56,11 +56,11 @@ class StreamMixer(Config):
         """Whether the k norm is that of the heads that are read, not of those that are cached."""
         return False
 
-    def misfit(self, heads: int) -> str | None:
+    def why_not(self, heads: int) -> str | None:
         """Why it cannot act on so many heads, or None."""
         return None
 
-    def unfoldable(self, heads: int) -> str | None:
+    def why_not_folded(self, heads: int) -> str | None:
         """Why no weights can stand for it, or None."""
         return (
             None if self.linear else "is not linear in its stream, so no weights can stand for it"
@@ -202,13 +202,13 @@ class HeadComposition(LinearMixer):
     def normed_late(self, heads):
         return self.before_norm and self.late(heads)
 
-    def misfit(self, heads):
+    def why_not(self, heads):
         read = self.heads(heads)
         if self.init == "identity" and read % heads and heads % read:
             return f"{heads} heads do not repeat into {read}; use a multiple or init='normal'"
         return None
 
-    def unfoldable(self, heads):
+    def why_not_folded(self, heads):
         if not self.late(heads):
             return None
         return f"composes its {heads} cached heads when they are read, so no weights stand for it"
@@ -250,7 +250,7 @@ STREAM_MIXERS = {
 def transform(z: jax.Array, T: jax.Array) -> jax.Array:
     """z T over the last axis. Heads that are split over devices are not flattened with the rows,
     which would gather them."""
-    return linear(z, T) if ways("heads") == 1 else jnp.matmul(z, T)
+    return linear(z, T) if axis_size("heads") == 1 else jnp.matmul(z, T)
 
 
 def diagonal(value: float) -> Callable:
@@ -290,8 +290,8 @@ class Mixer(Module):
         """What is cached, for x[..., rows] and W[rows, heads, H]: mixer(x W), through the weights
         where the config says so."""
         if self.config.on_weights(kernel.shape[0], math.prod(x.shape[:-1])):
-            return keep(linear(x, self(kernel)), PROJECTED)
-        return self(keep(linear(x, kernel), PROJECTED))
+            return checkpoint_name(linear(x, self(kernel)), PROJECTED)
+        return self(checkpoint_name(linear(x, kernel), PROJECTED))
 
     def read(self, z: jax.Array, axis: int) -> jax.Array:
         """What the scores read of cached z, whose heads are along `axis`."""
@@ -364,7 +364,7 @@ class Composition(Mixer):
 
     def project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         late = self.config.late(self.heads)
-        return keep(linear(x, kernel), PROJECTED) if late else super().project(x, kernel)
+        return checkpoint_name(linear(x, kernel), PROJECTED) if late else super().project(x, kernel)
 
     def read(self, z: jax.Array, axis: int) -> jax.Array:
         return compose(z, self.kernel, axis) if self.config.late(self.heads) else z

@@ -33,7 +33,7 @@ class OutputMixer(Config):
         """Whether it promises to start as none."""
         return False
 
-    def misfit(self, heads: int, shared: int) -> str | None:
+    def why_not(self, heads: int, shared: int) -> str | None:
         """Why it cannot stand behind so many heads, of which `shared` each read one key/value head;
         or None."""
         return None
@@ -123,7 +123,7 @@ class DifferentialOutput(OutputMixer):
     def heads(self, heads):
         return heads // 2
 
-    def misfit(self, heads, shared):
+    def why_not(self, heads, shared):
         return None if shared % 2 == 0 else f"pairs of query heads share a key head, found {shared}"
 
     def parameters(self, width, heads, value_dim):
@@ -158,7 +158,7 @@ class MixtureOfHeads(OutputMixer):
         self.at_least(0, "shared_heads", "top_k", "balance_rate")
         self.require(self.shared_heads + self.top_k > 0, "top_k", "must be at least 1, found 0")
 
-    def misfit(self, heads, shared):
+    def why_not(self, heads, shared):
         routed = heads - self.shared_heads
         if routed < 0 or self.top_k > routed or (routed > 0 and self.top_k == 0):
             return (

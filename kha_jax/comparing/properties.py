@@ -19,7 +19,7 @@ from kha_jax import sharding
 from kha_jax.accounting import count_parameters
 from kha_jax.attention import AttentionConfig
 from kha_jax.config import ConfigError
-from kha_jax.inference.folding import absorb, absorbed, foldable
+from kha_jax.inference.folding import fold, foldable, folded_config
 from kha_jax.model import ModelConfig
 from kha_jax.modules import Numerics
 from kha_jax.sharding import MeshConfig
@@ -261,8 +261,8 @@ def folding(layer: Layer) -> Finding:
     if not slots:
         return unasked("has nothing to fold")
     params = layer.random()
-    folded = layer._replace(config=absorbed(layer.config))
-    ours = output(folded, absorb(layer.config, params))
+    folded = layer._replace(config=folded_config(layer.config))
+    ours = output(folded, fold(layer.config, params))
     return within(relative_error(ours, output(layer, params)), "the output of folded weights")
 
 
@@ -270,13 +270,13 @@ def devices(layer: Layer) -> Finding:
     """Several devices, which split the rows and the heads (or the queries, where heads meet),
     compute what one does."""
     heads, there = layer.config.projection.query_heads, len(jax.devices())
-    ways = math.gcd(heads, 4) if there >= 8 else math.gcd(heads, there // 2)
+    devices = math.gcd(heads, 4) if there >= 8 else math.gcd(heads, there // 2)
     if there < 2:
         return unasked("needs two devices")
     params = layer.random()
-    ours = on_devices(layer, params, MeshConfig(data=2, model=ways))
+    ours = on_devices(layer, params, MeshConfig(data=2, model=devices))
     error = relative_error(ours, output(layer, params))
-    return within(error, f"the output of {2 * ways} devices from that of one")
+    return within(error, f"the output of {2 * devices} devices from that of one")
 
 
 def accounting(layer: Layer) -> Finding:
@@ -346,10 +346,10 @@ def collectives(text: str) -> Counter:
     return Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text))
 
 
-def collectives_of(layer: Layer, ways: int) -> Counter:
+def collectives_of(layer: Layer, devices: int) -> Counter:
     """What one forward pass of the layer moves where this many devices split its heads: compiled
     for virtual CPU devices, never run."""
-    mesh = sharding.make_mesh(MeshConfig(data=1, model=ways), jax.devices("cpu")[:ways])
+    mesh = sharding.make_mesh(MeshConfig(data=1, model=devices), jax.devices("cpu")[:devices])
     module = layer.config.build(width=layer.width, numerics=EXACT)
 
     def apply(params, x, positions):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kha_jax.feed_forward.swiglu import FeedForward, SwiGLU
 from kha_jax.modules import Aux, Module
 from kha_jax.ops import experts
-from kha_jax.ops.checkpoint_names import ROUTER, keep
+from kha_jax.ops.checkpoint_names import ROUTER, checkpoint_name
 from kha_jax.sharding import (
     constrain,
     gather,
@@ -147,7 +147,7 @@ class MoELayer(Module):
                 router_DE,
                 precision=jax.lax.Precision.HIGHEST,
             )
-            logits_BTE = keep(logits_BTE, ROUTER)
+            logits_BTE = checkpoint_name(logits_BTE, ROUTER)
             scores_BTE = nn.sigmoid(logits_BTE) if c.scores == "sigmoid" else nn.softmax(logits_BTE)
             biased_BTE = scores_BTE
             if c.balancing in BIAS_RULES:
@@ -155,7 +155,7 @@ class MoELayer(Module):
                     "balance", "bias", jnp.zeros, (c.experts,), jnp.float32
                 ).value
             chosen_BTK = jax.lax.top_k(jax.lax.stop_gradient(biased_BTE), c.top_k)[1]
-            chosen_BTK = keep(chosen_BTK, ROUTER)
+            chosen_BTK = checkpoint_name(chosen_BTK, ROUTER)
             weights_BTK = jnp.take_along_axis(scores_BTE, chosen_BTK, axis=-1)
             weights_BTK *= c.routed_scaling / jnp.maximum(
                 jnp.sum(weights_BTK, axis=-1, keepdims=True), 1e-20

@@ -7,7 +7,7 @@ import jax
 
 from kha_jax.config import Config
 from kha_jax.modules import Aux, Module, no_aux
-from kha_jax.ops.checkpoint_names import INNER, keep
+from kha_jax.ops.checkpoint_names import INNER, checkpoint_name
 from kha_jax.ops.gating import swiglu
 from kha_jax.ops.linear import linear
 from kha_jax.sharding import constrain
@@ -88,7 +88,9 @@ class SwiGLULayer(Module):
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Aux]:
         """The layer's output [B, T, D], and nothing beside it."""
         D, F = self.model_width, self.config.width
-        gate_BTF = keep(linear(x_BTD, self.weight("gate", embed=D, feed_forward=F)), INNER)
-        up_BTF = keep(linear(x_BTD, self.weight("up", embed=D, feed_forward=F)), INNER)
+        gate_BTF = checkpoint_name(
+            linear(x_BTD, self.weight("gate", embed=D, feed_forward=F)), INNER
+        )
+        up_BTF = checkpoint_name(linear(x_BTD, self.weight("up", embed=D, feed_forward=F)), INNER)
         h_BTF = constrain(swiglu(gate_BTF, up_BTF), "batch", "length", "feed_forward")
         return linear(h_BTF, self.weight("down", feed_forward=F, embed=D)), no_aux()

@@ -14,7 +14,7 @@ from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import HeadComposition
 from kha_jax.attention.projections import GroupedQuery, GroupedTied
 from kha_jax.config import ConfigError, under
-from kha_jax.inference.folding import absorb_model
+from kha_jax.inference.folding import fold_model
 from kha_jax.inference.layers import Variables, restack, unstack
 from kha_jax.model import AttentionFrom, ModelConfig
 
@@ -80,7 +80,7 @@ def compress(
         ConfigError: a mixer does not fold, or the model has no such form.
     """
     with under("attention"):
-        model, variables = absorb_model(model, variables)
+        model, variables = fold_model(model, variables)
         fewer = compressed(model.attention, kv_heads)
     if first == 0:
         made = model.with_attention(lambda attention: compressed(attention, kv_heads))

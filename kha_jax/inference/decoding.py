@@ -104,8 +104,8 @@ class Decoder:
     Args:
         model: its config; scores of the prompt are computed by the platform's best kernel whatever
             it says.
-        variables: as trained, {"params": ...}. Linear mixers are best absorbed before
-            (`absorb_if_linear`); any model works as it is.
+        variables: as trained, {"params": ...}. Linear mixers are best folded before
+            (`fold_if_linear`); any model works as it is.
         prompt_chunk: tokens of a prompt that are computed at once; a longer one comes in chunks, so
             that it takes no more memory but for its cache.
     """

@@ -33,20 +33,20 @@ def foldable(config: AttentionConfig) -> list[str]:
     slots = [slot for slot in SLOTS if type(getattr(config, slot)) is not NoMixer]
     for slot in slots:
         mixer, heads = getattr(config, slot), config.projection.streams(1)[slot][0]
-        reason = mixer.unfoldable(heads)
+        reason = mixer.why_not_folded(heads)
         if reason:
             raise ConfigError(f"{slot}.kind", f"{type(mixer).__name__} {reason}")
     return slots
 
 
-def absorbed(config: AttentionConfig) -> AttentionConfig:
+def folded_config(config: AttentionConfig) -> AttentionConfig:
     """The config without its stream mixers, whose projection makes the heads that they made."""
     plain = config.projection.with_heads(config.heads_read()["value"])
     return config.replace(projection=plain, **{slot: NoMixer() for slot in SLOTS})
 
 
-def absorb(config: AttentionConfig, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of `absorbed(config)` that compute the same attention.
+def fold(config: AttentionConfig, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of `folded_config(config)` that compute the same attention.
 
     Args:
         config: any projection with linear mixers or none.
@@ -63,13 +63,13 @@ def absorb(config: AttentionConfig, parameters: dict[str, Any]) -> dict[str, Any
         mixer = getattr(config, slot).build(heads, head_dim, EXACT, name=None)
         name, own = config.projection.stream_weights[slot], parameters[f"{slot}_mixer"]
 
-        def fold(own, weights, mixer=mixer):
+        def product(own, weights, mixer=mixer):
             with jax.default_matmul_precision("highest"):
                 folded = mixer.apply({"params": own}, weights.astype(jnp.float32))
             return folded.astype(weights.dtype)
 
         stacked = parameters["output"].ndim == 4
-        projection[name] = (jax.vmap(fold) if stacked else fold)(own, projection[name])
+        projection[name] = (jax.vmap(product) if stacked else product)(own, projection[name])
     mixers = {f"{slot}_mixer" for slot in slots}
     rest = {name: leaf for name, leaf in parameters.items() if name not in mixers}
     return {**rest, "projection": projection}
@@ -88,9 +88,9 @@ def foldable_slots(model: ModelConfig) -> list[str]:
     return [slot for slot in SLOTS if slot in found]
 
 
-def absorb_model(model: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
+def fold_model(model: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
     """The model without stream mixers and the variables that compute the same logits; see
-    attention.absorb.
+    `fold`.
 
     Raises:
         ConfigError: a mixer does not fold.
@@ -98,13 +98,13 @@ def absorb_model(model: ModelConfig, variables: Variables) -> tuple[ModelConfig,
     params = dict(variables["params"])
     for segment in model.segments():
         layers = params[segment.name]
-        folded = absorb(segment.attention, layers["attention"])
+        folded = fold(segment.attention, layers["attention"])
         params[segment.name] = {**layers, "attention": folded}
-    return model.with_attention(absorbed), {**variables, "params": params}
+    return model.with_attention(folded_config), {**variables, "params": params}
 
 
-def absorb_if_linear(model: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
-    """`absorb_model`, or what was given where there is nothing to fold or a mixer that does not."""
+def fold_if_linear(model: ModelConfig, variables: Variables) -> tuple[ModelConfig, Variables]:
+    """`fold_model`, or what was given where there is nothing to fold or a mixer that does not."""
     try:
         slots = foldable_slots(model)
     except ConfigError as error:
@@ -113,4 +113,4 @@ def absorb_if_linear(model: ModelConfig, variables: Variables) -> tuple[ModelCon
     if not slots:
         return model, variables
     log.info("folded linear mixers of %s into the weights", ", ".join(slots))
-    return absorb_model(model, variables)
+    return fold_model(model, variables)

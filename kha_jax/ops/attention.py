@@ -73,14 +73,14 @@ def attention(
         o_BTNU in the dtype of the queries; the softmax is float32 in every kernel.
 
     Raises:
-        ValueError: the kernel cannot compute this case; see `refusal`.
+        ValueError: the kernel cannot compute this case; see `why_not`.
     """
     scale = 1.0 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
     platform = jax.default_backend() if platform is None else platform
     widths = q_BTNH.shape[-1], v_BSKU.shape[-1]
     case = Case(platform, q_BTNH.dtype, k_BSKH.shape[1], *widths, maps.meet)
     kernel = best_kernel(case) if kernel == "auto" else kernel
-    problem = refusal(kernel, case)
+    problem = why_not(kernel, case)
     if problem:
         raise ValueError(f"attention kernel {problem}")
     with jax.named_scope(f"attention_{kernel}"):
@@ -262,7 +262,7 @@ KERNELS = {
 MEETING = {"chunked": _formula_in_chunks, "reference": _formula}
 
 
-def refusal(kernel: str, case: Case) -> str | None:
+def why_not(kernel: str, case: Case) -> str | None:
     """Why a kernel cannot compute this case, or None; `auto` always can."""
     rules = KERNELS[kernel].rules if kernel != "auto" else ()
     broken = next((rule for rule in rules if not rule.holds(case)), None)
@@ -274,4 +274,4 @@ def refusal(kernel: str, case: Case) -> str | None:
 
 def best_kernel(case: Case) -> str:
     """The kernel that `auto` stands for: the first of KERNELS that does not refuse."""
-    return next(name for name in KERNELS if refusal(name, case) is None)
+    return next(name for name in KERNELS if why_not(name, case) is None)

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kha_jax.ops.checkpoint_names import ATTENTION, keep
+from kha_jax.ops.checkpoint_names import ATTENTION, checkpoint_name
 
 MASKED = -1e30  # finite, so that a row without any visible key gives numbers and not NaN
 
@@ -87,7 +87,7 @@ def _chunked_forward(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale):
             / z.astype(v_PSU.dtype)
         )
         log_z.append(top + jnp.log(z))
-    o_BTNU, log_z = keep((_unfold(jnp.concatenate(out, axis=1), B, T), log_z), ATTENTION)
+    o_BTNU, log_z = checkpoint_name((_unfold(jnp.concatenate(out, axis=1), B, T), log_z), ATTENTION)
     return o_BTNU, (q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, o_BTNU, log_z)
 
 

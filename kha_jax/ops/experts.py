@@ -10,7 +10,7 @@ F expert width.
 import jax
 import jax.numpy as jnp
 
-from kha_jax.ops.checkpoint_names import INNER, keep
+from kha_jax.ops.checkpoint_names import INNER, checkpoint_name
 from kha_jax.ops.experts_cpu import blocked
 from kha_jax.ops.gating import swiglu
 
@@ -70,7 +70,7 @@ def _ragged(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
     x_MD = _spread(x_ND, order_M // K, row_NK)
     weight_M1 = _spread(weights_NK.reshape(-1, 1), order_M, row_NK.reshape(-1, 1))
     products = (jax.lax.ragged_dot(x_MD, weight_EDF, sizes_E) for weight_EDF in (gate_EDF, up_EDF))
-    h_MF = swiglu(*(keep(product_MF, INNER) for product_MF in products))
+    h_MF = swiglu(*(checkpoint_name(product_MF, INNER) for product_MF in products))
     y_MD = jax.lax.ragged_dot(h_MF * weight_M1, down_EFD, sizes_E)
     # rows of experts held elsewhere
     y_MD = jnp.where((jnp.arange(N * K) < jnp.sum(sizes_E))[:, None], y_MD, 0)

@@ -17,7 +17,7 @@ from kha_jax.ops.attention import ROWS
 from kha_jax.ops.attention_splash import LIMITS, Blocks, splash_blocks
 from kha_jax.ops.checkpoint_names import INNER
 from kha_jax.planning.slices import SliceError, Topology
-from kha_jax.sharding import ways_of
+from kha_jax.sharding import axis_size_of
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.step import TrainState, make_trainer
 
@@ -102,12 +102,12 @@ def layout(config: RunConfig, chips: int) -> Layout:
     # neither the batch nor what is kept for the backward pass changes the state
     model = config.model.replace(remat="none")
     plain = config.replace(model=model, batch_size=chips, accumulation=1)
-    state, ways = _abstract(plain, tuple(sizes.items())), ways_of(sizes, "batch")
+    state, batch_shards = _abstract(plain, tuple(sizes.items())), axis_size_of(sizes, "batch")
     leaves = jax.tree.leaves(state.params)
     weights = sum(held(leaf) * sharding.gathered_ways(leaf.sharding) for leaf in leaves)
-    tokens = config.tokens_per_step / config.accumulation / ways
-    split = ways_of(sizes, "heads"), ways_of(sizes, "experts")
-    return Layout(state, sizes, ways, *split, tokens, weights)
+    tokens = config.tokens_per_step / config.accumulation / batch_shards
+    split = axis_size_of(sizes, "heads"), axis_size_of(sizes, "experts")
+    return Layout(state, sizes, batch_shards, *split, tokens, weights)
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,7 +6,7 @@ from kha_jax import accounting
 from kha_jax.config import ConfigError, under
 from kha_jax.planning import memory, times
 from kha_jax.planning.slices import Topology
-from kha_jax.sharding import ways_of
+from kha_jax.sharding import axis_size_of
 from kha_jax.training.run_config import RunConfig
 
 
@@ -65,15 +65,16 @@ def placed(config: RunConfig, slice_: Topology, sequences: int | None) -> RunCon
     """
     with under("mesh"):
         sizes = config.mesh.sizes(slice_.chips)
-    ways = ways_of(sizes, "batch")
+    batch_shards = axis_size_of(sizes, "batch")
     if sequences is not None:
-        at_once = sequences * ways
+        at_once = sequences * batch_shards
         batch = max(config.batch_size, at_once)
         if batch % at_once:
             found = f"found {config.batch_size}"
             raise ConfigError(
                 "batch_size",
-                f"must be a multiple of {at_once}, {sequences} on each of {ways} devices, {found}",
+                f"must be a multiple of {at_once}, {sequences} on each of "
+                f"{batch_shards} devices, {found}",
             )
         # a larger batch sees the same tokens
         steps = max(1, config.steps * config.batch_size // batch)

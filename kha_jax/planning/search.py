@@ -8,7 +8,7 @@ from kha_jax.hardware.chips import SLICES
 from kha_jax.planning.plans import Plan, placed, plan
 from kha_jax.planning.slices import Topology, topology
 from kha_jax.remat import POLICIES
-from kha_jax.sharding import ways_of
+from kha_jax.sharding import axis_size_of
 from kha_jax.training.run_config import RunConfig
 
 
@@ -110,8 +110,8 @@ def settings(
     for mesh in _meshes(config, slice_) if meshes else [config.mesh]:
         for n in [sequences] if sequences else divisors:
             try:
-                ways = ways_of(mesh.sizes(slice_.chips), "batch")
-                if n * ways > max(config.batch_size, ways) and not sequences:
+                batch_shards = axis_size_of(mesh.sizes(slice_.chips), "batch")
+                if n * batch_shards > max(config.batch_size, batch_shards) and not sequences:
                     break  # n = 1 may raise the batch, as asked-for sequences may
                 run = placed(config.replace(mesh=mesh), slice_, n)
                 for policy in [remat] if remat else POLICIES:

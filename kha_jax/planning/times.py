@@ -25,7 +25,7 @@ from kha_jax.ops.checkpoint_names import ATTENTION, INNER
 from kha_jax.planning.memory import Layout, flash_blocks, head_floats, held, kept
 from kha_jax.planning.slices import Topology
 from kha_jax.remat import POLICIES
-from kha_jax.sharding import ways_of
+from kha_jax.sharding import axis_size_of
 from kha_jax.training.run_config import RunConfig
 
 # Of the peak, in the matrix products and the attention kernel: an assumption, not a measurement.
@@ -171,9 +171,9 @@ def collectives(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[s
     item = np.dtype(config.model.numerics.dtype).itemsize
     gathered, replicated, devices = 0.0, 0.0, math.prod(sizes.values())
     for leaf in jax.tree.leaves(params):
-        ways = sharding.gathered_ways(leaf.sharding)
-        gathered += item * held(leaf) * (ways - 1)
-        replicated += 4 * held(leaf) if ways == 1 else 0
+        axis_size = sharding.gathered_axis_size(leaf.sharding)
+        gathered += item * held(leaf) * (axis_size - 1)
+        replicated += 4 * held(leaf) if axis_size == 1 else 0
     moved = {
         "all-gather": 2 * gathered * config.accumulation,
         "reduce-scatter": gathered * config.accumulation,
@@ -181,11 +181,11 @@ def collectives(config: RunConfig, params: Any, sizes: dict[str, int]) -> dict[s
     }
     # of the layers: forward, backward, and forward again where the experts are run again
     passes = 2 if INNER in POLICIES[config.model.remat].names else 3
-    tokens = config.tokens_per_step / ways_of(sizes, "batch")
+    tokens = config.tokens_per_step / axis_size_of(sizes, "batch")
     stream = passes * item * tokens * config.model.width * config.model.layers
     for kind in ("all-gather", "reduce-scatter"):
-        moved[kind] += stream * (ways_of(sizes, "experts") - 1)
-    wide = ways_of(sizes, "heads")
+        moved[kind] += stream * (axis_size_of(sizes, "experts") - 1)
+    wide = axis_size_of(sizes, "heads")
     moved["all-reduce"] += 2 * stream * 2 * (wide - 1) / wide
     return {kind: size for kind, size in moved.items() if size}
 

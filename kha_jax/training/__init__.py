@@ -6,7 +6,7 @@ The config alone needs neither optax nor grain.
 from kha_jax.training.run_config import (
     CheckpointConfig,
     EvaluationConfig,
-    KnockingOptimizerConfig,
+    MixerOptimizerConfig,
     OptimizerConfig,
     ProfileConfig,
     RunConfig,
@@ -15,7 +15,7 @@ from kha_jax.training.run_config import (
 __all__ = [
     "CheckpointConfig",
     "EvaluationConfig",
-    "KnockingOptimizerConfig",
+    "MixerOptimizerConfig",
     "OptimizerConfig",
     "ProfileConfig",
     "RunConfig",

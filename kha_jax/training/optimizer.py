@@ -1,8 +1,8 @@
-"""AdamW with warm-up and cosine decay, per-role weight decay, and the knobs of the knocking
-matrices.
+"""AdamW with warm-up and cosine decay, per-role weight decay, and the training of the
+matrices of mixers.
 
 A parameter's role follows from its logical axes: the small matrices of mixers carry `mixer_in` and
-have the role `knocking`, other parameters with two or more axes (layers not counted) are weights,
+have the role `mixer`, other parameters with two or more axes (layers not counted) are weights,
 and the rest (norm scales) are vectors, which are never decayed.
 """
 
@@ -26,12 +26,12 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def roles(axes: Any) -> Any:
-    """The role of every parameter (`knocking`, `weight` or `vector`) from a tree of logical axis
+    """The role of every parameter (`mixer`, `weight` or `vector`) from a tree of logical axis
     names."""
 
     def one(names: tuple[str, ...]) -> str:
         if "mixer_in" in names:
-            return "knocking"
+            return "mixer"
         return "weight" if len([name for name in names if name != "layers"]) >= 2 else "vector"
 
     return jax.tree.map(one, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
@@ -48,7 +48,7 @@ def _clip(bound: float) -> optax.GradientTransformationExtraArgs:
 
 
 def make(
-    config: OptimizerConfig, steps: int, axes: Any, initial_knocking: Any = None
+    config: OptimizerConfig, steps: int, axes: Any, initial_mixers: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """The optimiser for parameters with the given logical axes. Its `update` takes the gradients'
     global `norm` too, and computes it where it is not given.
@@ -57,23 +57,23 @@ def make(
         config: see OptimizerConfig.
         steps: length of the run, for the schedule.
         axes: tree of logical axis names, shaped like the parameters.
-        initial_knocking: tree shaped like the parameters that holds the initial value of every
-            knocking matrix (anything elsewhere); needed for knocking decay `to_identity`.
+        initial_mixers: tree shaped like the parameters that holds the initial value of every
+            mixer's matrix (anything elsewhere); needed for the decay `to_identity`.
     """
     role = roles(axes)
-    knocking = config.knocking
+    mixer = config.mixer
 
     def decayed(update, parameter, name, target):
-        if name == "vector" or (name == "knocking" and knocking.decay == "none"):
+        if name == "vector" or (name == "mixer" and mixer.decay == "none"):
             return update
-        to_target = name == "knocking" and knocking.decay == "to_identity"
+        to_target = name == "mixer" and mixer.decay == "to_identity"
         return update + config.weight_decay * (parameter - target if to_target else parameter)
 
     def scaled(update, name):
-        return update * knocking.learning_rate_multiplier if name == "knocking" else update
+        return update * mixer.learning_rate_multiplier if name == "mixer" else update
 
     def decay_and_scale(updates, parameters):
-        targets = role if initial_knocking is None else initial_knocking
+        targets = role if initial_mixers is None else initial_mixers
         updates = jax.tree.map(decayed, updates, parameters, role, targets)
         return jax.tree.map(scaled, updates, role)
 

@@ -1,6 +1,8 @@
 """A run's config: everything that decides a run, and nothing that compiles."""
 
-from typing import Literal, Mapping
+import copy
+import functools
+from typing import Any, Literal, Mapping
 
 import jax.numpy as jnp
 
@@ -9,12 +11,12 @@ from kha_jax.config import Config, choice
 from kha_jax.data import DataConfig
 from kha_jax.hardware import tpu
 from kha_jax.model import ModelConfig
-from kha_jax.ops.attention import refusal
-from kha_jax.sharding import MeshConfig, mesh_axes, ways_of
+from kha_jax.ops.attention import why_not
+from kha_jax.sharding import MeshConfig, axis_size_of, mesh_axes
 
 
-class KnockingOptimizerConfig(Config):
-    """How knocking matrices are trained.
+class MixerOptimizerConfig(Config):
+    """How the matrices of mixers are trained.
 
     decay: `weights` shrinks them like any weight (the paper states no exclusion), `none` leaves
     them alone, `to_identity` pulls them back to their initial value. learning_rate_multiplier:
@@ -44,7 +46,7 @@ class OptimizerConfig(Config):
     clip_norm: float = 1.0
     warmup_fraction: float = 0.05
     final_fraction: float = 0.1
-    knocking: KnockingOptimizerConfig = KnockingOptimizerConfig()
+    mixer: MixerOptimizerConfig = MixerOptimizerConfig()
 
     def validate(self):
         for field in ("learning_rate", "eps", "clip_norm"):
@@ -152,18 +154,18 @@ class RunConfig(Config):
         Raises:
             ConfigError: names what does not divide over it, or the kernel that does not run there.
         """
-        ways, rows = ways_of(sizes, "batch"), self.batch_size // self.accumulation
+        batch_shards, rows = axis_size_of(sizes, "batch"), self.batch_size // self.accumulation
         problem = (
-            f"must divide by {ways} devices in each micro-batch, found {self.batch_size} / "
+            f"must divide by {batch_shards} devices in each micro-batch, found {self.batch_size} / "
             f"{self.accumulation}"
         )
-        self.require(rows % ways == 0, "batch_size", problem)
+        self.require(rows % batch_shards == 0, "batch_size", problem)
         (axis,) = mesh_axes("loss_length")
         problem = f"must divide by mesh.{axis}={sizes[axis]}, found {self.seq_len}"
         self.require(self.seq_len % sizes[axis] == 0, "seq_len", problem)
         for name, attention in self.model.attentions().items():
             case = attention.case(platform, self.model.numerics.dtype, self.seq_len)
-            problem = refusal(attention.kernel, case)
+            problem = why_not(attention.kernel, case)
             self.require(problem is None, f"model.{name}.kernel", str(problem))
 
     def kernels(self, platform: str) -> dict[str, str]:
@@ -180,7 +182,7 @@ class RunConfig(Config):
 
         def tune(attention):
             case = attention.case("tpu", self.model.numerics.dtype, self.seq_len)
-            takes = attention.kernel == "auto" and refusal(settings.kernel, case) is None
+            takes = attention.kernel == "auto" and why_not(settings.kernel, case) is None
             return attention.replace(kernel=settings.kernel) if takes else attention
 
         if settings.kernel is None or self.seq_len < tpu.LONG:
@@ -193,3 +195,27 @@ BATCH = {
     **dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32),
     "weights": jnp.float32,
 }
+
+
+# Fields that had another name once, and that name. A config.json may hold the old one, and hashes
+# go on with it: they stand in lineages, manifests and the tables of sweeps.
+OLD_NAMES = {"optimizer.mixer": "optimizer.knocking"}
+
+
+def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a stored run config, nested, under the names of today."""
+    values = copy.deepcopy(dict(values))
+    for new, old in OLD_NAMES.items():
+        *groups, name = old.split(".")
+        group = functools.reduce(lambda at, key: at.get(key, {}), groups, values)
+        if name in group:
+            group[new.rsplit(".")[-1]] = group.pop(name)
+    return values
+
+
+def old_name(field: str) -> str:
+    """The name by which hashes know a dotted field."""
+    for new, old in OLD_NAMES.items():
+        if f"{field}.".startswith(f"{new}."):
+            return old + field.removeprefix(new)
+    return field

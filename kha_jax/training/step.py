@@ -72,10 +72,10 @@ def _is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def _initial_knocking(model: Transformer, seed: int, axes: Any) -> Any:
+def _initial_mixers(model: Transformer, seed: int, axes: Any) -> Any:
     """The parameters' tree with the values that the matrices of mixers start from in a run of this
     seed, and zeros elsewhere."""
-    keep = jax.tree.map(lambda role: role == "knocking", optimizer.roles(axes))
+    keep = jax.tree.map(lambda role: role == "mixer", optimizer.roles(axes))
 
     def take(keep, leaf):
         return leaf if keep else jnp.zeros(())
@@ -104,8 +104,8 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
         "params"
     ]
     axes = jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=_is_boxed)
-    needs_initial = config.optimizer.knocking.decay == "to_identity"
-    initial = _initial_knocking(any_length, config.seed, axes) if needs_initial else None
+    needs_initial = config.optimizer.mixer.decay == "to_identity"
+    initial = _initial_mixers(any_length, config.seed, axes) if needs_initial else None
     tx = optimizer.make(config.optimizer, config.steps, axes, initial)
 
     def boxed_init(key: jax.Array) -> TrainState:

@@ -22,7 +22,7 @@ def trace(params: Any, role: Any) -> dict[str, jax.Array]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), name in zip(leaves, jax.tree.leaves(role), strict=True):
         keys = [str(key.key) for key in path]
-        if name != "knocking" or not keys[-2].endswith("_mixer"):
+        if name != "mixer" or not keys[-2].endswith("_mixer"):
             continue
         parts = [key.removesuffix("_mixer") for key in keys]
         T = leaf.astype(jnp.float32)

@@ -41,11 +41,11 @@ class Projection(Config):
         of this width."""
         raise NotImplementedError
 
-    def refusal(self, slot: str, mixer: StreamMixer) -> str | None:
+    def why_not(self, slot: str, mixer: StreamMixer) -> str | None:
         """Why this mixer cannot stand in this slot, or None."""
         return None
 
-    def misfit(self, read: dict[str, int]) -> tuple[str, str] | None:
+    def why_not_heads(self, read: dict[str, int]) -> tuple[str, str] | None:
         """(slot, problem) where mixers make numbers of heads that cannot attend together."""
         for slot, (heads, _, _) in self.streams(1).items():
             if read[slot] != heads:
@@ -91,8 +91,8 @@ def cached_heads(mixer: StreamMixer, heads: int) -> int:
     return heads if mixer.late(heads) else mixer.heads(heads)
 
 
-def shared_heads_misfit(query_heads: int, read: dict[str, int], *slots: str):
-    """See Projection.misfit, where the slots' heads serve groups of query heads."""
+def why_not_shared(query_heads: int, read: dict[str, int], *slots: str):
+    """See Projection.why_not_heads, where the slots' heads serve groups of query heads."""
     if read["query"] != query_heads:
         return "query", f"must leave {query_heads} heads, found {read['query']}"
     for slot in slots:

@@ -61,7 +61,7 @@ class Collaborative(Projection):
     def streams(self, width):
         return {"value": (self.query_heads, self.head_dim, width)}
 
-    def refusal(self, slot, mixer):
+    def why_not(self, slot, mixer):
         if slot in ("query", "key"):
             return "queries and keys belong to no head here; set the mixer on value"
         return None

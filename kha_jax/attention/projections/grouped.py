@@ -15,7 +15,7 @@ from kha_jax.attention.projections.base import (
     by_head,
     by_row,
     cached_heads,
-    shared_heads_misfit,
+    why_not_shared,
 )
 from kha_jax.modules import RMSNorm
 from kha_jax.ops import rope
@@ -58,8 +58,8 @@ class GroupedQuery(Projection):
         kv = (self.kv_heads, self.head_dim, width)
         return {"query": (self.query_heads, self.head_dim, width), "key": kv, "value": kv}
 
-    def misfit(self, read):
-        return shared_heads_misfit(self.query_heads, read, "key", "value")
+    def why_not_heads(self, read):
+        return why_not_shared(self.query_heads, read, "key", "value")
 
     def with_heads(self, read):
         return self.replace(kv_heads=read)
@@ -169,13 +169,13 @@ class GroupedTied(Projection):
             "value": (self.kv_heads, self.head_dim, width),
         }
 
-    def refusal(self, slot, mixer):
+    def why_not(self, slot, mixer):
         if slot == "key":
             return "keys and values are one tied state here; set the mixer on value"
         return None
 
-    def misfit(self, read):
-        return shared_heads_misfit(self.query_heads, read, "value")
+    def why_not_heads(self, read):
+        return why_not_shared(self.query_heads, read, "value")
 
     def with_heads(self, read):
         return self.replace(kv_heads=read)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kha_jax.attention.projections.base import Projection, ProjectionModule
 from kha_jax.modules import RMSNorm
 from kha_jax.ops import rope
-from kha_jax.ops.checkpoint_names import PROJECTED, keep
+from kha_jax.ops.checkpoint_names import PROJECTED, checkpoint_name
 from kha_jax.ops.linear import linear
 from kha_jax.sharding import constrain
 
@@ -76,7 +76,7 @@ class Latent(Projection):
             "value": (N, self.value_width, C),
         }
 
-    def refusal(self, slot, mixer):
+    def why_not(self, slot, mixer):
         if not mixer.linear or mixer.late(self.query_heads):
             reason = "keys and values are never made when decoding from the latent"
             return f"{reason}, so only what folds into it can; use linear"
@@ -143,7 +143,7 @@ class LatentProjection(ProjectionModule):
         nope = mixers["query"].project(source, self.query)
         rotated = rope.rotate(linear(source, self.query_rope), positions_BT, theta)
         q_BTNH = jnp.concatenate([nope, rotated], axis=-1)
-        latents = keep(linear(x_BTD, self.down), PROJECTED)
+        latents = checkpoint_name(linear(x_BTD, self.down), PROJECTED)
         normed = [norm(latents[:, :, g]) for g, norm in enumerate(self.latent_norms)]
         rotary_key = rope.rotate(linear(x_BTD, self.rotary_key)[:, :, None], positions_BT, theta)
         state = {"latent": jnp.stack(normed, axis=2), "rotary_key": rotary_key}
