@@ -17,7 +17,7 @@ compilation cache. saving: how long training waits for a checkpoint of 100M para
 moments, in the call and in the step after it, how long the save takes in all, and its checksums.
 scaling: step time and memory of ways for heads to interact against the length of a row, with what
 the accounting predicts, and a figure (extra: plots); the one suite that takes --config.
-Nothing here is a test; the figures go into the README with the machine's name.
+Nothing here is a test; the figures go into docs/performance.md with the machine's name.
 """
 
 import json

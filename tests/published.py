@@ -94,7 +94,7 @@ RUNS = [
 
 
 def main() -> None:
-    """The table of the README: published and expected tokens a second and chip."""
+    """The table of docs/pods.md: published and expected tokens a second and chip."""
     from kha_jax.planning import placed, plan, topology
 
     print("| run | chips | sequences x tokens | published | expected | off by | bound |")

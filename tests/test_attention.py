@@ -384,16 +384,15 @@ def test_bfloat16_stays_bfloat16(mixer):
     assert y.dtype == jnp.bfloat16
 
 
-def test_the_readmes_walk_through_adds_a_variant(monkeypatch):
-    """The code under "Add a variant", run where it says that it belongs, then its row."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    section = text.split("### Add a variant")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+def test_the_walk_through_adds_a_variant(monkeypatch):
+    """The code of docs/add_a_variant.md, run where it says that it belongs, then its row."""
+    text = (Path(__file__).parent.parent / "docs" / "add_a_variant.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     for table in (outputs.OUTPUT_MIXERS, ROWS):
         monkeypatch.setitem(table, "scaled", None)  # so that what is added goes again
     names = {**vars(outputs), "ROWS": ROWS, "Row": Row}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, "add_a_variant.md", "exec"), names)
     assert len(blocks) == 3
     test_agrees_with_the_oracle("scaled", "mla")
     test_cached_decoding_agrees_with_the_oracle_at_every_position("scaled", "gqa")

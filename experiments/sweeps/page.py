@@ -19,8 +19,8 @@ SAYS = {
     "losses": """The loss of each row beside its baseline (grey, dashed). Bands are from the lowest
         to the highest seed.""",
     "stability": """The loss of every step and the gradient norm, spikes marked, and the largest
-        attention logit where it was logged. Knocking should leave fewer spikes (paper, figure 2).
-        """,
+        attention logit where it was logged. The paper reports fewer spikes with knocking (figures
+        1 and 2).""",
     "depth": """How far matrices have come from where they started, layer by layer: 0 is untouched.
         A diagonal that lost and an off-diagonal share that won mean that features are shared.""",
     "heat_maps": """Every matrix less its start, on one scale: white is untouched, a blue diagonal

@@ -2,7 +2,7 @@
 and again.
 
 The peer shape is the small transformer of LAYERS, WIDTH, ... below in float32; its figures are in
-the README.
+docs/performance.md.
 """
 
 import os
