@@ -7,8 +7,8 @@ does one after another, each at the efficiency of its kernel.
 
 None of these constants was measured here. Five of them (DENSE, EXPERTS, ATTENTION_KERNEL, HBM,
 EXPOSED) are round numbers that agree with eight of nine runs on three kinds of chip which the
-authors of MaxText published (`tests/published.py`, docs/pods.md); none is of one chip or one run. The
-others follow from how chips and kernels are built.
+authors of MaxText published (`tests/published.py`, docs/pods.md); none is of one chip or one run.
+The others follow from how chips and kernels are built.
 """
 
 import math
