@@ -1,0 +1,179 @@
+"""The documentation: what it links to exists, what it tells one to type parses, its Python runs."""
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from experiments.__main__ import commands
+from experiments.cli import command_line
+from kha_jax.training.run_config import RunConfig
+from tests.runs import SMALL, finish, start
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*FRONT, ROOT / "results" / "README.md", *DOCS]
+RUN_ELSEWHERE = ("add_a_variant", "library")  # test_attention.py, test_library.py
+WRONG = ("CHANGELOG", "faq")  # these name old flags, and misspelt ones
+FIGURE = re.compile(r"\b[1-9]\d*\.\d{3,}\b|\b0\.\d{4,}\b|\b\d{2,3},\d{3}\b")  # no chance meeting
+OTHERS = ("--array", "--wrap", "--worker", "--xla")  # flags of other programs
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def code(path: Path) -> list[str]:
+    """Code spans, and the lines of code blocks but for Python's."""
+    text = re.sub(r"```(?:python|mermaid)\n.*?```", "", path.read_text(), flags=re.DOTALL)
+    lines = re.findall(r"^    (\S.*)", text, re.MULTILINE)
+    return lines + [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+def slugs(path: Path) -> set[str]:
+    """The anchors that a page has, by GitHub's rule."""
+    heads = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_links_and_files_exist(path):
+    text = path.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    for link in (a or b for a, b in links):
+        target, _, anchor = link.partition("#")
+        if target.startswith("http"):
+            continue
+        there = (path.parent / target).resolve() if target else path
+        assert there.exists(), f"{link}: nothing is there"
+        assert not anchor or anchor in slugs(there), f"{link}: no such heading"
+    tops = "configs|docs|experiments|kha_jax|notebooks|tests"
+    for file in re.findall(rf"`((?:{tops})/[\w./]+)`", text):
+        assert (ROOT / file).exists(), f"{file}: nothing is there"
+
+
+def test_every_page_is_in_the_index():
+    linked = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text())
+    assert sorted(linked) == [path.name for path in DOCS if path.name != "README.md"]
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 180 and len(text.encode()) <= 12 * 1024
+
+
+def test_no_page_repeats_another():
+    """Neither a figure that was measured nor a line of text stands on two pages."""
+    seen = Counter()
+    for path in PAGES:
+        text = re.sub(r"https?://\S+|arXiv:\S+", "", path.read_text())
+        lines = (line for line in text.splitlines() if len(line) > 60)
+        seen.update({*FIGURE.findall(text), *lines})
+    assert [what for what, pages in seen.items() if pages > 1] == []
+
+
+# ---------------------------------------------------------------- command lines
+@pytest.fixture(scope="module")
+def known():
+    """The flags of each command, made by its own source; --config is not among them."""
+    makers = [maker for maker in dir(flags) if maker.startswith("DEFINE_")]
+    found = {}
+    for command in commands():
+        with pytest.MonkeyPatch.context() as patch:
+            found[command] = values = flags.FlagValues()
+            patch.setattr(command_line, "define_config", lambda *_: None)
+            for maker in makers:
+                patch.setattr(flags, maker, partial(getattr(flags, maker), flag_values=values))
+            runpy.run_path(str(ROOT / "experiments" / f"{command}.py"))
+    return found
+
+
+def typed(path: Path) -> list[tuple[str, list[str]]]:
+    """(command, arguments) of each command line of a page, but for those shown with their error
+    after a `$`."""
+    found = []
+    for text in (text for text in code(path) if not text.startswith("$")):
+        before, started, rest = text.partition("python -m experiments.")
+        if started:
+            quoted = next((mark for mark in "\"'" if before.count(mark) % 2), "\n")
+            rest = re.split(r" +#| && |;", rest.split(quoted)[0])[0]
+            command, *arguments = shlex.split(re.sub(r"\$\w+|\$\(\w+\)", "0", rest))
+            found.append((command, arguments))
+    return found
+
+
+def is_config(argument: str) -> bool:
+    return re.match(r"--config[.=]", argument) is not None
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_command_lines_parse(path, known):
+    for command, arguments in typed(path):
+        said = shlex.join([command, *arguments])
+        values = known[command]
+        values.unparse_flags()
+        rest = values([command, *(a for a in arguments if not is_config(a))])
+        assert len(rest) == 1 or command == "convert", said
+        files = values["configs"].value or [] if command == "sweep" else []
+        for config in [*filter(is_config, arguments)], *([f"--config={f}"] for f in files):
+            command_line.config_of(RunConfig, config)
+
+
+def holds(config, path: str) -> bool:
+    """Whether a ConfigDict has a field or a group of this dotted name."""
+    for part in path.split("."):
+        if part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if p.stem not in WRONG], ids=name)
+def test_flags_and_fields_exist(path, known):
+    """Those in code spans of their own, such as `--seeds=3`, `config.steps`, `--config.steps=3`."""
+    config = command_line.run_config_file(command_line.DEFAULT_CONFIG)
+    names = {flag for values in known.values() for flag in values} | {"config", "help"}
+    spans = [span for span in code(path) if not re.search("python|make|error: ", span)]
+    for span in (span for span in spans if not span.startswith(OTHERS)):
+        for field, _, value in re.findall(r"\bconfig\.(?!json|help|py)([a-z_\d.]+)\b(=([^\s,]+))?", span):
+            assert holds(config, field), f"{field} in {span}"
+            if value:
+                command_line.check_override(config, field, value)
+        for flag in re.findall(r"(?:^| )--(\w+)", span):
+            assert flag in names or flag.removeprefix("no") in names, f"--{flag} in {span}"
+
+
+# ---------------------------------------------------------------- Python
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, cache):
+    """A folder with the two runs that the pages read."""
+    place = tmp_path_factory.mktemp("docs")
+    for variant, folder in (("mlp", "kha_tiny"), ("linear", "linear")):
+        config = f"--config=configs/kha_tiny.py:{variant}"
+        base = config, *SMALL, "--config.steps=2"
+        finish(start(cache, place / "runs" / folder, base=base))
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    [p for p in PAGES if "```python" in p.read_text() and p.stem not in RUN_ELSEWHERE],
+    ids=name,
+)
+def test_python_runs(path, place):
+    program = "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=place, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
