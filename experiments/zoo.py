@@ -171,7 +171,7 @@ def columns(name: str, row: Row) -> dict[str, str]:
         "fused on TPU": row.tpu or "-",
         "on GPU": row.gpu or "-",
         "folds": yes(row.folds),
-        "starts as none": yes(row.identity),
+        "starts as the identity": yes(row.identity),
     }
     if row.step_seconds:
         out["step ms"] = f"{row.step_seconds * 1e3:.1f}"

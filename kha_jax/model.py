@@ -16,7 +16,7 @@ from kha_jax.attention import AttentionConfig
 from kha_jax.attention.projections import State
 from kha_jax.config import Config, ConfigError, choice
 from kha_jax.feed_forward import FeedForward, MoE, SwiGLU
-from kha_jax.modules import Aux, Module, Numerics, RMSNorm, no_aux
+from kha_jax.modules import Aux, Module, ModuleConfig, Numerics, RMSNorm, no_aux
 from kha_jax.ops import losses
 from kha_jax.ops.checkpoint_names import STREAM, checkpoint_name
 from kha_jax.remat import POLICIES, jax_policy
@@ -65,7 +65,7 @@ class Segment(NamedTuple):
     feed_forward: FeedForward
 
 
-class ModelConfig(Config):
+class ModelConfig(ModuleConfig):
     """A decoder-only transformer.
 
     layers, width (D), vocabulary_size (V). embeddings: `tied` shares the input and output table,
@@ -133,8 +133,12 @@ class ModelConfig(Config):
             begin = end
         return out
 
-    def build(self) -> "Transformer":
-        return Transformer(config=self, numerics=self.numerics)
+    @property
+    def module(self):
+        return Transformer
+
+    def build(self, **arguments: Any) -> "Transformer":
+        return super().build(numerics=self.numerics, **arguments)
 
 
 class Block(Module):

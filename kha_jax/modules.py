@@ -47,6 +47,20 @@ class Module(nn.Module):
         return parameter.astype(dtype or self.numerics.dtype)
 
 
+class ModuleConfig(Config):
+    """A config that builds a module: `X` builds `XModule`, `AttentionConfig` the `Attention` and
+    `ModelConfig` the `Transformer` that hold the others."""
+
+    @property
+    def module(self) -> type[Module]:
+        """The class of its module."""
+        raise NotImplementedError
+
+    def build(self, **arguments: Any) -> Any:
+        """The module; arguments: its sizes, `numerics`, and its `name` where it has one."""
+        return self.module(config=self, **arguments)
+
+
 class Aux(NamedTuple):
     """What a layer returns beside its output; layers of a scan stack each entry.
 

@@ -64,7 +64,7 @@ def parts(
     projected = Part(sum(N * H for N, H, _ in streams), attention.projection.flops(width))
     # the log-partition of every head and query is float32
     scores = Part(heads * value_width + 2 * heads, attention.projection.score_flops(context))
-    if attention.heads_meet:
+    if attention.mixes_scores:
         scores = Part(0, 0)
     stream = Part(width, 2 * left * value_width * width)
     router = Part(2 * feed_forward.router_width(), 2 * feed_forward.router_width() * width)

@@ -1,5 +1,6 @@
 """What inspection says of matrices whose numbers are known, and what it reads to say it."""
 
+import functools
 import json
 import re
 import subprocess
@@ -14,8 +15,11 @@ import tensorstore
 
 from kha_jax import accounting, analysis, sharding
 from kha_jax.analysis import curves, measures
+from kha_jax.attention import AttentionConfig
+from kha_jax.attention.mixers import UnsharedLinear
 from kha_jax.config import from_dict, to_dict
 from kha_jax.errors import CheckpointError
+from kha_jax.model import ModelConfig
 from kha_jax.ops import matrices
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.training import trace
@@ -210,19 +214,12 @@ def run(tmp_path_factory, trainer):
     for step in range(1, 41):
         rows.append({"step": step, "loss": 5 - step / 20, "grad_norm": 1.0})
         if step % 10 == 0:
-            logged = trace.trace(state.params, roles(made))
+            logged = trace.trace(config.model, state.params)
             rows[-1] |= {name: np.asarray(value).tolist() for name, value in logged.items()}
     rows.append({"step": 40, "val_loss": 3.0, "val_bits_per_byte": 4.3})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (workdir / "metrics.jsonl").write_text(lines + '{"step": 41, "lo')  # still being written
     return analysis.Run(workdir), state
-
-
-def roles(trainer):
-    def knocking(path, _):
-        return "mixer" if "_mixer" in jax.tree_util.keystr(path) else "weight"
-
-    return jax.tree_util.tree_map_with_path(knocking, trainer.abstract.params)
 
 
 def test_matrices_are_found_by_their_place(run):
@@ -255,7 +252,8 @@ def test_matrices_are_found_by_their_place(run):
 
 
 def test_matrices_between_heads_and_of_unequal_layers(tmp_path):
-    """Segments whose shapes differ, a composition of heads, a score mixer: by their paths alone."""
+    """Segments whose shapes differ, a composition of heads, a score mixer, in a bare checkpoint: by
+    their paths alone."""
     attention = {"output": np.zeros((2, 4, 8, 16), np.float32)}
     composed = {**attention, "key_mixer": {"kernel": np.ones((2, 2, 4), np.float32)}}
     talking = {
@@ -269,17 +267,9 @@ def test_matrices_between_heads_and_of_unequal_layers(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, {"params": jax.tree.map(jnp.asarray, params)})
     checkpoints.close()
-    bare = analysis.Run(tmp_path / "checkpoints" / "00000001").matrices()
+    stacks = analysis.Run(tmp_path / "checkpoints" / "00000001").matrices()
     repeated = np.kron(np.eye(2), np.ones((1, 2)))
-    model = {"attention": {"key": {"kind": "compose"}}}
-    model["later"] = {"kind": "from", "layer": 2, "attention": {"key": {"kind": "linear"}}}
-    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
-    for stacks in (bare, analysis.Run(tmp_path).matrices()):
-        assert_places(stacks)
-        np.testing.assert_array_equal(stacks["layers_2/key/kernel"].start, repeated)
-
-
-def assert_places(stacks):
+    np.testing.assert_array_equal(stacks["layers_2/key/kernel"].start, [repeated, repeated])
     assert {name: (s.T.shape, s.layers, s.axis) for name, s in stacks.items()} == {
         "layers_2/key/kernel": ((2, 2, 4), (0, 1), "head"),
         "layers_10/key/kernel": ((1, 8, 8), (2,), "feature"),
@@ -320,8 +310,7 @@ def test_the_trace_is_that_of_the_matrices(run):
     logged, stacks = analysis.trace(run.metrics()), run.matrices()
     assert list(logged) == list(stacks)
     for place, stack in stacks.items():
-        # the trace takes a residual to stand beside the identity
-        T = stack.T + 0.5 * np.eye(8) if place.endswith("residual") else stack.T
+        T = stack.T
         steps, values = logged[place]["diagonal_mean"]
         assert steps.tolist() == [10, 20, 30, 40] and values.shape == (4, 3)
         np.testing.assert_allclose(values[-1], measures.diagonal_mean(T), rtol=1e-5, atol=1e-6)
@@ -348,7 +337,8 @@ def test_a_step_logs_the_trace_of_what_it_made(trainer):
 def test_matrices_of_single_heads_are_traced_by_their_mean():
     T = jnp.asarray(RNG.normal(size=(2, 3, 4, 4)), jnp.float32)
     params = {"layers": {"attention": {"value_mixer": {"kernel": T}}}}
-    logged = trace.trace(params, jax.tree.map(lambda _: "mixer", params))
+    model = ModelConfig(layers=2, attention=AttentionConfig(value=UnsharedLinear()))
+    logged = trace.trace(model, params)
     found = logged["knocking/layers/value/kernel/diagonal_mean"]
     np.testing.assert_allclose(found, np.trace(T, axis1=2, axis2=3).mean(1) / 4, rtol=1e-5)
 
@@ -361,10 +351,15 @@ def test_the_trace_costs_less_than_half_a_percent_of_a_step(name):
 
     config = from_dict(RunConfig, importlib.import_module(f"configs.{name}").get_config("linear"))
     H, layers = config.model.attention.projection.head_dim, config.model.layers
-    T = jax.ShapeDtypeStruct((layers, H, H), jnp.float32)
-    params = {"layers": {f"{slot}_mixer": {"kernel": T} for slot in ("query", "key", "value")}}
-    role = jax.tree.map(lambda _: "mixer", params)
-    compiled = jax.jit(lambda p: trace.trace(p, role)).lower(params).compile()
+
+    def layer(segment):
+        T = jax.ShapeDtypeStruct((segment.layers, H, H), jnp.float32)
+        slots = ("query", "key", "value")
+        return {"attention": {f"{slot}_mixer": {"kernel": T} for slot in slots}}
+
+    params = {segment.name: layer(segment) for segment in config.model.segments()}
+    traced = functools.partial(trace.trace, config.model)
+    compiled = jax.jit(traced).lower(params).compile()
     tokens = config.batch_size * config.seq_len
     cost = accounting.account(config.model, config.seq_len, tokens=tokens)
     step = cost.training_flops * tokens / (1 if name == "kha_tiny" else 64)

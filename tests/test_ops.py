@@ -218,7 +218,7 @@ GPU = Case("gpu", jnp.bfloat16, 256, 64, 64)
         (TPU._replace(dtype="float32", key_width=192), "splash"),
         (TPU._replace(key_width=32, value_width=32), "chunked"),
         (TPU._replace(length=200), "chunked"),
-        (TPU._replace(heads_meet=True), "chunked"),
+        (TPU._replace(mixes_scores=True), "chunked"),
         (GPU, "cudnn"),
         (GPU._replace(dtype="float32"), "chunked"),
         (GPU._replace(platform="cpu"), "chunked"),
@@ -233,7 +233,7 @@ def test_auto_takes_the_fused_kernel_where_it_fits(case, kernel):
     [
         ("cudnn", TPU, "'cudnn' runs on a gpu, found tpu; use 'auto'"),
         ("splash", TPU._replace(length=100), "needs rows divisible by 128, found seq_len=100"),
-        ("splash", TPU._replace(heads_meet=True), "never holds the scores of all heads"),
+        ("splash", TPU._replace(mixes_scores=True), "never holds the scores of all heads"),
         ("xla", GPU._replace(value_width=32), "needs values as wide as keys, found 32 and 64"),
         ("cudnn", GPU._replace(dtype="float32"), "needs bfloat16, found float32"),
     ],
@@ -241,7 +241,9 @@ def test_auto_takes_the_fused_kernel_where_it_fits(case, kernel):
 def test_a_kernel_that_cannot_says_why_before_and_when_it_runs(kernel, case, problem):
     assert problem in why_not(kernel, case) and why_not("auto", case) is None
     qkv = (jnp.zeros((1, case.length, 2, width)) for width in case[3:4] * 2 + case[4:5])
-    maps = ScoreMaps(logits=jax.tree_util.Partial(jnp.negative)) if case.heads_meet else ScoreMaps()
+    maps = (
+        ScoreMaps(logits=jax.tree_util.Partial(jnp.negative)) if case.mixes_scores else ScoreMaps()
+    )
     with pytest.raises(ValueError, match="attention kernel '" + kernel):
         attention(*qkv, kernel=kernel, platform=case.platform, maps=maps)
 

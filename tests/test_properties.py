@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from kha_jax.attention import AttentionConfig, mixers, outputs
-from kha_jax.attention.outputs import Output, OutputMixer
+from kha_jax.attention.outputs import OutputMixer, OutputMixerModule
 from kha_jax.comparing.properties import PROPERTIES, check
 from kha_jax.config import to_dict
 from kha_jax.model import AttentionFrom, ModelConfig, SameAttention
@@ -58,7 +58,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
-class BrokenOutput(Output):
+class BrokenOutput(OutputMixerModule):
     """See Broken."""
 
     @nn.compact
@@ -78,7 +78,7 @@ class BentLinear(mixers.LinearMixer):
         return 1
 
 
-class Bent(mixers.Mixer):
+class Bent(mixers.StreamMixerModule):
     """See BentLinear."""
 
     @nn.compact
@@ -143,7 +143,7 @@ LEAKY = """
 import flax.linen as nn
 import jax.numpy as jnp
 from kha_jax.attention import AttentionConfig
-from kha_jax.attention.outputs import OUTPUT_MIXERS, Output, OutputMixer
+from kha_jax.attention.outputs import OUTPUT_MIXERS, OutputMixer, OutputMixerModule
 from kha_jax.attention.projections import GroupedQuery
 from kha_jax.config import to_config_dict
 from kha_jax.feed_forward import SwiGLU
@@ -158,7 +158,7 @@ class Leaky(OutputMixer):
         return LeakyOutput
 
 
-class LeakyOutput(Output):
+class LeakyOutput(OutputMixerModule):
     def __call__(self, o, x, v):
         return o + jnp.roll(o, -1, axis=1), no_aux()
 

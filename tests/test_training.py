@@ -181,7 +181,7 @@ def test_every_variant_trains_on_meshes_as_on_one_device(name, mesh):
     np.testing.assert_allclose([m["loss"] for m in eight], [m["loss"] for m in one], rtol=1e-5)
 
 
-# Of each kind of mixer one where heads meet, differ or are routed; test_attention compares the
+# Of each kind of mixer one where heads mix, differ or are routed; test_attention compares the
 # gradients of all of them.
 MECHANISMS = ("talking", "virtual", "mea", "differential", "mixture", "unshared", "all_at_once")
 

@@ -116,7 +116,7 @@ def findings(sweep: Sweep, summary: Summary) -> list[str]:
         said.append(f"Runs without a finite loss, which no mean holds: {counts}.")
     known = {name: of for name, of in summary.scatter.items() if of.freedom}
     if known:
-        said += [_precisions(known), _told_apart(named)]
+        said += [_precisions(known), _by_interval(named)]
     said += _against_print(summary) if summary.agreement.rows else []
     return [*said, TIMES]
 
@@ -147,7 +147,7 @@ def _precision(scatter: Scatter) -> str:
     )
 
 
-def _told_apart(named: dict[str, Result]) -> str:
+def _by_interval(named: dict[str, Result]) -> str:
     several = {name: one.difference for name, one in named.items() if one.difference.count > 1}
     below, above, neither = [], [], []
     for name, d in several.items():
@@ -155,7 +155,7 @@ def _told_apart(named: dict[str, Result]) -> str:
     lists = (
         ("below their baseline", below),
         ("above it", above),
-        ("not told apart from it", neither),
+        ("no difference found", neither),
     )
     listed = "; ".join(f"{label}: {', '.join(names) or 'none'}" for label, names in lists)
     return (

@@ -12,7 +12,7 @@ import numpy as np
 
 from kha_jax import accounting
 from kha_jax.analysis.reading import MIXER, Run
-from kha_jax.attention.mixers import Mixer
+from kha_jax.attention.mixers import StreamMixerModule
 from kha_jax.config import from_dict
 from kha_jax.errors import CheckpointError
 from kha_jax.ops.linear import linear
@@ -54,7 +54,7 @@ def streams(run: Run, rows: int = 4) -> dict[str, Stream]:
 
     def watch(call, arguments, keywords, context):
         out = call(*arguments, **keywords)
-        if isinstance(context.module, Mixer) and context.method_name == "project":
+        if isinstance(context.module, StreamMixerModule) and context.method_name == "project":
             slot = context.module.name.removesuffix(MIXER)
             jax.debug.callback(keep, slot, linear(*arguments), out, ordered=True)
         return out

@@ -3,34 +3,54 @@
 Paths may be local or remote (gs://, s3://), as Orbax takes them.
 """
 
+import functools
 import json
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from kha_jax.analysis.leaves import Checkpoint
-from kha_jax.attention.mixers import STREAM_MIXERS, HeadComposition, repetition
+from kha_jax.attention import AttentionConfig
+from kha_jax.attention.mixers import (
+    HeadComposition,
+    KnockingGate,
+    KnockingLinear,
+    KnockingMLP,
+    UnsharedLinear,
+    repetition,
+)
+from kha_jax.attention.scores import TalkingHeads
+from kha_jax.config import from_dict
 from kha_jax.errors import CheckpointError
 from kha_jax.metrics import plain_row, read_lines
+from kha_jax.model import ModelConfig
 from kha_jax.runs.manifest import MANIFEST
-from kha_jax.training.run_config import with_new_names
+from kha_jax.training.run_config import RunConfig, with_new_names
 from kha_jax.training.trace import TRACE
 
 MIXER = "_mixer"  # every small matrix between heads lives at .../SLOT_mixer/NAME
 STREAMS = ("query", "key", "value")
 ORDER = (*STREAMS, "kernel", "residual", "up", "gate", "down")  # that places are shown in
 
+# names of a mixer's parameters -> the mixer, for checkpoints without a config
+BARE = {
+    ("kernel",): KnockingLinear(),
+    ("residual",): KnockingLinear(parameterization="residual"),
+    ("gate",): KnockingGate(),
+    ("down", "gate", "up"): KnockingMLP(),
+}
+Values = dict[str, np.ndarray]
+
 
 class Stack(NamedTuple):
     """One matrix of a model over the layers that have it.
 
-    T: [L, n, m], float32. layers: their numbers, from 0. start: [n, m] that training began with:
-    zeros for a gate, heads repeated where their number changes, the identity otherwise (also where
-    the config asked for a random start, which no checkpoint tells). axis: what it mixes, `feature`
-    or `head`.
+    T: [L, n, m], float32. layers: their numbers, from 0. start: [L, n, m] that training began with,
+    by the run's config and seed; for a bare checkpoint zeros for a gate, heads repeated where their
+    number changes, and the identity otherwise. axis: what it mixes, `feature` or `head`.
     """
 
     T: np.ndarray
@@ -97,62 +117,93 @@ class Run:
         return {name: sizes[name] for name in sorted(sizes, key=_natural)}
 
     def matrices(self) -> dict[str, Stack]:
-        """Every mixer matrix by place, such as `value/kernel`, or `value/kernel/0` where each head
-        has its own; segments of equal shapes are one stack, others are told apart as
-        `SEGMENT/value/kernel`. A `residual` D is returned as the T that it stands for."""
-        offset, found = 0, {}
+        """Every matrix that mixers' parameters stand for by place, such as `value/kernel`, or
+        `value/kernel/0` where each head has its own; segments of equal shapes are one stack, others
+        are named apart as `SEGMENT/value/kernel`."""
+        found = {}
+        for segment, slot, mixer, layers, own, start in self._mixers():
+            starts = mixer.effective(start)
+            for name, T in mixer.effective(own).items():
+                if T.ndim < 3:
+                    continue
+                heads = {f"/{head}": (slice(None), head) for head in range(T.shape[1])}
+                for head, at in ({"": ()} if T.ndim == 3 else heads).items():
+                    stack = Stack(T[at], layers, starts[name][at], mixer.axis)
+                    found[segment, f"{slot}/{name}{head}"] = stack
+        return _joined(found)
+
+    def transforms(self) -> dict[str, Stack]:
+        """The linear map of each mixed stream at small z, [L, H, H] by slot, where all heads share
+        one: see `StreamMixer.linear_map`."""
+        found = {}
+        for segment, slot, mixer, layers, own, start in self._mixers():
+            T = mixer.linear_map(own) if slot in STREAMS else None
+            if T is not None:
+                found[segment, slot] = Stack(T, layers, mixer.linear_map(start), "feature")
+        return _joined(found)
+
+    def _mixers(self) -> Iterator[tuple[str, str, Any, tuple[int, ...], Values, Values]]:
+        """(segment, slot, mixer, its layers, its parameters, those that training began with) of
+        all mixers with matrices."""
+        inside = re.compile(rf"params/(.+)/attention/([^/]+){MIXER}/([^/]+)$")
+        found: dict[tuple[str, str], dict[str, str]] = {}
+        for place in self.checkpoint.leaves:
+            if match := inside.match(place):
+                segment, slot, name = match.groups()
+                found.setdefault((segment, slot), {})[name] = place
         # what mixes outputs reads the block's input: it maps no heads or features to themselves
-        mixing = re.compile(rf"params/(.+)/attention/((?!output)[^/]+){MIXER}/([^/]+)$")
-        names = [name for name in self.checkpoint.leaves if mixing.match(name)]
-        arrays = self.checkpoint.read(n for n in names if len(self.checkpoint.leaves[n].shape) > 2)
+        found = {key: own for key, own in found.items() if key[1] != "output"}
+        arrays = self.checkpoint.read(place for own in found.values() for place in own.values())
+        born, offset = self._born() if found else {}, 0
         for segment, length in self.segments().items():
             layers = tuple(range(offset, offset + length))
             offset += length
-            for name, T in arrays.items():
-                inside, slot, matrix = mixing.match(name).groups()
-                if inside != segment:
-                    continue
-                heads = {f"/{head}": T[:, head] for head in range(T.shape[1])}
-                for head, own in ({"": T} if T.ndim == 3 else heads).items():
-                    stack = self._stack(segment, slot, matrix, own, layers)
-                    found[segment, f"{slot}/{matrix}{head}"] = stack
-        return _joined(found)
+            for slot in [slot for at, slot in found if at == segment]:
+                own = {
+                    name: arrays[place].astype(np.float32)
+                    for name, place in found[segment, slot].items()
+                }
+                if self.config is None:
+                    mixer, start = self._guessed(segment, slot, own)
+                else:
+                    mixer = getattr(self._attention(layers[0]), slot)
+                    start = born[segment]["attention"][f"{slot}{MIXER}"]
+                    start = {name: np.asarray(leaf, np.float32) for name, leaf in start.items()}
+                yield segment, slot, mixer, layers, own, start
 
-    def _stack(self, segment, slot, matrix, T, layers):
-        T, shape = T.astype(np.float32), T.shape[1:]
-        mixer = self._attention(layers[0]).get(slot, {})
-        if matrix == "residual":
-            T = T + mixer.get("diag_init", 1.0) * np.eye(*shape, dtype=np.float32)
-        if mixer.get("kind") in STREAM_MIXERS:
-            on_heads = issubclass(STREAM_MIXERS[mixer["kind"]], HeadComposition)
-        else:
-            output = self.checkpoint.leaves.get(f"params/{segment}/attention/output")
-            heads, width = output.shape[1:3] if output else (0, shape[0])
-            on_heads = slot not in STREAMS or width != shape[0] <= heads
-        start = np.asarray(repetition(None, shape, np.float32))
-        return Stack(
-            T, layers, 0 * start if matrix == "gate" else start, "head" if on_heads else "feature"
-        )
+    def _guessed(self, segment: str, slot: str, own: Values) -> tuple[Any, Values]:
+        """The mixer that has these parameters, and its start as most configs have it: a bare
+        checkpoint tells neither."""
+        (first, *_), names = own.values(), tuple(sorted(own))
+        output = self.checkpoint.leaves.get(f"params/{segment}/attention/output")
+        heads, width = output.shape[1:3] if output else (0, first.shape[-1])
+        mixer: Any = BARE.get(names, KnockingLinear())
+        if slot not in STREAMS:
+            mixer = TalkingHeads()
+        elif first.ndim == 4:
+            mixer = UnsharedLinear()
+        elif width != first.shape[1] <= heads:
+            mixer = HeadComposition()
 
-    def _attention(self, layer: int) -> dict[str, Any]:
-        """The fields of a layer's attention; none for a bare checkpoint."""
-        model = (self.config or {}).get("model", {})
-        later = model.get("later", {})
-        changed = "attention" in later and layer >= later["layer"]
-        return later["attention"] if changed else model.get("attention", {})
+        def started(name, T):
+            zero = name in ("gate", "residual")
+            start = 0 if zero else repetition(None, T.shape[-2:], np.float32)
+            return np.broadcast_to(np.asarray(start, np.float32), T.shape)
 
-    def transforms(self) -> dict[str, Stack]:
-        """The linear map of each mixed stream at small z, [L, H, H] by slot: T of a linear mixer,
-        W_up W_down of an MLP (whose gate is 1 there)."""
-        stacks, out = self.matrices(), {}
-        for place, stack in stacks.items():
-            prefix, _, matrix = place.rpartition("/")
-            down = stacks.get(f"{prefix}/down")
-            if stack.axis == "feature" and matrix in ("kernel", "residual"):
-                out[prefix] = stack
-            elif matrix == "up" and down is not None:
-                out[prefix] = stack._replace(T=stack.T @ down.T)
-        return out
+        return mixer, {name: started(name, T) for name, T in own.items()}
+
+    def _born(self) -> dict[str, Any]:
+        """The parameters of mixers that training began with, see `training.step`."""
+        if self.config is None:
+            return {}
+        config = from_dict(RunConfig, self.config)
+        return _initial(config.model, config.seed)
+
+    def _attention(self, layer: int) -> AttentionConfig:
+        """The attention of a layer, by the run's config."""
+        model = from_dict(RunConfig, self.config).model
+        later = model.later
+        return later.attention if layer >= getattr(later, "layer", math.inf) else model.attention
 
     def stream_weights(
         self, slot: str, widest: float = math.inf
@@ -172,6 +223,13 @@ class Run:
             arrays = self.checkpoint.read([place, norm])
             out += list(zip(arrays[place].astype(np.float32), arrays[norm].astype(np.float32)))
         return out
+
+
+@functools.lru_cache(maxsize=1)
+def _initial(model: ModelConfig, seed: int) -> Any:
+    from kha_jax.training.step import initial_mixers  # optax, where matrices are read
+
+    return initial_mixers(model, seed)
 
 
 def _shown(place: str) -> list[Any]:
@@ -198,7 +256,8 @@ def _joined(found: dict[tuple[str, str], Stack]) -> dict[str, Stack]:
         layers = sum((stack.layers for stack in stacks.values()), ())
         first = next(iter(stacks.values()))
         T = np.concatenate([stack.T for stack in stacks.values()])
-        out[place] = Stack(T, layers, first.start, first.axis)
+        start = np.concatenate([stack.start for stack in stacks.values()])
+        out[place] = Stack(T, layers, start, first.axis)
     return out
 
 

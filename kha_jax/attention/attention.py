@@ -1,10 +1,11 @@
-"""Attention: project -> mix streams -> norm and rotate -> scores -> mix outputs -> project back.
+"""Attention in five steps: project, mix streams, norm and rotate (these in the projection), scores,
+output.
 
 Legend: B batch, T query position, S key position, D model width, N query heads, K key/value heads,
 H query and key width, U value width.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,14 @@ from kha_jax.attention.projections import (
     GroupedQuery,
     Projection,
     State,
+    cache_slots,
     from_cache,
     slots_axis,
     to_cache,
 )
 from kha_jax.attention.scores import SCORE_MIXERS, NoScoreMixer, ScoreMixer
-from kha_jax.config import Config, choice
-from kha_jax.modules import Aux, Module
+from kha_jax.config import choice
+from kha_jax.modules import Aux, Module, ModuleConfig
 from kha_jax.ops import attention as ops
 from kha_jax.ops import attention_cached
 from kha_jax.ops.linear import linear
@@ -34,11 +36,11 @@ LARGEST = "attention/largest_logit"  # the metric; see Attention.largest_logit
 SAMPLE = 64  # queries that it looks at
 
 
-class AttentionConfig(Config):
+class AttentionConfig(ModuleConfig):
     """One choice per seam.
 
     projection: who makes queries, keys and values. query, key, value: the stream mixer of each.
-    logits, probabilities: the score mixer of each. output: the mixer of what the heads read.
+    logits, probabilities: the score mixer of each. output: the mixer of what attention returns.
     kernel: which implementation computes the scores (`kha_jax.ops.attention.KERNELS`); `auto` takes
     the platform's best; a run on a TPU takes its chip's (`kha_jax.hardware.tpu`).
     """
@@ -66,7 +68,7 @@ class AttentionConfig(Config):
         reason = self.output.why_not(heads, heads // self.heads_read()["value"])
         name = type(self.output).__name__
         self.require(reason is None, "output.kind", f"{name} cannot stand here: {reason}")
-        if self.heads_meet:
+        if self.mixes_scores:
             problem = ops.why_not(self.kernel, self.case("any", "float32", 1))
             self.require(problem is None, "kernel", str(problem))
 
@@ -74,15 +76,25 @@ class AttentionConfig(Config):
         """The stream mixer of each slot."""
         return {slot: getattr(self, slot) for slot in SLOTS}
 
+    def effective(self, params: Mapping[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]:
+        """slot -> (its mixer, the matrices that this layer's parameters stand for, by name), of the
+        slots that have any."""
+        out = {}
+        for slot in (*SLOTS, *SCORES, "output"):
+            mixer, own = getattr(self, slot), params.get(f"{slot}_mixer")
+            matrices = mixer.effective(own) if own else {}
+            out |= {slot: (mixer, matrices)} if matrices else {}
+        return out
+
     def heads_read(self) -> dict[str, int]:
         """Heads of each stream that the scores read."""
         streams = self.projection.streams(1)
         return {slot: getattr(self, slot).heads(heads) for slot, (heads, _, _) in streams.items()}
 
     @property
-    def heads_meet(self) -> bool:
-        """Whether the scores of all heads have to exist at once."""
-        return any(type(getattr(self, slot)) is not NoScoreMixer for slot in SCORES)
+    def mixes_scores(self) -> bool:
+        """Whether the scores of all heads have to exist at once, as they do where heads mix."""
+        return any(getattr(self, slot).mixes_heads for slot in SCORES)
 
     @property
     def mixes_heads(self) -> bool:
@@ -94,7 +106,7 @@ class AttentionConfig(Config):
 
     @property
     def identity_at_start(self) -> bool:
-        """Whether all mixers promise to start as none."""
+        """Whether all mixers start as the identity."""
         streams = self.projection.streams(1)
         return all(getattr(self, slot).identity_at_start() for slot in (*SCORES, "output")) and all(
             getattr(self, slot).identity_at_start(heads) for slot, (heads, _, _) in streams.items()
@@ -103,7 +115,7 @@ class AttentionConfig(Config):
     def case(self, platform: str, dtype: Any, length: int) -> ops.Case:
         """What the kernels are asked to compute."""
         widths = self.projection.key_width(), self.projection.output_shape()[1]
-        return ops.Case(platform, dtype, length, *widths, self.heads_meet)
+        return ops.Case(platform, dtype, length, *widths, self.mixes_scores)
 
     def kernel_on(self, platform: str, dtype: Any, length: int) -> str:
         """The kernel, where it is `auto` the one that this stands for."""
@@ -146,15 +158,16 @@ class AttentionConfig(Config):
         )
 
     def score_floats(self, length: int) -> int:
-        """Logits per query that exist outside of a kernel: those of all heads, where they meet."""
-        return self.projection.output_shape()[0] * length if self.heads_meet else 0
+        """Logits per query that exist outside of a kernel: those of all heads, where they mix."""
+        return self.projection.output_shape()[0] * length if self.mixes_scores else 0
 
     def cache_floats(self) -> int:
         """Numbers per token and layer that a decoder keeps."""
         return self.projection.cache_floats(self.mixers())
 
-    def build(self, **arguments: Any) -> "Attention":
-        return Attention(config=self, **arguments)
+    @property
+    def module(self):
+        return Attention
 
 
 class Attention(Module):
@@ -167,16 +180,22 @@ class Attention(Module):
         c, D = self.config, self.width
         self.projection = c.projection.build(width=D, numerics=self.numerics)
         self.mixers = {
-            slot: getattr(c, slot).build(heads, head_dim, self.numerics, name=f"{slot}_mixer")
+            slot: getattr(c, slot).build(
+                heads=heads, head_dim=head_dim, numerics=self.numerics, name=f"{slot}_mixer"
+            )
             for slot, (heads, head_dim, _) in c.projection.streams(D).items()
         }
         heads, value_width = c.projection.output_shape()
         self.score_mixers = {
-            slot: getattr(c, slot).build(heads, self.numerics, name=f"{slot}_mixer")
+            slot: getattr(c, slot).build(heads=heads, numerics=self.numerics, name=f"{slot}_mixer")
             for slot in SCORES
         }
         self.output_mixer = c.output.build(
-            D, heads, value_width, self.numerics, name="output_mixer"
+            width=D,
+            heads=heads,
+            value_dim=value_width,
+            numerics=self.numerics,
+            name="output_mixer",
         )
         left, _ = c.output_shape()
         self.output = self.weight("output", heads=left, head_dim=value_width, embed=D)
@@ -222,18 +241,23 @@ class Attention(Module):
         to its own. One new token looks at all of them, T new ones at T after another.
         """
         projection, (B, T, _) = self.config.projection, x_BTD.shape
+        # project, mix streams, norm and rotate
+        q_BTNH, state = self._projected(x_BTD, positions_BT)
+        # write the new tokens' state
         with jax.named_scope("project"):
-            q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
-            for name, new in to_cache(projection, state).items():
-                axis = slots_axis(projection, name)
-                written = jax.lax.dynamic_update_slice_in_dim(cache[name], new, slot, axis)
-                cache = {**cache, name: written}
-        slots = cache[name].shape[axis]
+            cache = {
+                name: jax.lax.dynamic_update_slice_in_dim(
+                    cache[name], new, slot, slots_axis(projection, name)
+                )
+                for name, new in to_cache(projection, state).items()
+            }
+        slots = cache_slots(projection, cache)
 
         def visible(places_C):
             own_T1 = slot + jnp.arange(T)[:, None]
             return (places_C >= pad_B[:, None, None]) & (places_C <= own_T1)
 
+        # scores
         scale, maps = projection.scale(), self._maps()
         with jax.named_scope("attention_cached"):
             if T == 1:
@@ -245,14 +269,16 @@ class Attention(Module):
                 keys = min(T, slots), slots, slot + T
                 read = self._reader(cache, B, keys[0])
                 o_BTNU = attention_cached.many_queries(q_BTNH, read, visible, keys, scale, maps)
-        _, own_BTKU = self.projection.keys_and_values(state, self.mixers)
+        # output
+        own_BTKU = None
+        if self.config.output.reads_values:
+            _, own_BTKU = self.projection.keys_and_values(state, self.mixers)
         return self._finish(o_BTNU, x_BTD, own_BTKU)[0], cache
 
     def _reader(self, cache: State, batch: int, size: int):
         """Place -> keys and values of the `size` cached tokens from there on, as a function that a
         loop may call: it holds this module's variables and not the module."""
         bare, variables = self.clone(parent=None, name=None), self.variables
-
         projection = self.config.projection
 
         def read(first):
@@ -270,15 +296,31 @@ class Attention(Module):
         return self.projection.keys_and_values(state, self.mixers)
 
     def _whole(self, x_BTD, positions_BT, segment_ids_BT):
+        # project, mix streams, norm and rotate
+        q_BTNH, state = self._projected(x_BTD, positions_BT)
         with jax.named_scope("project"):
-            q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
             k_BSKH, v_BSKU = self.projection.keys_and_values(state, self.mixers)
+        # scores
         o_BTNU, largest = self._scores(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT)
+        # output
         y_BTD, aux = self._finish(o_BTNU, x_BTD, v_BSKU)
         return y_BTD, aux._replace(metrics={**aux.metrics, LARGEST: largest}), state
 
+    @jax.named_scope("project")
+    def _projected(self, x_BTD, positions_BT):
+        """Queries as the kernels take them, times the factor of each head's logits, and the
+        state."""
+        q_BTNH, state = self.projection(x_BTD, positions_BT, self.mixers)
+        return self._scaled(q_BTNH, "logits"), state
+
+    def _scaled(self, z_BTNH, slot):
+        """Queries by the factors of the logits, outputs by those of the probabilities."""
+        scale_N = self.score_mixers[slot].scale()
+        return z_BTNH if scale_N is None else z_BTNH * scale_N.astype(z_BTNH.dtype)[:, None]
+
     def _finish(self, o_BTNU, x_BTD, v_BTKU):
         with jax.named_scope("output"):
+            o_BTNU = self._scaled(o_BTNU, "probabilities")
             o_BTNU, aux = self.output_mixer(o_BTNU, x_BTD, v_BTKU)
             return linear(o_BTNU, self.output, contract=2), aux
 
@@ -289,13 +331,13 @@ class Attention(Module):
         """What the heads read, and the largest logit.
 
         Every device computes its rows of the batch, so that fused kernels need not know of the
-        mesh: for its heads, or, where heads meet, for its queries.
+        mesh: for its heads, or, where heads mix in the scores, for its queries.
         """
         maps, fixed = self._maps(), {"scale": self.config.projection.scale()}
         fixed |= {"kernel": self.config.kernel, "platform": platform()}
         rows, whole = ("batch", "length"), ("batch", "length", None, None)
         queries = keys = ("batch", "length", "heads", None)
-        if maps.meet:
+        if maps.mix_heads:
             queries, keys = ("batch", "query_length", None, None), whole
         elif k_BSKH.shape[2] < axis_size("heads"):
             # A copy for each device that holds some of a key head's queries.
@@ -303,7 +345,7 @@ class Attention(Module):
             k_BSKH, v_BSKU = (jnp.repeat(z, copies, axis=2) for z in (k_BSKH, v_BSKU))
 
         def local(q_BTNH, k_BSKH, v_BSKU, ids_BS, maps):
-            start = index_along("query_length") * q_BTNH.shape[1] if maps.meet else 0
+            start = index_along("query_length") * q_BTNH.shape[1] if maps.mix_heads else 0
             return ops.attention(q_BTNH, k_BSKH, v_BSKU, ids_BS, maps=maps, start=start, **fixed)
 
         on_each = jax.tree.map(lambda leaf: (None,) * leaf.ndim, maps)
@@ -316,7 +358,7 @@ class Attention(Module):
     def _largest_logit(self, q_BTNH, k_BSKH, segment_ids_BS, maps, keys):
         """The largest logit, over all heads and the keys that they may see, of up to SAMPLE evenly
         spaced queries of the batch's first row, the last one among them: exact for these, and from
-        below for all. Scaled, and mixed where heads meet. No gradient passes.
+        below for all. Scaled, and mixed where heads mix in the scores. No gradient passes.
 
         keys: logical axes of the keys. Every device takes its own first row and heads, so that two
         numbers a head are all that devices exchange.

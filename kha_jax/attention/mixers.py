@@ -10,42 +10,43 @@ Legend: any leading axes, N heads, H head width.
 """
 
 import math
-from typing import Any, Callable, ClassVar, Literal
+from typing import Any, Callable, ClassVar, Literal, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kha_jax.config import Config
-from kha_jax.modules import Module, Numerics
+from kha_jax.modules import Module, ModuleConfig
 from kha_jax.ops.checkpoint_names import PROJECTED, checkpoint_name
 from kha_jax.ops.gating import sigmoid_gate
 from kha_jax.ops.linear import linear
 from kha_jax.sharding import axis_size
 
 
-class StreamMixer(Config):
+class StreamMixer(ModuleConfig):
     """A member of the family; sizes are those of one stream of one layer.
 
-    linear: whether z~ is linear in z. by_head: whether it tells heads apart. mixes_heads: whether a
-    head of z~ depends on other heads of z.
+    linear: whether z~ is linear in z. by_head: whether it treats heads differently. mixes_heads:
+    whether a head of z~ depends on other heads of z. axis: what its matrices mix, features or
+    heads.
     """
 
+    axis: ClassVar[Literal["feature", "head"]] = "feature"
     linear: ClassVar[bool] = True
     by_head: ClassVar[bool] = False
     mixes_heads: ClassVar[bool] = False
 
     @property
-    def module(self) -> type["Mixer"]:
-        """The class of its module."""
-        return Mixer
+    def module(self):
+        return StreamMixerModule
 
     def heads(self, heads: int) -> int:
         """Heads that attention reads where so many are projected."""
         return heads
 
     def identity_at_start(self, heads: int) -> bool:
-        """Whether it promises to start as none, but for heads that are repeated."""
+        """Whether it starts as the identity, but for heads that are repeated."""
         return True
 
     def late(self, heads: int) -> bool:
@@ -65,6 +66,18 @@ class StreamMixer(Config):
         return (
             None if self.linear else "is not linear in its stream, so no weights can stand for it"
         )
+
+    def effective(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The matrices [..., n, m] that its parameters stand for, by name: what is traced, measured
+        and drawn. The parameters themselves by default."""
+        return dict(params)
+
+    def linear_map(self, params: Mapping[str, Any]) -> Any:
+        """T [..., H, H] in z~ = z T for small z, or None where no such T is shared by all heads."""
+        if not self.linear or self.by_head:
+            return None
+        (T,) = self.effective(params).values()
+        return T
 
     def parameters(self, heads: int, head_dim: int) -> int:
         """Parameters per layer."""
@@ -86,15 +99,12 @@ class StreamMixer(Config):
             return per_vector * rows / tokens
         return per_vector
 
-    def build(self, heads: int, head_dim: int, numerics: Numerics, name: str | None) -> "Mixer":
-        """The map z[..., heads, H] -> z~[..., heads read, H] as a module."""
-        return self.module(
-            config=self, heads=heads, head_dim=head_dim, numerics=numerics, name=name
-        )
-
 
 class NoMixer(StreamMixer):
     """z: the baseline."""
+
+    def linear_map(self, params):
+        return None
 
 
 class LinearMixer(StreamMixer):
@@ -130,10 +140,18 @@ class KnockingLinear(LinearMixer):
 
     @property
     def module(self):
-        return Linear
+        return KnockingLinearModule
 
     def identity_at_start(self, heads):
         return self.init == "diagonal" and self.diag_init == 1.0
+
+    def effective(self, params):
+        return {
+            name: leaf + self.diag_init * np.eye(leaf.shape[-1], dtype=leaf.dtype)
+            if name == "residual"
+            else leaf
+            for name, leaf in params.items()
+        }
 
     def parameters(self, heads, head_dim):
         return head_dim**2
@@ -147,7 +165,7 @@ class KnockingGate(StreamMixer):
 
     @property
     def module(self):
-        return Gate
+        return KnockingGateModule
 
     def parameters(self, heads, head_dim):
         return head_dim**2
@@ -161,7 +179,10 @@ class KnockingMLP(StreamMixer):
 
     @property
     def module(self):
-        return MLP
+        return KnockingMLPModule
+
+    def linear_map(self, params):
+        return params["up"] @ params["down"]  # the gate is 1 at z = 0
 
     def parameters(self, heads, head_dim):
         return 3 * head_dim**2
@@ -178,6 +199,7 @@ class HeadComposition(LinearMixer):
     (arXiv 2602.21371). apply: see LinearMixer.
     """
 
+    axis = "head"
     by_head = mixes_heads = True
     heads_read: int | None = None
     before_norm: bool = True
@@ -185,7 +207,7 @@ class HeadComposition(LinearMixer):
 
     @property
     def module(self):
-        return Composition
+        return HeadCompositionModule
 
     def validate(self):
         self.at_least(1, "heads_read")
@@ -228,7 +250,7 @@ class UnsharedLinear(LinearMixer):
 
     @property
     def module(self):
-        return Unshared
+        return UnsharedLinearModule
 
     def parameters(self, heads, head_dim):
         return heads * head_dim**2
@@ -271,7 +293,7 @@ def repetition(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
     return (block * (fewer / heads)).astype(dtype)
 
 
-class Mixer(Module):
+class StreamMixerModule(Module):
     """Base of the mixer modules, and the identity."""
 
     config: StreamMixer
@@ -298,7 +320,7 @@ class Mixer(Module):
         return z
 
 
-class Linear(Mixer):
+class KnockingLinearModule(StreamMixerModule):
     """See KnockingLinear."""
 
     @nn.compact
@@ -311,7 +333,7 @@ class Linear(Mixer):
         return transform(z, initial + self.matrix("residual", nn.initializers.zeros, self.head_dim))
 
 
-class Gate(Mixer):
+class KnockingGateModule(StreamMixerModule):
     """See KnockingGate."""
 
     @nn.compact
@@ -321,7 +343,7 @@ class Gate(Mixer):
         )
 
 
-class MLP(Mixer):
+class KnockingMLPModule(StreamMixerModule):
     """See KnockingMLP."""
 
     @nn.compact
@@ -339,7 +361,7 @@ def _mlp(z, up, gate, down):
     return transform(sigmoid_gate(gated, value), down)
 
 
-class Unshared(Mixer):
+class UnsharedLinearModule(StreamMixerModule):
     """See UnsharedLinear."""
 
     @nn.compact
@@ -352,7 +374,7 @@ class Unshared(Mixer):
         return jnp.einsum("...NH,NHJ->...NJ", z, T_NHJ)
 
 
-class Composition(Mixer):
+class HeadCompositionModule(StreamMixerModule):
     """See HeadComposition."""
 
     def setup(self):

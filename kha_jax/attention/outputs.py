@@ -1,42 +1,47 @@
-"""Output mixers: maps (o, x, v) -> o~ of what the heads read, before the output projection.
+"""Output mixers: maps (o, x, v) -> o~ of what attention returns, before the output projection.
 
 Legend: B batch, T position, D model width, N heads, K key/value heads, U value width.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kha_jax.config import Config
-from kha_jax.modules import Aux, Module, Numerics, RMSNorm, no_aux
+from kha_jax.modules import Aux, Module, ModuleConfig, RMSNorm, no_aux
 from kha_jax.ops.linear import linear
 
 
-class OutputMixer(Config):
+class OutputMixer(ModuleConfig):
     """A member of the family; sizes are those of one layer of width D with N heads of U.
-    mixes_heads: whether what leaves a head depends on others."""
+    mixes_heads: whether what leaves a head depends on others. reads_values: whether it needs the
+    tokens' own values, which a decoder otherwise does not make."""
 
     mixes_heads: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False
 
     @property
-    def module(self) -> type["Output"]:
-        """The class of its module."""
-        return Output
+    def module(self):
+        return OutputMixerModule
 
     def heads(self, heads: int) -> int:
         """Heads that the output projection reads."""
         return heads
 
     def identity_at_start(self) -> bool:
-        """Whether it promises to start as none."""
+        """Whether it starts as the identity."""
         return False
 
     def why_not(self, heads: int, shared: int) -> str | None:
         """Why it cannot stand behind so many heads, of which `shared` each read one key/value head;
         or None."""
         return None
+
+    def effective(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """See StreamMixer.effective. None by default: what mixes outputs reads the layer's input,
+        so its weights map no heads or features to themselves."""
+        return {}
 
     def parameters(self, width: int, heads: int, value_dim: int) -> int:
         """Parameters per layer."""
@@ -45,12 +50,6 @@ class OutputMixer(Config):
     def flops(self, width: int, heads: int, value_dim: int) -> int:
         """Forward FLOPs per token of its matrix products."""
         return 2 * self.parameters(width, heads, value_dim)
-
-    def build(self, width: int, heads: int, value_dim: int, numerics: Numerics, name: str):
-        """The map as a module, see Output."""
-        return self.module(
-            config=self, width=width, heads=heads, value_dim=value_dim, numerics=numerics, name=name
-        )
 
 
 class NoOutputMixer(OutputMixer):
@@ -70,7 +69,7 @@ class HeadGroupNorm(OutputMixer):
 
     @property
     def module(self):
-        return GroupNorm
+        return HeadGroupNormModule
 
     def validate(self):
         self.require(self.eps > 0, "eps", f"must be positive, found {self.eps}")
@@ -94,7 +93,7 @@ class GatedOutput(OutputMixer):
 
     @property
     def module(self):
-        return Gated
+        return GatedOutputModule
 
     def identity_at_start(self):
         return self.start == "identity"
@@ -105,11 +104,13 @@ class GatedOutput(OutputMixer):
 
 class ExclusiveOutput(OutputMixer):
     """o - (o . v^) v^, v^ = v / |v| the token's own value (exclusive self-attention, arXiv
-    2603.09078). No heads meet and there are no parameters."""
+    2603.09078). Heads do not mix and there are no parameters."""
+
+    reads_values = True
 
     @property
     def module(self):
-        return Exclusive
+        return ExclusiveOutputModule
 
 
 class DifferentialOutput(OutputMixer):
@@ -118,7 +119,7 @@ class DifferentialOutput(OutputMixer):
 
     @property
     def module(self):
-        return Differential
+        return DifferentialOutputModule
 
     def heads(self, heads):
         return heads // 2
@@ -152,7 +153,7 @@ class MixtureOfHeads(OutputMixer):
 
     @property
     def module(self):
-        return HeadRouter
+        return MixtureOfHeadsModule
 
     def validate(self):
         self.at_least(0, "shared_heads", "top_k", "balance_rate")
@@ -182,7 +183,7 @@ OUTPUT_MIXERS = {
 }
 
 
-class Output(Module):
+class OutputMixerModule(Module):
     """Base of the output mixers' modules, and the identity."""
 
     config: OutputMixer
@@ -191,11 +192,12 @@ class Output(Module):
     value_dim: int
 
     def __call__(self, o_BTNU: jax.Array, x_BTD: jax.Array, v_BTKU: jax.Array):
-        """(o~, Aux) from what the heads read, the layer's input and the tokens' own values."""
+        """(o~, Aux) from what attention returns, the layer's input and the tokens' own values; the
+        last only for a config that `reads_values`."""
         return o_BTNU, no_aux()
 
 
-class GroupNorm(Output):
+class HeadGroupNormModule(OutputMixerModule):
     """See HeadGroupNorm."""
 
     @nn.compact
@@ -204,7 +206,7 @@ class GroupNorm(Output):
         return norm(o_BTNU), no_aux()
 
 
-class Gated(Output):
+class GatedOutputModule(OutputMixerModule):
     """See GatedOutput."""
 
     @nn.compact
@@ -219,7 +221,7 @@ class Gated(Output):
         return o_BTNU * gate.reshape(*o_BTNU.shape[:3], -1), no_aux()
 
 
-class Exclusive(Output):
+class ExclusiveOutputModule(OutputMixerModule):
     """See ExclusiveOutput."""
 
     def __call__(self, o_BTNU: jax.Array, x_BTD: jax.Array, v_BTKU: jax.Array):
@@ -229,7 +231,7 @@ class Exclusive(Output):
         return (o_BTNU - along / size * v_BTNU).astype(o_BTNU.dtype), no_aux()
 
 
-class Differential(Output):
+class DifferentialOutputModule(OutputMixerModule):
     """See DifferentialOutput."""
 
     @nn.compact
@@ -239,7 +241,7 @@ class Differential(Output):
         return o_BTNU[:, :, 0::2] - share * o_BTNU[:, :, 1::2], no_aux()
 
 
-class HeadRouter(Output):
+class MixtureOfHeadsModule(OutputMixerModule):
     """See MixtureOfHeads. The routers work in float32."""
 
     @nn.compact

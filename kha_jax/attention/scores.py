@@ -1,31 +1,36 @@
 """Score mixers: maps s[B, N, ...] -> s over the heads, of the logits before the mask or of the
 probabilities after the softmax.
 
-Heads meet in them, so the scores of all heads have to exist at once: fused kernels are refused, and
-where heads are split over devices the queries are split instead.
+Where one mixes heads, the scores of all heads have to exist at once: fused kernels are refused, and
+where heads are split over devices the queries are split instead. A factor for each head needs none
+of that: it multiplies the queries, or what attention returns (`ScoreMixerModule.scale`).
 
 Legend: B batch, N query heads.
 """
 
-from typing import Callable, ClassVar, Literal
+from typing import Any, Callable, ClassVar, Literal, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kha_jax.attention.mixers import diagonal
-from kha_jax.config import Config
-from kha_jax.modules import Module, Numerics
+from kha_jax.modules import Module, ModuleConfig
 
 
-class ScoreMixer(Config):
+class ScoreMixer(ModuleConfig):
     """A member of the family; sizes are those of one layer. mixes_heads: whether a head's scores
-    depend on those of others."""
+    depend on those of others; without it the module has only a `scale`. axis: see StreamMixer."""
 
+    axis: ClassVar[str] = "head"
     mixes_heads: ClassVar[bool] = True
 
+    @property
+    def module(self):
+        return ScoreMixerModule
+
     def identity_at_start(self) -> bool:
-        """Whether it promises to start as none."""
+        """Whether it starts as the identity."""
         return True
 
     def parameters(self, heads: int) -> int:
@@ -36,12 +41,13 @@ class ScoreMixer(Config):
         """Forward FLOPs per token over `context` visible keys."""
         return 0
 
-    def build(self, heads: int, numerics: Numerics, name: str) -> "ScoreMap":
-        return ScoreMap(config=self, heads=heads, numerics=numerics, name=name)
+    def effective(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """See StreamMixer.effective."""
+        return dict(params)
 
 
 class NoScoreMixer(ScoreMixer):
-    """s: heads stay apart."""
+    """s: the baseline."""
 
     mixes_heads = False
 
@@ -55,6 +61,10 @@ class TalkingHeads(ScoreMixer):
 
     init: Literal["identity", "variance_scaling"] = "identity"
 
+    @property
+    def module(self):
+        return TalkingHeadsModule
+
     def identity_at_start(self):
         return self.init == "identity"
 
@@ -64,14 +74,11 @@ class TalkingHeads(ScoreMixer):
     def flops(self, heads, context):
         return 2 * heads**2 * context
 
-    def build(self, heads, numerics, name):
-        return TalkingHeadsMap(config=self, heads=heads, numerics=numerics, name=name)
-
 
 SCORE_MIXERS = {"none": NoScoreMixer, "talking": TalkingHeads}
 
 
-class ScoreMap(Module):
+class ScoreMixerModule(Module):
     """Base of the score mixers' modules, and the identity."""
 
     config: ScoreMixer
@@ -81,8 +88,12 @@ class ScoreMap(Module):
         """The map s[B, N, ...] -> s as a `Partial` of its arrays; None is the identity."""
         return None
 
+    def scale(self) -> jax.Array | None:
+        """A factor [N] on each head's scores, which every kernel can compute with; None is 1."""
+        return None
 
-class TalkingHeadsMap(ScoreMap):
+
+class TalkingHeadsModule(ScoreMixerModule):
     """See TalkingHeads."""
 
     @nn.compact

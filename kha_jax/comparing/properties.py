@@ -267,7 +267,7 @@ def folding(layer: Layer) -> Finding:
 
 
 def devices(layer: Layer) -> Finding:
-    """Several devices, which split the rows and the heads (or the queries, where heads meet),
+    """Several devices, which split the rows and the heads (or the queries, where scores mix heads),
     compute what one does."""
     heads, there = layer.config.projection.query_heads, len(jax.devices())
     devices = math.gcd(heads, 4) if there >= 8 else math.gcd(heads, there // 2)

@@ -4,7 +4,7 @@ Legend: B batch, T position, N tokens, D model width, E experts, K experts a tok
 expert, L layers.
 """
 
-from typing import Any, Callable, Literal
+from typing import Callable, Literal
 
 import flax.linen as nn
 import jax
@@ -123,11 +123,12 @@ class MoE(FeedForward):
     def tokens_at_once(self, tokens):
         return min(tokens, self.chunk_tokens or tokens)
 
-    def build(self, **arguments: Any) -> "MoELayer":
-        return MoELayer(config=self, **arguments)
+    @property
+    def module(self):
+        return MoEModule
 
 
-class MoELayer(Module):
+class MoEModule(Module):
     """See MoE. The bias is the variable `bias` [E] of the collection `balance`; this module only
     reads it."""
 

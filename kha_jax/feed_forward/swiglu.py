@@ -1,21 +1,18 @@
 """Feed-forward layers. Legend: B batch, T position, D model width, F feed-forward width."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 
-from kha_jax.config import Config
-from kha_jax.modules import Aux, Module, no_aux
+from kha_jax.modules import Aux, Module, ModuleConfig, no_aux
 from kha_jax.ops.checkpoint_names import INNER, checkpoint_name
 from kha_jax.ops.gating import swiglu
 from kha_jax.ops.linear import linear
 from kha_jax.sharding import constrain
 
 
-class FeedForward(Config):
+class FeedForward(ModuleConfig):
     """What the model and the accounting ask of a feed-forward layer; sizes are per layer of a model
-    of width D."""
+    of width D. Its module maps x [B, T, D] to (y [B, T, D], Aux)."""
 
     def parameters(self, model_width: int) -> int:
         """Parameters of one layer."""
@@ -52,10 +49,6 @@ class FeedForward(Config):
         scan."""
         return [("layers", layers, self)]
 
-    def build(self, **arguments: Any) -> Module:
-        """The layer as a module: x [B, T, D] -> (y [B, T, D], Aux)."""
-        raise NotImplementedError
-
 
 class SwiGLU(FeedForward):
     """(silu(x W_gate) * (x W_up)) W_down, no biases (Shazeer, arXiv 2002.05202). width: F."""
@@ -74,11 +67,12 @@ class SwiGLU(FeedForward):
     def inner_floats(self, model_width):
         return 2 * self.width
 
-    def build(self, **arguments: Any) -> "SwiGLULayer":
-        return SwiGLULayer(config=self, **arguments)
+    @property
+    def module(self):
+        return SwiGLUModule
 
 
-class SwiGLULayer(Module):
+class SwiGLUModule(Module):
     """See SwiGLU."""
 
     config: SwiGLU

@@ -60,7 +60,7 @@ def fold(config: AttentionConfig, parameters: dict[str, Any]) -> dict[str, Any]:
     slots = foldable(config)
     for slot in slots:
         heads, head_dim, _ = config.projection.streams(1)[slot]
-        mixer = getattr(config, slot).build(heads, head_dim, EXACT, name=None)
+        mixer = getattr(config, slot).build(heads=heads, head_dim=head_dim, numerics=EXACT)
         name, own = config.projection.stream_weights[slot], parameters[f"{slot}_mixer"]
 
         def product(own, weights, mixer=mixer):

@@ -17,7 +17,7 @@ from kha_jax.ops.attention_splash import LARGE, splash
 
 class ScoreMaps(NamedTuple):
     """Maps s[B, N, ...] -> s over the heads of the logits, before the mask, and of the
-    probabilities; None is the identity. Where one is set, heads meet in the scores.
+    probabilities; None is the identity. Where one is set, heads mix in the scores.
 
     Each is a `jax.tree_util.Partial` of its arrays, so that it can be taken to a device and be
     recomputed.
@@ -27,7 +27,7 @@ class ScoreMaps(NamedTuple):
     probabilities: Callable | None = None
 
     @property
-    def meet(self) -> bool:
+    def mix_heads(self) -> bool:
         return self != ScoreMaps()
 
 
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     length: int
     key_width: int
     value_width: int
-    heads_meet: bool = False
+    mixes_scores: bool = False
 
 
 def attention(
@@ -65,7 +65,7 @@ def attention(
         scale: factor on the logits, 1/sqrt(H) by default.
         maps: what heads do to each other's scores.
         start: place in the row of the first query. Fewer queries than keys and another start than
-            0 need maps that meet.
+            0 need maps that mix heads.
         kernel: a key of KERNELS, or `auto` for the platform's best.
         platform: where this will run; jax's default backend by default.
 
@@ -78,13 +78,13 @@ def attention(
     scale = 1.0 / math.sqrt(q_BTNH.shape[-1]) if scale is None else scale
     platform = jax.default_backend() if platform is None else platform
     widths = q_BTNH.shape[-1], v_BSKU.shape[-1]
-    case = Case(platform, q_BTNH.dtype, k_BSKH.shape[1], *widths, maps.meet)
+    case = Case(platform, q_BTNH.dtype, k_BSKH.shape[1], *widths, maps.mix_heads)
     kernel = best_kernel(case) if kernel == "auto" else kernel
     problem = why_not(kernel, case)
     if problem:
         raise ValueError(f"attention kernel {problem}")
     with jax.named_scope(f"attention_{kernel}"):
-        if maps.meet:
+        if maps.mix_heads:
             return MEETING[kernel](q_BTNH, k_BSKH, v_BSKU, segment_ids_BS, start, scale, maps)
         return KERNELS[kernel].run(q_BTNH, k_BSKH, v_BSKU, segment_ids_BS, scale)
 
@@ -215,7 +215,7 @@ class Kernel(NamedTuple):
 
 
 HEADS_APART = Rule(
-    lambda case: not case.heads_meet,
+    lambda case: not case.mixes_scores,
     "never holds the scores of all heads at once, which mixing them needs",
 )
 EQUAL_WIDTHS = Rule(

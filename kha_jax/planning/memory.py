@@ -190,7 +190,7 @@ def estimated_temporaries(config: RunConfig, layout: Layout) -> float:
 def _layer_bytes(config: RunConfig, segment: Segment, layout: Layout) -> float:
     """What a layer of this segment holds between its input and its output, with its gradients:
     streams, the parts of the queries' gradient, and four times the float32 scores of the queries
-    whose heads meet at a time."""
+    whose heads mix in the scores, at a time."""
     model, item = config.model, np.dtype(config.model.numerics.dtype).itemsize
     attention = 8 * model.width + 4 * head_floats(segment) / layout.model_ways
     blocks, projection = flash_blocks(config, segment), segment.attention.projection

@@ -75,7 +75,7 @@ def work(config: RunConfig, layout: Layout, forward_flops: float) -> Work:
     for segment in config.model.segments():
         mixture = segment.feed_forward.router_width() > 0
         routed = 2 * segment.feed_forward.router_width() * config.model.width
-        if not segment.attention.heads_meet:
+        if not segment.attention.mixes_scores:
             scores = segment.attention.projection.score_flops(context)
             forward["attention"] += segment.layers * scores
         if mixture:

@@ -14,7 +14,7 @@ import optax
 from kha_jax.config import under
 from kha_jax.feed_forward import moe
 from kha_jax.hardware import tpu
-from kha_jax.model import Batch, Transformer
+from kha_jax.model import Batch, ModelConfig, Transformer
 from kha_jax.ops.losses import TokenSums
 from kha_jax.sharding import batch_sharding, on_mesh, tree_shardings
 from kha_jax.training import optimizer
@@ -72,10 +72,11 @@ def _is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def _initial_mixers(model: Transformer, seed: int, axes: Any) -> Any:
+def initial_mixers(config: ModelConfig, seed: int) -> Any:
     """The parameters' tree with the values that the matrices of mixers start from in a run of this
-    seed, and zeros elsewhere."""
-    keep = jax.tree.map(lambda role: role == "mixer", optimizer.roles(axes))
+    seed, and zeros elsewhere; only those are computed."""
+    model = any_length(config)
+    keep = jax.tree.map(lambda role: role == "mixer", optimizer.roles(_axes(model)))
 
     def take(keep, leaf):
         return leaf if keep else jnp.zeros(())
@@ -87,6 +88,18 @@ def _initial_mixers(model: Transformer, seed: int, axes: Any) -> Any:
     )()
 
 
+def any_length(config: ModelConfig) -> Transformer:
+    """The model with a kernel that runs on the one token that parameters are made with, as not
+    every kernel does; they do not depend on it."""
+    return config.with_attention(lambda a: a.replace(kernel="reference")).build()
+
+
+def _axes(model: Transformer) -> Any:
+    """The logical axes of every parameter."""
+    boxed = jax.eval_shape(lambda key: _boxed_variables(model, key), jax.random.key(0))["params"]
+    return jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=_is_boxed)
+
+
 def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     """Builds the model and optimiser of a run and says how its state is laid out on the mesh.
 
@@ -96,20 +109,14 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     real = isinstance(mesh, jax.sharding.Mesh)  # nothing is compiled for an abstract one
     config, settings = config.tuned(tpu.chip_of(mesh.devices.flat[0]) if real else None)
     compiled = functools.partial(jax.jit, compiler_options=settings.options or None)
-    model = config.model.build()
-    # Parameters do not depend on the kernel, and not every kernel runs on the one token that they
-    # are made with.
-    any_length = config.model.with_attention(lambda a: a.replace(kernel="reference")).build()
-    boxed = jax.eval_shape(lambda key: _boxed_variables(any_length, key), jax.random.key(0))[
-        "params"
-    ]
-    axes = jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=_is_boxed)
+    model, newborn = config.model.build(), any_length(config.model)
+    axes = _axes(newborn)
     needs_initial = config.optimizer.mixer.decay == "to_identity"
-    initial = _initial_mixers(any_length, config.seed, axes) if needs_initial else None
+    initial = initial_mixers(config.model, config.seed) if needs_initial else None
     tx = optimizer.make(config.optimizer, config.steps, axes, initial)
 
     def boxed_init(key: jax.Array) -> TrainState:
-        born = _boxed_variables(any_length, key)
+        born = _boxed_variables(newborn, key)
         return TrainState(
             jnp.zeros((), jnp.int32), born["params"], born["balance"], tx.init(born["params"])
         )
@@ -130,7 +137,7 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         state, metrics = _train_step(config, model, tx, state, batch)
-        return state, {**metrics, **trace(state.params, optimizer.roles(axes))}
+        return state, {**metrics, **trace(config.model, state.params)}
 
     def evaluation_step(state: TrainState, batch: Batch) -> TokenSums:
         return model.apply(variables(state), batch, method="loss")[1][0]

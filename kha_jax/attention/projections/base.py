@@ -12,16 +12,15 @@ from typing import ClassVar, Mapping
 
 import jax
 
-from kha_jax.attention.mixers import Mixer, StreamMixer
-from kha_jax.config import Config
-from kha_jax.modules import Module
+from kha_jax.attention.mixers import StreamMixer, StreamMixerModule
+from kha_jax.modules import Module, ModuleConfig
 
-Mixers = dict[str, Mixer]
+Mixers = dict[str, StreamMixerModule]
 State = dict[str, jax.Array]
 Parts = list[tuple[jax.Array, jax.Array]]
 
 
-class Projection(Config):
+class Projection(ModuleConfig):
     """What attention and accounting ask of a projection; sizes are per layer.
 
     stream_weights: for each stream, the parameter [..., heads, H] that makes it, into which a
@@ -105,7 +104,7 @@ def why_not_shared(query_heads: int, read: dict[str, int], *slots: str):
 
 
 class ProjectionModule(Module):
-    """Base of the projections' modules; a mixer of their streams is a `mixers.Mixer`.
+    """Base of the projections' modules; a mixer of their streams is a `mixers.StreamMixerModule`.
 
     Attention calls the instance, then either `keys_and_values` and the score kernel, or `read` and
     the cached scores, then `finish`.
@@ -140,6 +139,12 @@ def by_row(cache: jax.Array, batch: int) -> jax.Array:
 def slots_axis(config: Projection, name: str) -> int:
     """Which axis of a cached entry runs over slots."""
     return 2 if name in config.keys_only else 1
+
+
+def cache_slots(config: Projection, cache: State) -> int:
+    """Tokens that a cache has room for."""
+    name, z = next(iter(cache.items()))
+    return z.shape[slots_axis(config, name)]
 
 
 def to_cache(config: Projection, state: State) -> State:

@@ -84,8 +84,9 @@ class Collaborative(Projection):
     def cache_floats(self, mixers):
         return self.shared_width + cached_heads(mixers["value"], self.query_heads) * self.head_dim
 
-    def build(self, **arguments: Any) -> "CollaborativeProjection":
-        return CollaborativeProjection(config=self, **arguments)
+    @property
+    def module(self):
+        return CollaborativeModule
 
 
 def concatenated(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
@@ -94,7 +95,7 @@ def concatenated(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Arra
     return jnp.repeat(jnp.eye(heads, dtype=dtype), pairs // heads, axis=1)
 
 
-class CollaborativeProjection(ProjectionModule):
+class CollaborativeModule(ProjectionModule):
     """See Collaborative. State: the shared key [B, S, 1, C], rotated, and value [B, S, N, H]."""
 
     config: Collaborative

@@ -4,7 +4,7 @@ Legend: B batch, T query position, S key position, D model width, N query heads,
 H head width.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -84,11 +84,12 @@ class GroupedQuery(Projection):
         factors = mixers["key"].heads(K) if self.normed_late(mixers["key"]) else 0
         return heads * self.head_dim + factors
 
-    def build(self, **arguments: Any) -> "GroupedQueryProjection":
-        return GroupedQueryProjection(config=self, **arguments)
+    @property
+    def module(self):
+        return GroupedQueryModule
 
 
-class GroupedQueryProjection(ProjectionModule):
+class GroupedQueryModule(ProjectionModule):
     """See GroupedQuery. State: key and value [B, S, K, H], final but for mixers that act late.
 
     Where those compose keys under a k norm, the keys carry the norm's weight and `key_factor` [B,
@@ -192,11 +193,12 @@ class GroupedTied(Projection):
     def cache_floats(self, mixers):
         return cached_heads(mixers["value"], self.kv_heads) * self.head_dim + self.head_dim // 2
 
-    def build(self, **arguments: Any) -> "GroupedTiedProjection":
-        return GroupedTiedProjection(config=self, **arguments)
+    @property
+    def module(self):
+        return GroupedTiedModule
 
 
-class GroupedTiedProjection(ProjectionModule):
+class GroupedTiedModule(ProjectionModule):
     """See GroupedTied. State: the tied state [B, S, K, H], final but for a mixer that acts late,
     and the rotary key [B, S, 1, H/2], rotated."""
 

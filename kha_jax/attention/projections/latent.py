@@ -4,8 +4,6 @@ Legend: B batch, T query position, S key position, D model width, N query heads,
 heads of a group, C latent width, H unrotated query and key width, R rotary width, U value width.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from kha_jax.attention.projections.base import Projection, ProjectionModule
@@ -104,11 +102,12 @@ class Latent(Projection):
     def cache_floats(self, mixers):
         return self.groups * self.latent_width + self.rotary_width
 
-    def build(self, **arguments: Any) -> "LatentProjection":
-        return LatentProjection(config=self, **arguments)
+    @property
+    def module(self):
+        return LatentModule
 
 
-class LatentProjection(ProjectionModule):
+class LatentModule(ProjectionModule):
     """See Latent. State: the normalised latents [B, S, groups, C] and the rotary key [B, S, 1, R],
     rotated.
 
