@@ -5,12 +5,17 @@ it is made: field types first, then its own `validate`. A slot that one of sever
 is declared with `choice`; on the command line the slot's `kind` (or another word) selects the
 config and the fields of all its members are known, so that switching the kind never needs another
 file. A field set for a kind that does not have it is an error, but for what a config file had set
-for the kind that a command line switched away from.
+for the kind that a command line switched away from. What a field means stands in a string below it.
 """
 
+import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
+import inspect
+import itertools
+import textwrap
 import types
 import typing
 from typing import Any, ClassVar, Mapping
@@ -113,6 +118,31 @@ def type_hints(cls: type) -> dict[str, Any]:
     if "_hints" not in cls.__dict__:
         cls._hints = typing.get_type_hints(cls)
     return cls._hints
+
+
+@functools.cache
+def meanings(cls: type) -> dict[str, str]:
+    """What the fields of a config class mean, by their names. Python keeps no strings below fields,
+    so they are read from the source; a class that has none, as in a notebook, adds nothing."""
+    if cls is Config:
+        return {}
+    inherited = [meanings(base) for base in reversed(cls.__bases__) if issubclass(base, Config)]
+    return {
+        name: text for known in [*inherited, _below_fields(cls)] for name, text in known.items()
+    }
+
+
+def _below_fields(cls: type) -> dict[str, str]:
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, TypeError, SyntaxError):  # no file, or one that has changed since
+        return {}
+    texts = {}
+    for pair in itertools.pairwise(definition.body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                texts[name] = " ".join(text.split())
+    return texts
 
 
 def checked(value: Any, hint: Any, name: str) -> Any:

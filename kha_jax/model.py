@@ -27,11 +27,12 @@ Batch = dict[str, jax.Array]
 
 
 class LossConfig(Config):
-    """z_loss: weight of the squared log-partition. chunk_tokens: tokens whose logits exist at once,
-    over the whole batch."""
+    """Cross-entropy of the next token, z_loss * log(Z)^2 added."""
 
     z_loss: float = 0.0
+    """Weight of the squared log-partition."""
     chunk_tokens: int = 1024
+    """Tokens whose logits exist at once, over the whole batch."""
 
     def validate(self):
         self.at_least(0, "z_loss")
@@ -43,11 +44,12 @@ class SameAttention(Config):
 
 
 class AttentionFrom(Config):
-    """Layers from number `layer` on, counted from 0, have `attention` instead of the model's; on
-    the command line what is not set of it is as the model's."""
+    """The last layers have an attention of their own."""
 
     layer: int = 1
+    """First layer that has it, counted from 0."""
     attention: AttentionConfig = AttentionConfig()
+    """Attention of those layers; on the command line, what is not set is as the model's."""
 
     def validate(self):
         self.at_least(1, "layer")
@@ -68,29 +70,37 @@ class Segment(NamedTuple):
 class ModelConfig(ModuleConfig):
     """A decoder-only transformer.
 
-    layers, width (D), vocabulary_size (V). embeddings: `tied` shares the input and output table,
-    `untied` has two. stack: `scan` compiles one block for all layers, `unroll` lays them out, which
-    takes longer to compile and spares a CPU the copies in and out of what the layers keep (the
-    parameters are the same tree). remat: what of a layer is kept for the backward pass, which
-    computes the rest again, from most memory to least: `none` keeps all; `dots` every matrix
-    product, those of kernels too; `inner` the products that a gradient reads; `projections` not
-    those of the feed-forward; `attention` what attention and the router give, without the queries,
-    keys and values; `full` the layer's input alone (`kha_jax.remat.POLICIES`).
+    A stack that is unrolled spares a CPU the copies in and out of what layers keep; the parameters
+    are the same tree. Kept for the backward pass (`kha_jax.remat.POLICIES`), from least to most:
+    `full` the layer's input alone; `attention` also what attention and the router give;
+    `projections` also queries, keys and values; `inner` all products that a gradient reads; `dots`
+    every matrix product, those of kernels too; `none` rematerialises nothing.
     """
 
     layers: int = 4
+    """Layers, dense ones of a mixture of experts included."""
     width: int = 256
+    """Width of the residual stream, D."""
     vocabulary_size: int = 264
+    """Rows of the embedding table, V; at least the ids of the data."""
     embeddings: Literal["tied", "untied"] = "tied"
+    """Whether input and output share one table."""
     stack: Literal["scan", "unroll"] = "scan"
+    """`scan` compiles one block for all layers; `unroll` each, for fewer copies on a CPU."""
     remat: Literal[tuple(POLICIES)] = "none"
+    """What of a layer is kept for the backward pass, from little to all; the rest runs again."""
     attention: AttentionConfig = AttentionConfig()
+    """Attention of the layers."""
     later: SameAttention | AttentionFrom = choice(
         LATER, SameAttention(), like={"attention": "attention"}
     )
+    """Whether later layers have another attention."""
     feed_forward: FeedForward = choice(FEED_FORWARDS, SwiGLU())
+    """Feed-forward of the layers."""
     loss: LossConfig = LossConfig()
+    """How the next token's cross-entropy is computed, and what is added to it."""
     numerics: Numerics = Numerics()
+    """Precision and initial scale."""
 
     def validate(self):
         self.at_least(1, "layers", "width")

@@ -12,16 +12,16 @@ from kha_jax.ops.norm import inverse_rms, rms_norm
 
 
 class Numerics(Config):
-    """Precision and initial scale, shared by every module of a model.
-
-    dtype: of activations and matrix products. param_dtype: of the stored parameters. init_std:
-    standard deviation of the initial projections and embeddings. norm_eps: of the RMS norms.
-    """
+    """Precision and initial scale, shared by every module of a model."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations and matrix products."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the stored parameters."""
     init_std: float = 0.02
+    """Standard deviation of the initial projections and embeddings."""
     norm_eps: float = 1e-6
+    """Added to the mean square in the RMS norms."""
 
     def validate(self):
         self.require(self.init_std > 0, "init_std", f"must be positive, found {self.init_std}")

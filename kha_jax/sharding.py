@@ -67,19 +67,20 @@ class MeshConfig(Config):
     """Devices along each mesh axis. Their product must be the number of devices; one axis may be -1
     to take the rest.
 
-    preset: where the run belongs, so that it does not start elsewhere: `1-device` takes one of
-    those that there are, `1-host` all of a single process, the others need as many devices as
-    PRESETS says. None: wherever it is started.
-
-    tuning: what the step is compiled with on a TPU: what `kha_jax.hardware.tpu` has for its chip,
-    or the compiler's own defaults.
+    Of the presets, `1-device` takes one of the devices that there are, `1-host` all of a single
+    process, and a slice, as `v5p-64`, needs as many as it has.
     """
 
     preset: str | None = None
+    """Where the run belongs, so that it does not start elsewhere; None: anywhere."""
     data: int = -1
+    """Devices that split the batch, the parameters and the optimiser state (FSDP)."""
     expert: int = 1
+    """Devices that split the experts; batch and other parameters are split over these too."""
     model: int = 1
+    """Devices that split the heads, the feed-forward width and the vocabulary."""
     tuning: Literal["chip", "none"] = "chip"
+    """What a TPU step is compiled with: its chip's settings, or the compiler's own defaults."""
 
     def validate(self):
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}

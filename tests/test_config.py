@@ -3,6 +3,8 @@ is told."""
 
 import copy
 import dataclasses
+import importlib
+import pkgutil
 import sys
 from typing import Any, Literal
 
@@ -10,6 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+import kha_jax
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import (
     HeadComposition,
@@ -25,6 +28,7 @@ from kha_jax.config import (
     choice,
     departures,
     from_dict,
+    meanings,
     near,
     to_config_dict,
     to_dict,
@@ -56,6 +60,8 @@ SHAPES = {"circle": Circle, "polygon": Polygon}
 
 class Pen(Config):
     width: float = 1.0
+    """Of the line,
+    in millimetres."""
     colour: Literal["red", "green", "blue"] = "red"
 
     def validate(self):
@@ -75,6 +81,13 @@ class Drawing(Config):
 
     def validate(self):
         self.at_least(1, "copies", "zoom")
+
+
+class Pencil(Pen):
+    width: float = 0.5
+    colour: Literal["black", "red"] = "black"
+    """Of the lead."""
+    hardness: int = 2
 
 
 def drawing(**fields: Any) -> Drawing:
@@ -517,3 +530,27 @@ def test_departures_are_what_a_new_default_leaves_alone():
     model = departures(changed)["model"]
     assert model["layers"] == 5
     assert model["attention"] == {"key": {"kind": "linear", "diag_init": 0.5}}
+
+
+def kinds_of(cls: type) -> set[type]:
+    return {cls}.union(*map(kinds_of, cls.__subclasses__()))
+
+
+def test_every_field_has_one_line_of_meaning():
+    for module in pkgutil.walk_packages(kha_jax.__path__, "kha_jax."):
+        importlib.import_module(module.name)
+    for cls in kinds_of(Config) - {Config}:
+        if cls.__module__.startswith("kha_jax."):
+            told = meanings(cls)
+            lines = [told.get(field.name, "") for field in dataclasses.fields(cls)]
+            assert all(line and line == line.strip() for line in lines), (cls, told)
+            assert len({*lines}) == len(lines), (cls, told)
+            assert all(len(line) <= 90 for line in lines), (cls, told)
+
+
+def test_meanings_are_inherited_and_a_class_without_source_has_none():
+    pen = {"width": "Of the line, in millimetres."}
+    assert meanings(Pen) == pen and meanings(Pencil) == pen | {"colour": "Of the lead."}
+    scope = {"Pen": Pen, "__name__": "typed"}
+    exec("class Brush(Pen):\n    hairs: int = 9\n    'How many.'", scope)
+    assert meanings(scope["Brush"]) == pen

@@ -10,27 +10,40 @@ from typing import Any, Iterator
 
 from absl import flags
 
-from kha_jax.config import Config, kind_of, type_hints
+from kha_jax.config import Config, kind_of, meanings, type_hints
 
 
 def of_fields(config: Config, path: str) -> Iterator[str]:
     """What a config and those in it are, and their fields with values and types."""
     yield f"{path} ({type(config).__name__})"
-    yield textwrap.indent(inspect.getdoc(type(config)), "    ")
+    paragraphs = inspect.getdoc(type(config)).split("\n\n")
+    yield "\n\n".join(_filled(paragraph, "    ", "    ") for paragraph in paragraphs)
     rows, inner = {}, {}
     for field in dataclasses.fields(config):
         value, where = getattr(config, field.name), f"{path}.{field.name}"
         if isinstance(value, Config):
             inner[where] = value
-        else:
-            rows[f"--{where}={value}"] = _type_name(type_hints(type(config))[field.name])
         if "choices" in field.metadata:
-            kinds = ", ".join(field.metadata["choices"])
-            rows[f"--{where}.{field.metadata['by']}={kind_of(field, value)}"] = f"one of {kinds}"
-    yield from _columns(rows)
+            term = f"--{where}.{field.metadata['by']}={kind_of(field, value)}"
+        else:
+            term = f"{where}.*" if isinstance(value, Config) else f"--{where}={value}"
+        rows[f"{term}  [{_accepts(config, field)}]"] = meanings(type(config)).get(field.name, "")
+    yield from _stacked(rows)
     yield ""
     for where, value in inner.items():
         yield from of_fields(value, where)
+
+
+def _accepts(config: Config, field: dataclasses.Field) -> str:
+    """A field's type or choices, and its default."""
+    if "choices" in field.metadata:
+        kinds = ", ".join(field.metadata["choices"])
+        return f"one of {kinds}; default {kind_of(field, field.default)}"
+    kind = _type_name(type_hints(type(config))[field.name])
+    if isinstance(field.default, Config):
+        return f"{kind}, below"
+    required = field.default is dataclasses.MISSING
+    return f"{kind}; {'required' if required else f'default {field.default}'}"
 
 
 def _type_name(hint: Any) -> str:
@@ -69,3 +82,17 @@ def _columns(rows: dict[str, str]) -> Iterator[str]:
     for term, meaning in rows.items():
         first, others = f"  {term}  ".ljust(width), " " * width
         yield textwrap.fill(meaning, 100, initial_indent=first, subsequent_indent=others)
+
+
+def _stacked(rows: dict[str, str]) -> Iterator[str]:
+    """Indented terms with their meanings below, as terms are long here."""
+    for term, meaning in rows.items():
+        yield _filled(term, "  ", "        ")
+        if meaning:
+            yield _filled(meaning, "        ", "        ")
+
+
+def _filled(text: str, first: str, others: str) -> str:
+    """The text in lines of 80 columns, but for a longer word."""
+    whole = {"break_on_hyphens": False, "break_long_words": False}
+    return textwrap.fill(text, 80, initial_indent=first, subsequent_indent=others, **whole)

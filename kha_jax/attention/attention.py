@@ -37,22 +37,24 @@ SAMPLE = 64  # queries that it looks at
 
 
 class AttentionConfig(ModuleConfig):
-    """One choice per seam.
-
-    projection: who makes queries, keys and values. query, key, value: the stream mixer of each.
-    logits, probabilities: the score mixer of each. output: the mixer of what attention returns.
-    kernel: which implementation computes the scores (`kha_jax.ops.attention.KERNELS`); `auto` takes
-    the platform's best; a run on a TPU takes its chip's (`kha_jax.hardware.tpu`).
-    """
+    """One choice per seam, and the kernel of the scores (`kha_jax.ops.attention.KERNELS`)."""
 
     projection: Projection = choice(PROJECTIONS, GroupedQuery())
+    """What makes queries, keys and values."""
     query: StreamMixer = choice(STREAM_MIXERS, NoMixer())
+    """What mixes the queries before norm and rotation."""
     key: StreamMixer = choice(STREAM_MIXERS, NoMixer())
+    """What mixes the keys before norm and rotation."""
     value: StreamMixer = choice(STREAM_MIXERS, NoMixer())
+    """What mixes the values."""
     logits: ScoreMixer = choice(SCORE_MIXERS, NoScoreMixer())
+    """What mixes heads between the logits and the mask."""
     probabilities: ScoreMixer = choice(SCORE_MIXERS, NoScoreMixer())
+    """What mixes heads after the softmax."""
     output: OutputMixer = choice(OUTPUT_MIXERS, NoOutputMixer())
+    """What mixes the heads' outputs before the output projection."""
     kernel: Literal["auto", *ops.KERNELS] = "auto"
+    """What computes the scores; `auto`: the platform's best, on a TPU that of its chip."""
 
     def validate(self):
         streams = self.projection.streams(1)

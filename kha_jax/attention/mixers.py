@@ -25,17 +25,16 @@ from kha_jax.sharding import axis_size
 
 
 class StreamMixer(ModuleConfig):
-    """A member of the family; sizes are those of one stream of one layer.
-
-    linear: whether z~ is linear in z. by_head: whether it treats heads differently. mixes_heads:
-    whether a head of z~ depends on other heads of z. axis: what its matrices mix, features or
-    heads.
-    """
+    """A member of the family; sizes are those of one stream of one layer."""
 
     axis: ClassVar[Literal["feature", "head"]] = "feature"
+    """What its matrices mix."""
     linear: ClassVar[bool] = True
+    """Whether z~ is linear in z."""
     by_head: ClassVar[bool] = False
+    """Whether it treats heads differently."""
     mixes_heads: ClassVar[bool] = False
+    """Whether a head of z~ depends on other heads of z."""
 
     @property
     def module(self):
@@ -108,30 +107,26 @@ class NoMixer(StreamMixer):
 
 
 class LinearMixer(StreamMixer):
-    """A linear map of the stream, (x W) T = x (W T).
-
-    apply: to `activations`, (x W) T, or to `weights`, x (W T), the same function and gradients at
-    the price of the weights' rows instead of the tokens; `auto` takes the fewer.
-    """
+    """A linear map of the stream, (x W) T = x (W T): the same function and gradients, at the price
+    of the tokens or of the weights' rows."""
 
     apply: Literal["auto", "weights", "activations"] = "auto"
+    """T acts on `activations`, x W, or on `weights`, W; `auto`: on those with fewer rows."""
 
     def on_weights(self, rows, tokens):
         return self.apply == "weights" or self.apply == "auto" and rows < tokens
 
 
 class KnockingLinear(LinearMixer):
-    """z T, T = diag_init * I at the start (paper, equations 5-7).
-
-    diag_init: initial diagonal. parameterization: `direct` stores T; `residual` stores D in T =
-    diag_init * I + D, D = 0 at the start, which changes what weight decay pulls towards. init:
-    `diagonal`, or `normal` with variance 1 / head_dim and no diagonal, a control that the paper
-    says fails (section 3.3). apply: see LinearMixer.
-    """
+    """z T, T = diag_init * I at the start (paper, equations 5-7). The start `normal` is a control
+    that the paper says fails (section 3.3)."""
 
     diag_init: float = 1.0
+    """Diagonal of T at the start."""
     parameterization: Literal["direct", "residual"] = "direct"
+    """Stored is T, or D = T - diag_init * I, which weight decay pulls to zero."""
     init: Literal["diagonal", "normal"] = "diagonal"
+    """T at the start: diagonal, or normal with variance 1 / head_dim and no diagonal."""
 
     def validate(self):
         plain = self.diag_init == 1.0 and self.parameterization == "direct"
@@ -191,19 +186,20 @@ class KnockingMLP(StreamMixer):
 class HeadComposition(LinearMixer):
     """z~_m = sum over heads n of z_n W[n, m]: MEA's head-level composition (arXiv 2601.19611).
 
-    heads_read: how many heads that makes, as many as there are by default. More than are projected
-    are virtual heads: the fewer ones are cached and composed when they are read. before_norm:
-    whether it acts before the k norm, as it must to fold into the weights, or after it. init:
-    `identity` (heads repeated, or the mean of neighbours, where the numbers differ), or `normal`
-    with variance 1 / heads. On q, k and v it is interleaved-head attention with one pseudo-head
-    (arXiv 2602.21371). apply: see LinearMixer.
+    More heads read than are projected are virtual heads: the fewer ones are cached and composed
+    when they are read. Where the numbers differ, `identity` repeats heads or takes the mean of
+    neighbours. On q, k and v it is interleaved-head attention with one pseudo-head (arXiv
+    2602.21371).
     """
 
     axis = "head"
     by_head = mixes_heads = True
     heads_read: int | None = None
+    """Heads that it makes, as many as are projected by default."""
     before_norm: bool = True
+    """Whether it acts before the k norm, as it must to fold into the weights, or after it."""
     init: Literal["identity", "normal"] = "identity"
+    """W at the start: every head itself, or normal with variance 1 / heads."""
 
     @property
     def module(self):
@@ -244,7 +240,7 @@ class HeadComposition(LinearMixer):
 
 class UnsharedLinear(LinearMixer):
     """z_n T_n with a matrix for each head, T_n = I at the start: KHA-Linear without what its heads
-    share, a control. apply: see LinearMixer."""
+    share, a control."""
 
     by_head = True
 

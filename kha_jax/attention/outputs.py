@@ -14,12 +14,12 @@ from kha_jax.ops.linear import linear
 
 
 class OutputMixer(ModuleConfig):
-    """A member of the family; sizes are those of one layer of width D with N heads of U.
-    mixes_heads: whether what leaves a head depends on others. reads_values: whether it needs the
-    tokens' own values, which a decoder otherwise does not make."""
+    """A member of the family; sizes are those of one layer of width D with N heads of U."""
 
     mixes_heads: ClassVar[bool] = False
+    """Whether what leaves a head depends on others."""
     reads_values: ClassVar[bool] = False
+    """Whether it needs the tokens' own values, which a decoder otherwise does not make."""
 
     @property
     def module(self):
@@ -60,12 +60,10 @@ class NoOutputMixer(OutputMixer):
 
 
 class HeadGroupNorm(OutputMixer):
-    """An RMS norm of each head over U with one weight [U] for all heads (MEA, arXiv 2601.19611).
-
-    eps: added to the mean square.
-    """
+    """An RMS norm of each head over U with one weight [U] for all heads (MEA, arXiv 2601.19611)."""
 
     eps: float = 1e-5
+    """Added to the mean square."""
 
     @property
     def module(self):
@@ -82,14 +80,12 @@ class HeadGroupNorm(OutputMixer):
 
 
 class GatedOutput(OutputMixer):
-    """o * sigmoid(x W_g) (gated attention, arXiv 2505.06708), x the layer's normalised input.
-
-    per: `head` has W_g [D, N], `element` [D, N, U]. start: `half` draws W_g as any weight, so that
-    gates start near 1/2; `identity` is o * 2 sigmoid(x W_g) with W_g = 0.
-    """
+    """o * sigmoid(x W_g) (gated attention, arXiv 2505.06708), x the layer's normalised input."""
 
     per: Literal["head", "element"] = "head"
+    """One gate a head, W_g [D, N], or one an element of its output, W_g [D, N, U]."""
     start: Literal["half", "identity"] = "half"
+    """W_g drawn as any weight, so gates near 1/2; or W_g = 0 in o * 2 sigmoid(x W_g)."""
 
     @property
     def module(self):
@@ -136,10 +132,9 @@ class MixtureOfHeads(OutputMixer):
     heads, arXiv 2410.11842).
 
     g = a_1 softmax(x W_s) for shared heads and a_2 softmax(x W_r) for the chosen ones, a =
-    softmax(x W_a); without shared heads there is no a. gates: `renormalised` as in the authors'
-    code, where the chosen gates are divided by their sum, each kind is multiplied by its number of
-    heads and a by 2, so that equal scores leave every head as it is; `paper_scale` is the formula
-    as printed. balance_rate * R^2 mean_i(P_i f_i) is added to the loss of each token, R the routed
+    softmax(x W_a); without shared heads there is no a. Gates are `renormalised` in the authors'
+    code: the chosen ones are divided by their sum, each kind is multiplied by its number of heads
+    and a by 2. balance_rate * R^2 mean_i(P_i f_i) is added to the loss of each token, R the routed
     heads, P their mean softmax, f the share of tokens that chose them. Metrics, per layer:
     head_max_violation, the largest share over the mean one less 1, and head_gate_entropy, of P over
     log R.
@@ -147,9 +142,13 @@ class MixtureOfHeads(OutputMixer):
 
     mixes_heads = True
     shared_heads: int = 2
+    """Heads that are always on, the first ones."""
     top_k: int = 3
+    """Heads that a token chooses of the others."""
     gates: Literal["renormalised", "paper_scale"] = "renormalised"
+    """Scaled so that equal scores leave every head as it is, or the formula as printed."""
     balance_rate: float = 0.01
+    """Weight of the balance loss R^2 mean_i(P_i f_i)."""
 
     @property
     def module(self):

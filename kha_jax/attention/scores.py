@@ -19,11 +19,12 @@ from kha_jax.modules import Module, ModuleConfig
 
 
 class ScoreMixer(ModuleConfig):
-    """A member of the family; sizes are those of one layer. mixes_heads: whether a head's scores
-    depend on those of others; without it the module has only a `scale`. axis: see StreamMixer."""
+    """A member of the family; sizes are those of one layer."""
 
     axis: ClassVar[str] = "head"
+    """What its matrices mix."""
     mixes_heads: ClassVar[bool] = True
+    """Whether a head's scores depend on those of others; if not, its module has only a `scale`."""
 
     @property
     def module(self):
@@ -55,11 +56,11 @@ class NoScoreMixer(ScoreMixer):
 class TalkingHeads(ScoreMixer):
     """s~_m = sum over heads n of s_n P[n, m] (talking-heads attention, arXiv 2003.02436).
 
-    On the logits it is the paper's P_l, on the probabilities its P_w. init: `identity` starts as
-    the baseline, `variance_scaling` (normal with variance 1/N) is the original's.
+    On the logits it is the paper's P_l, on the probabilities its P_w.
     """
 
     init: Literal["identity", "variance_scaling"] = "identity"
+    """P at the start: the identity, or normal with variance 1/N as in the original."""
 
     @property
     def module(self):

@@ -35,18 +35,17 @@ def _modules(root: Path) -> Iterator[Path]:
 class PythonSource(DataConfig):
     """One document a module, as bytes.
 
-    roots: where modules are: `stdlib`, the interpreter's standard library; `packages`, what is
-    installed beside it (200 MB with all extras of this project, and not the same on two machines);
-    or folders.
-
-    A module is held out for validation when the hash of its path says so (`held_out` of them,
-    about), so the split is the same on every machine. cache_dir: where the tokens are kept; None is
-    the user's cache folder ($KHA_JAX_CACHE moves it).
+    The root `stdlib` is the interpreter's standard library; `packages` is what is installed beside
+    it, 200 MB with all extras of this project, and not the same on two machines. A hash of a
+    module's path holds it out or not, so the split is the same on every machine.
     """
 
     held_out: float = 0.03
+    """Share of modules for validation, chosen by a hash of their paths."""
     cache_dir: str | None = None
+    """Folder of the tokens; None: the user's cache folder ($KHA_JAX_CACHE moves it)."""
     roots: tuple[str, ...] = ("stdlib",)
+    """Where modules are: `stdlib`, `packages` (what is installed beside it), or folders."""
 
     def validate(self):
         self.require(

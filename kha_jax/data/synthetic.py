@@ -10,12 +10,14 @@ Made = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class SyntheticTask(DataConfig):
-    """Base of the tasks. vocabulary: ids are below it. examples, validation_examples: how many of
-    them there are; the splits share no random stream."""
+    """Base of the tasks; the splits share no random stream."""
 
     vocabulary: int = 256
+    """Ids are below it."""
     examples: int = 100_000
+    """Examples of the training split."""
     validation_examples: int = 1_024
+    """Examples of the validation split."""
 
     def validate(self):
         self.at_least(1, "examples", "validation_examples")
@@ -81,15 +83,16 @@ class MultiQueryAssociativeRecall(SyntheticTask):
     """Key-value pairs, then queries that must be answered with the value last seen (MQAR; Arora et
     al., arXiv 2312.04927).
 
-    The row starts with `pairs` key-value pairs. In the rest, each key is asked again once, at gaps
-    drawn from a power law with exponent `gap_power` (small gaps are likelier), and its value must
-    be predicted there; other places hold random tokens. Keys and values come from halves of a
-    vocabulary of `vocabulary` ids; only answers count in the loss. Many pairs with few key/value
-    heads and small heads make it hard; softmax attention with room to spare solves it.
+    The row starts with the pairs. In the rest, each key is asked again once, at gaps drawn from a
+    power law, and its value must be predicted there; other places hold random tokens. Keys and
+    values come from halves of the vocabulary; only answers count in the loss. Many pairs with few
+    key/value heads and small heads make it hard; softmax attention with room to spare solves it.
     """
 
     pairs: int = 16
+    """Key-value pairs, each asked again once."""
     gap_power: float = 0.01
+    """A gap g before a key is asked again has the likelihood g^(gap_power - 1)."""
 
     def validate(self):
         super().validate()
@@ -130,11 +133,12 @@ class CompositionalRecall(SyntheticTask):
     """Recall in two steps: facts a -> b and b -> c in one random order, then every a must be
     answered with its c (the form of two-hop questions; compare arXiv 2402.16837).
 
-    `pairs` chains; a, b and c come from thirds of the vocabulary, and every a is asked once. The
-    rest of the row repeats the questions in other orders.
+    The letters a, b and c come from thirds of the vocabulary, and every a is asked once. The rest
+    of the row repeats the questions in other orders.
     """
 
     pairs: int = 8
+    """Chains a -> b -> c."""
 
     def validate(self):
         super().validate()
@@ -167,7 +171,9 @@ class KHopInduction(SyntheticTask):
 
     vocabulary: int = 16
     hops: int = 2
+    """Times that find is applied, k."""
     symbols: int = 8
+    """Tokens that occur."""
 
     def validate(self):
         super().validate()
@@ -201,6 +207,7 @@ class SelectiveCopy(SyntheticTask):
 
     vocabulary: int = 32
     copied: int = 16
+    """Tokens to be copied."""
 
     def validate(self):
         super().validate()
@@ -230,7 +237,9 @@ class NeedleRetrieval(SyntheticTask):
     """
 
     needles: int = 4
+    """Needles in a row, of which one is asked for."""
     values: int = 1
+    """Values of a needle."""
 
     def validate(self):
         super().validate()
@@ -267,8 +276,11 @@ class RelationalGraph(SyntheticTask):
     """
 
     vocabulary: int = 64
+    """Items of the graph; ids are below it."""
     degree: int = 4
+    """Neighbours of an item."""
     asked: int = 8
+    """Items of a row that are asked for their neighbour."""
 
     def validate(self):
         super().validate()

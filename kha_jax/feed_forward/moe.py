@@ -32,33 +32,42 @@ class MoE(FeedForward):
     float32 (DeepSeek-V3, arXiv 2412.19437).
 
     The top_k experts of s + bias are chosen; weights are their s alone, divided by their sum, times
-    routed_scaling. scores: `softmax` as in Qwen3-MoE. width: F of one expert. shared_experts: as
-    many experts' width is always on, as one SwiGLU. dense_layers: the first layers have a SwiGLU of
-    dense_width instead.
+    routed_scaling.
 
-    balancing: how the load is evened out. `rms` (Su 2025), `sign` and `sign_centred` (Wang et al.,
-    arXiv 2408.15664) move the bias after each step (`update_bias`), at balancing_rate (1e-3 by
-    default); `auxiliary` adds balancing_rate (0.01) * E sum_e f_e P_e to the loss, f the fraction
-    of assignments and P the mean of the normalised scores (Switch, arXiv 2101.03961); `none` does
-    nothing. router_z_loss: weight of the mean squared log-sum-exp of the router's logits. kernel:
-    `kha_jax.ops.experts.KERNELS`. chunk_tokens: tokens of a device that go through the experts at
-    once (all by default); what a chunk keeps for its gradient is recomputed, but for what the
-    model's `remat` keeps by name, `none` nothing.
+    `rms` (Su 2025), `sign` and `sign_centred` (Wang et al., arXiv 2408.15664) move the bias after
+    each step (`update_bias`); `auxiliary` adds balancing_rate * E sum_e f_e P_e to the loss, f the
+    fraction of assignments and P the mean of the normalised scores (Switch, arXiv 2101.03961).
+
+    What a chunk of tokens keeps for its gradient is recomputed, but for what the model's `remat`
+    keeps by name, `none` nothing. Kernels: `kha_jax.ops.experts.KERNELS`.
     """
 
     experts: int = 16
+    """Routed experts, E."""
     top_k: int = 4
+    """Experts that a token goes through, K."""
     width: int = 192
+    """Inner width of one expert, F."""
     shared_experts: int = 0
+    """Experts that are always on, as one SwiGLU of that many times F."""
     dense_layers: int = 0
+    """First layers that have a SwiGLU instead."""
     dense_width: int | None = None
+    """Inner width of the SwiGLU in dense_layers."""
     scores: Literal["sigmoid", "softmax"] = "sigmoid"
+    """From the router's logits to s; `softmax` as in Qwen3-MoE."""
     routed_scaling: float = 1.0
+    """Factor on the weights of the chosen experts."""
     balancing: Literal["rms", "sign", "sign_centred", "auxiliary", "none"] = "rms"
+    """How the load is evened out: a bias (`rms`, `sign`, `sign_centred`), a loss, or nothing."""
     balancing_rate: float | None = None
+    """Step of the bias, 1e-3 by default, or weight of the auxiliary loss, 0.01 by default."""
     router_z_loss: float = 0.0
+    """Weight of the mean squared log-sum-exp of the router's logits."""
     kernel: Literal["auto", "blocked", "ragged", "loop"] = "auto"
+    """What multiplies tokens with experts; `auto`: the platform's best."""
     chunk_tokens: int | None = None
+    """Tokens of a device that go through the experts at once; None: all."""
 
     def validate(self):
         self.at_least(1, "experts", "top_k", "width", "dense_width", "chunk_tokens")

@@ -51,9 +51,10 @@ class FeedForward(ModuleConfig):
 
 
 class SwiGLU(FeedForward):
-    """(silu(x W_gate) * (x W_up)) W_down, no biases (Shazeer, arXiv 2002.05202). width: F."""
+    """(silu(x W_gate) * (x W_up)) W_down, no biases (Shazeer, arXiv 2002.05202)."""
 
     width: int = 768
+    """Inner width, F."""
 
     def validate(self):
         self.at_least(1, "width")

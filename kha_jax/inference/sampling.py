@@ -8,13 +8,15 @@ from kha_jax.ops.attention import MASKED
 
 
 class Sampling(Config):
-    """temperature: 0 takes the likeliest token. top_k: draw among that many likeliest tokens.
-    top_p: draw among the likeliest tokens that together have this probability (nucleus sampling,
-    arXiv 1904.09751)."""
+    """softmax(logits / temperature) over the likeliest tokens; top_p is nucleus sampling (arXiv
+    1904.09751)."""
 
     temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest token."""
     top_k: int | None = None
+    """Draw among that many likeliest tokens; None: among all."""
     top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
 
     def validate(self):
         self.at_least(0, "temperature")

@@ -16,37 +16,38 @@ from kha_jax.sharding import MeshConfig, axis_size_of, mesh_axes
 
 
 class MixerOptimizerConfig(Config):
-    """How the matrices of mixers are trained.
-
-    decay: `weights` shrinks them like any weight (the paper states no exclusion), `none` leaves
-    them alone, `to_identity` pulls them back to their initial value. learning_rate_multiplier:
-    factor on their learning rate.
-    """
+    """A decay and a learning rate that mixers have for themselves."""
 
     decay: Literal["weights", "none", "to_identity"] = "weights"
+    """Weight decay towards zero (the paper states no exclusion), none, or towards the start."""
     learning_rate_multiplier: float = 1.0
+    """Factor on their learning rate."""
 
     def validate(self):
         self.at_least(0, "learning_rate_multiplier")
 
 
 class OptimizerConfig(Config):
-    """AdamW (arXiv 1711.05101), the paper's section 4.1 by default.
-
-    learning_rate: at the peak. warmup_fraction: share of the steps with a linear rise.
-    final_fraction: share of the peak that the cosine ends at. weight_decay: decoupled. clip_norm:
-    bound on the global gradient norm.
-    """
+    """AdamW (arXiv 1711.05101), the paper's section 4.1 by default."""
 
     learning_rate: float = 7.5e-4
+    """At the peak, after warm-up."""
     b1: float = 0.9
+    """Decay of the mean of gradients."""
     b2: float = 0.95
+    """Decay of the mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of the mean of squared gradients."""
     weight_decay: float = 0.1
+    """Decoupled, times the learning rate; norm scales have none."""
     clip_norm: float = 1.0
+    """Bound on the global norm of the gradient."""
     warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rate rises linearly."""
     final_fraction: float = 0.1
+    """Share of the peak that the cosine ends at."""
     mixer: MixerOptimizerConfig = MixerOptimizerConfig()
+    """How the matrices of mixers are trained."""
 
     def validate(self):
         for field in ("learning_rate", "eps", "clip_norm"):
@@ -64,12 +65,12 @@ class OptimizerConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """every: steps between evaluations (the last step always has one), 0 for none. batches: of
-    batch_size windows of the validation split, which may hold fewer; they are computed in
-    micro-batches like a step."""
+    """The loss on the validation split, computed in micro-batches like a step."""
 
     every: int = 100
+    """Steps between evaluations, one after the last step included; 0: none."""
     batches: int = 8
+    """Batches of batch_size rows of the validation split, which may hold fewer."""
 
     def validate(self):
         self.at_least(0, "every")
@@ -77,11 +78,12 @@ class EvaluationConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """every: steps between checkpoints (the last step always has one), 0 for none. keep: newest
-    ones that stay."""
+    """When the state is saved, and how many saves stay."""
 
     every: int = 200
+    """Steps between checkpoints, the last step's included; 0: none."""
     keep: int = 2
+    """Newest ones that stay."""
 
     def validate(self):
         self.at_least(0, "every")
@@ -89,10 +91,12 @@ class CheckpointConfig(Config):
 
 
 class ProfileConfig(Config):
-    """A profiler trace of steps start to stop - 1, written below the workdir. stop = 0: none."""
+    """A profiler trace, written below the workdir."""
 
     start: int = 0
+    """First step that is traced."""
     stop: int = 0
+    """Step before which the trace ends; 0: no trace."""
 
     def validate(self):
         self.at_least(0, "start", "stop")
@@ -101,30 +105,36 @@ class ProfileConfig(Config):
 
 
 class RunConfig(Config):
-    """Everything that decides a run.
-
-    steps: optimiser steps. seed: of the initial values and of the data order. batch_size: rows of a
-    step over all devices. seq_len: tokens of a row. accumulation: micro-batches that a step is
-    computed in. max_nonfinite_steps: consecutive steps with a non-finite loss or
-    gradient (none of which is applied) after which the run stops. hang_timeout:
-    seconds within which a step must end (compilation, evaluations and checkpoints have an hour
-    more), or the run leaves with the stacks of all threads.
-    """
+    """Everything that decides a run."""
 
     steps: int = 1000
+    """Optimiser steps."""
     seed: int = 0
+    """Of the initial values and of the data order."""
     batch_size: int = 16
+    """Rows of a step, over all devices."""
     seq_len: int = 256
+    """Tokens of a row, T."""
     accumulation: int = 1
+    """Micro-batches that a step is computed in, a divisor of batch_size."""
     max_nonfinite_steps: int = 10
+    """Steps in a row with a non-finite loss or gradient, none applied, that stop the run."""
     hang_timeout: float = 600.0
+    """Seconds that a step may take; compilations, evaluations, checkpoints have an hour more."""
     model: ModelConfig = ModelConfig()
+    """The transformer."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """From gradients to weights."""
     data: DataConfig = choice(data.SOURCES, data.PythonSource(), by="source")
+    """Where rows of tokens come from."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """When the validation loss is computed, and on how much."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the state is saved, and how many stay."""
     mesh: MeshConfig = MeshConfig()
+    """Which devices split what."""
     profile: ProfileConfig = ProfileConfig()
+    """Which steps are traced."""
 
     def validate(self):
         self.at_least(1, "steps", "batch_size", "seq_len", "accumulation", "max_nonfinite_steps")

@@ -23,17 +23,18 @@ Parts = list[tuple[jax.Array, jax.Array]]
 class Projection(ModuleConfig):
     """What attention and accounting ask of a projection; sizes are per layer.
 
-    stream_weights: for each stream, the parameter [..., heads, H] that makes it, into which a
-    linear mixer folds. cache_fields: the sizes that decide how much is cached, the first ones to
-    change first. keys_only: entries of the state that no values are read from, which are cached
-    with their slots last: a CPU multiplies queries with those in a third to a half of the time.
-    mixes_heads: whether heads share what tells them apart.
+    What is `keys_only` has its slots last since a CPU multiplies queries with those in a third to a
+    half of the time.
     """
 
     stream_weights: ClassVar[dict[str, str]] = {}
+    """Of each stream the parameter [..., heads, H] that a linear mixer folds into."""
     cache_fields: ClassVar[tuple[str, ...]] = ()
+    """Sizes that decide how much is cached, the first ones to change first."""
     keys_only: ClassVar[tuple[str, ...]] = ()
+    """Entries of the state that no values are read from, cached with their slots last."""
     mixes_heads: ClassVar[bool] = False
+    """Whether heads share what tells them apart."""
 
     def streams(self, width: int) -> dict[str, tuple[int, int, int]]:
         """(heads, head width, rows of the weights that make it) of each mixable stream, for a model

@@ -26,12 +26,11 @@ class Collaborative(Projection):
     """softmax((x W_Q) diag(m_n) (x W_K)^T / sqrt(H)) x W_V,n (collaborative heads, arXiv
     2006.16362).
 
-    W_Q and W_K [D, shared_dim] serve all heads, N head_dim by default; W_V [D, N, head_dim] is each
-    head's own. The paper defines no rotary embedding: here shared queries and keys are rotated in
-    blocks of head_dim, each as a head would be, with one weight m for both features of a rotary
-    pair. mixing: `concatenate` starts with ones on a block for each head, which is multi-head
-    attention without a q/k norm; `uniform` draws m from normal(0.2). Cache: shared_dim for keys, N
-    head_dim for values.
+    W_Q and W_K [D, C] serve all heads; W_V [D, N, H] is each head's own. The paper defines no
+    rotary embedding: here shared queries and keys are rotated in blocks of H, each as a head would
+    be, with one weight m for both features of a rotary pair. With a block for each head,
+    `concatenate` starts as multi-head attention without a q/k norm. Cache: C for keys, N H for
+    values.
     """
 
     stream_weights = {"value": "value"}
@@ -39,10 +38,15 @@ class Collaborative(Projection):
     keys_only = ("key",)
     mixes_heads = True
     query_heads: int = 8
+    """Heads, N."""
     head_dim: int = 64
+    """Width of a value head and of a rotary block, H; even."""
     shared_dim: int | None = None
+    """Width of the shared queries and keys, C, a multiple of H; N H by default."""
     mixing: Literal["concatenate", "uniform"] = "concatenate"
+    """m at the start: ones on a block of each head's own, or normal(0.2)."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
 
     def validate(self):
         self.at_least(1, "query_heads", "head_dim", "shared_dim", "rope_theta")

@@ -26,18 +26,23 @@ from kha_jax.sharding import constrain
 class GroupedQuery(Projection):
     """q = x W_Q, k = x W_K, v = x W_V with N query and K key/value heads (arXiv 2305.13245).
 
-    K = N is multi-head attention, K = 1 multi-query attention. qk_norm: an RMS norm over H on each
-    query and key head, one weight for all heads (Qwen3), after the mixers and before rotary.
+    K = N is multi-head attention, K = 1 multi-query attention. The q/k norm (Qwen3) comes after the
+    mixers and before rotary.
     """
 
     stream_weights = {"query": "query", "key": "key", "value": "value"}
     cache_fields = ("kv_heads", "head_dim")
     keys_only = ("key", "key_factor")
     query_heads: int = 8
+    """Query heads, N."""
     kv_heads: int = 4
+    """Key/value heads, K, a divisor of N."""
     head_dim: int = 64
+    """Width of a head, H; even."""
     qk_norm: Literal["rms", "none"] = "rms"
+    """RMS norm over H of queries and keys, one weight for all heads; or none."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
 
     def validate(self):
         self.at_least(1, "query_heads", "kv_heads", "head_dim", "rope_theta")
@@ -150,9 +155,13 @@ class GroupedTied(Projection):
     cache_fields = ("kv_heads", "head_dim")
     keys_only = ("rotary_key",)
     query_heads: int = 8
+    """Query heads, N."""
     kv_heads: int = 4
+    """Heads of the tied state, K, a divisor of N."""
     head_dim: int = 64
+    """Width of a head, H, half of it rotated; a multiple of 4."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
 
     def validate(self):
         self.at_least(1, "query_heads", "kv_heads", "head_dim", "rope_theta")

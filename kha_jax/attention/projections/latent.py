@@ -18,11 +18,9 @@ class Latent(Projection):
     """Keys and values expanded from cached latents: MLA (arXiv 2405.04434) with one group, GLA
     (arXiv 2505.21487) with more.
 
-    c_g = RMSNorm(x W_D,g) of kv_lora for each of `groups` equal blocks of heads; k = [c_g W_UK |
-    RoPE(x W_R)] of head_dim + rope_dim with one rotary key for all heads; v = c_g W_UV of
-    value_dim. Queries come from x, or through a rank q_lora with an RMS norm. Scale
-    1/sqrt(head_dim + rope_dim). Cache: groups * kv_lora + rope_dim. By default, as in the papers,
-    kv_lora is 4 head_dim over all groups, value_dim is head_dim and rope_dim half of it.
+    c_g = RMSNorm(x W_D,g) of C for each of g equal blocks of heads; k = [c_g W_UK | RoPE(x W_R)] of
+    H + R with one rotary key for all heads; v = c_g W_UV of U. Scale 1/sqrt(H + R). Cache: g C + R.
+    The default widths are those of the papers.
 
     Mixers act on the unrotated part of q and k, and on v; only linear ones, since keys and values
     are never made when decoding from the latent.
@@ -32,13 +30,21 @@ class Latent(Projection):
     cache_fields = ("kv_lora",)
     keys_only = ("rotary_key",)
     query_heads: int = 8
+    """Heads, N."""
     head_dim: int = 64
+    """Width of the unrotated part of a query and key, H."""
     value_dim: int | None = None
+    """Width of a value head, U; H by default."""
     rope_dim: int | None = None
+    """Width of the rotary part of a query and key, R, even; H / 2 by default."""
     kv_lora: int | None = None
+    """Width of one latent, C; 4 H / g by default."""
     groups: int = 1
+    """Latents, g, a divisor of N; each serves N / g heads."""
     q_lora: int | None = None
+    """Rank that queries go through, with an RMS norm; None: straight from x."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
 
     def validate(self):
         self.at_least(1, "query_heads", "head_dim", "groups", "rope_theta")
