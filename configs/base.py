@@ -6,8 +6,16 @@ from typing import Any, Callable, NamedTuple
 from ml_collections.config_dict import ConfigDict
 
 from kha_jax.attention import AttentionConfig
-from kha_jax.attention.mixers import HeadComposition, KnockingGate, KnockingLinear, KnockingMLP
+from kha_jax.attention.attention import SLOTS
+from kha_jax.attention.mixers import (
+    STREAM_MIXERS,
+    HeadComposition,
+    KnockingGate,
+    KnockingLinear,
+    KnockingMLP,
+)
 from kha_jax.attention.outputs import (
+    OUTPUT_MIXERS,
     DifferentialOutput,
     ExclusiveOutput,
     GatedOutput,
@@ -15,7 +23,7 @@ from kha_jax.attention.outputs import (
     MixtureOfHeads,
 )
 from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
-from kha_jax.attention.scores import TalkingHeads
+from kha_jax.attention.scores import SCORE_MIXERS, TalkingHeads
 from kha_jax.config import to_config_dict
 from kha_jax.feed_forward import FeedForward, MoE, SwiGLU
 from kha_jax.model import LossConfig, ModelConfig
@@ -32,11 +40,11 @@ PAPER_ATTENTION = AttentionConfig(projection=GroupedQuery(query_heads=32, kv_hea
 
 def variants(attention: AttentionConfig) -> dict[str, dict[str, Any]]:
     """Variant name -> the fields that it changes: the rows of the paper's table 2, then other ways
-    for heads to interact."""
+    for heads to interact, then every other kind that its seam knows, under its own name."""
     heads, head_dim = attention.projection.output_shape()
     linear, compose, talking = KnockingLinear(), HeadComposition(), TalkingHeads()
     routed = MixtureOfHeads(shared_heads=heads // 4, top_k=max(1, 3 * heads // 8))
-    return {
+    named = {
         "baseline": {},
         "mlp": {"value": KnockingMLP()},
         "linear": {"query": linear, "key": linear, "value": linear},
@@ -53,6 +61,15 @@ def variants(attention: AttentionConfig) -> dict[str, dict[str, Any]]:
         "exclusive": {"output": ExclusiveOutput()},
         "collaborative": {"projection": Collaborative(query_heads=heads, head_dim=head_dim)},
     }
+    used = {type(mixer) for fields in named.values() for mixer in fields.values()}
+    for table, slots in (
+        (STREAM_MIXERS, SLOTS),
+        (SCORE_MIXERS, ("logits",)),
+        (OUTPUT_MIXERS, ("output",)),
+    ):
+        left = {kind: cls for kind, cls in table.items() if kind != "none" and cls not in used}
+        named |= {kind: dict.fromkeys(slots, cls()) for kind, cls in left.items()}
+    return named
 
 
 def varied(attention: AttentionConfig, variant: str) -> AttentionConfig:

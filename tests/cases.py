@@ -28,6 +28,7 @@ from kha_jax.attention.outputs import (
 from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.comparing.properties import Layer
+from tests import reference
 
 D = 16
 SLOTS = ("query", "key", "value")
@@ -52,9 +53,16 @@ def nothing(params: dict[str, Any]) -> dict[str, Any]:
 
 class Row(NamedTuple):
     """fields: of AttentionConfig. on: projections, the first of which stands for all where one is
-    enough. starts: as its projection alone, `exact`ly, `close` to it, or None. meet: whether a
-    permutation of the heads shows. stream: the reference's kind of every stream mixer. oracle: what
-    else the reference is given, from the layer's parameters."""
+    enough. starts: as its projection alone, `exact`ly, `close` to it (rounding apart), or None, as
+    its `identity_at_start` says. meet: whether a permutation of the heads shows. stream: the
+    reference's kind of every stream mixer. oracle: the layer's parameters -> what else the
+    reference is given, functions on float64 arrays among it:
+
+        {"mixers": {slot: (f, {})}}: z~ = f(z) of a stream, z [B, T, heads, H];
+        {"scores": {slot: f}}: s~ = f(s) of `logits` or `probabilities`, s [B, N, T, S];
+        {"outputs": (f, {})}: o~ = f(o, x, v), o [B, T, N, U], x [B, T, D], v [B, T, K, U].
+
+    A projection's layer in NumPy is an entry of LAYERS."""
 
     fields: dict[str, Any]
     on: tuple[str, ...]
@@ -181,8 +189,8 @@ def random(config: AttentionConfig) -> dict[str, Any]:
 
 
 def for_reference(name: str, projection: str, params: dict[str, Any]) -> tuple:
-    """(layer, parameters, settings) of tests/reference.py for a layer's parameters."""
-    row, config, ours = ROWS[name], PROJECTIONS[projection], params["projection"]
+    """(layer, parameters, settings) of the reference for a layer's parameters."""
+    row, config, ours = ROWS[name], config_of(name, projection).projection, params["projection"]
     out = {"output": params["output"], **row.oracle(params)}
     own = {slot: params[f"{slot}_mixer"] for slot in SLOTS if f"{slot}_mixer" in params}
     kinds = {KnockingGate: "gate", KnockingMLP: "mlp", HeadComposition: "heads"}
@@ -193,22 +201,44 @@ def for_reference(name: str, projection: str, params: dict[str, Any]) -> tuple:
             s: kinds.get(type(row.fields[s])) if row.stream == "each" else row.stream for s in own
         }
         out["mixers"] = {slot: (kind[slot], matrices) for slot, matrices in own.items()}
-    if isinstance(config, GroupedQuery):
-        norms = ("query_norm", "key_norm") if config.qk_norm == "rms" else ()
-        out.update({n: ours[n] for n in SLOTS}, **{n: ours[n]["scale"] for n in norms})
-        return "grouped_query", out, {"qk_norm": config.qk_norm == "rms"}
-    if isinstance(config, GroupedTied):
-        return "grouped_tied", {**out, **{n: ours[n] for n in ("query", "state", "rotary_key")}}, {}
-    if isinstance(config, Collaborative):
-        shared = {n: ours[n] for n in (*SLOTS, "mixing")}
-        return "collaborative", {**out, **shared}, {"head_dim": config.head_dim}
-    out.update({n: ours[n] for n in ("latent_down", "rotary_key", "key_up", "value_up")})
+    layer, given, settings = LAYERS[type(config)](config, ours)
+    return layer, {**out, **given}, settings
+
+
+def grouped_query(config: GroupedQuery, ours: dict[str, Any]) -> tuple:
+    norms = ("query_norm", "key_norm") if config.qk_norm == "rms" else ()
+    given = {**{n: ours[n] for n in SLOTS}, **{n: ours[n]["scale"] for n in norms}}
+    return reference.grouped_query, given, {"qk_norm": config.qk_norm == "rms"}
+
+
+def grouped_tied(config: GroupedTied, ours: dict[str, Any]) -> tuple:
+    return reference.grouped_tied, {n: ours[n] for n in ("query", "state", "rotary_key")}, {}
+
+
+def collaborative(config: Collaborative, ours: dict[str, Any]) -> tuple:
+    shared = {n: ours[n] for n in (*SLOTS, "mixing")}
+    return reference.collaborative, shared, {"head_dim": config.head_dim}
+
+
+def latent(config: Latent, ours: dict[str, Any]) -> tuple:
+    given = {n: ours[n] for n in ("latent_down", "rotary_key", "key_up", "value_up")}
     norms = [ours[f"latent_norms_{g}"]["scale"] for g in range(config.groups)]
-    out["latent_norm"] = np.stack(norms)
+    given["latent_norm"] = np.stack(norms)
     query = np.concatenate([ours["query"], ours["query_rope"]], axis=-1)
     if config.q_lora:
         norm = ours["query_norm"]["scale"]
-        out.update(query_down=ours["query_down"], query_latent_norm=norm, query_up=query)
+        given |= {"query_down": ours["query_down"], "query_latent_norm": norm, "query_up": query}
     else:
-        out["query"] = query
-    return ("latent" if config.groups == 1 else "grouped_latent"), out, {}
+        given["query"] = query
+    layer = reference.latent if config.groups == 1 else reference.grouped_latent
+    return layer, given, {}
+
+
+# A projection's config -> function (config, the projection's parameters) -> (layer in NumPy, its
+# parameters but for mixers and output, its settings).
+LAYERS = {
+    GroupedQuery: grouped_query,
+    GroupedTied: grouped_tied,
+    Collaborative: collaborative,
+    Latent: latent,
+}

@@ -14,7 +14,7 @@ a latent group, F feed-forward width, V vocabulary.
 
 `parameters` of every layer may also hold
     mixers: {slot: (kind, matrices)}, slot among query, key, value and kind in MIXERS;
-    scores: {slot: matrix [N, N]}, slot among logits, probabilities (talking heads);
+    scores: {slot: matrix [N, N] or a function}, slot among logits, probabilities (talking heads);
     outputs: (kind, {arrays and settings}), or a list of such pairs in their order, kind in OUTPUTS.
 What is left out is the identity. `segment_ids_BT` may be None (one document a row). Settings that a
 layer does not read are refused.
@@ -111,6 +111,8 @@ def talk(s_BNTS, scores, slot):
     if slot not in scores:
         return s_BNTS
     M_NN = scores[slot]
+    if callable(M_NN):
+        return M_NN(s_BNTS)
     if M_NN.shape != (s_BNTS.shape[1],) * 2:
         raise ValueError(f"{slot} of {s_BNTS.shape[1]} heads cannot be mixed by {M_NN.shape}")
     N = len(M_NN)

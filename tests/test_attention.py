@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.base import variants
 from kha_jax import accounting, sharding
-from kha_jax.attention import AttentionConfig, outputs
+from kha_jax.attention import AttentionConfig, mixers, outputs, projections, scores
 from kha_jax.attention.attention import LARGEST, SAMPLE
 from kha_jax.attention.mixers import HeadComposition, KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.outputs import (
@@ -31,7 +32,7 @@ from kha_jax.modules import Numerics
 from kha_jax.ops import attention as ops
 from kha_jax.sharding import MeshConfig
 from kha_jax.training.run_config import RunConfig
-from tests import reference
+from tests import cases, reference
 from tests.cases import (
     CASES,
     CLAIMING,
@@ -41,7 +42,6 @@ from tests.cases import (
     ROWS,
     SLOTS,
     D,
-    Row,
     config_of,
     everywhere,
     for_reference,
@@ -74,21 +74,21 @@ def finding(measure, name, projection):
 @each_case
 def test_agrees_with_the_oracle(name, projection):
     config = config_of(name, projection)
-    kind, parameters, settings = for_reference(name, projection, random(config))
+    layer, parameters, settings = for_reference(name, projection, random(config))
     arguments = reference.float64((inputs(), parameters))
-    expected = reference.ATTENTION[kind](*arguments, POSITIONS, SEGMENTS, settings)
+    expected = layer(*arguments, POSITIONS, SEGMENTS, settings)
     assert relative_error(output(config, random(config)), expected) < 1e-5
 
 
 @each_case
 def test_cached_decoding_agrees_with_the_oracle_at_every_position(name, projection):
     config = config_of(name, projection)
-    kind, parameters, settings = for_reference(name, projection, random(config))
+    layer, parameters, settings = for_reference(name, projection, random(config))
     decoded = properties.decoded(layer_of(config))(random(config), inputs())
     for row, pad in enumerate(PAD):
         x, positions = inputs()[row : row + 1, pad:], np.arange(T - pad)[None]
         arguments = (*reference.float64((x, parameters)), positions, np.zeros_like(positions))
-        expected = reference.ATTENTION[kind](*arguments, settings)
+        expected = layer(*arguments, settings)
         assert relative_error(decoded[row, pad:], expected[0]) < 1e-5
 
 
@@ -96,7 +96,10 @@ def test_cached_decoding_agrees_with_the_oracle_at_every_position(name, projecti
 def test_promises_what_its_row_says(name, projection):
     config, row = config_of(name, projection), ROWS[name]
     shared = isinstance(config.projection, Collaborative)
-    assert config.identity_at_start == (row.starts is not None)
+    assert config.identity_at_start == (row.starts is not None), (
+        f"row {name!r} says starts={row.starts!r}, its config identity_at_start="
+        f"{config.identity_at_start}"
+    )
     assert config.mixes_heads == (row.meet or shared)
 
 
@@ -104,7 +107,10 @@ def test_promises_what_its_row_says(name, projection):
 def test_starts_as_its_projection_alone(name, projection):
     found = finding(properties.start, name, projection)
     assert found.holds, found.text
-    assert ROWS[name].starts == "close" or found.figure == 0
+    starts = ROWS[name].starts
+    assert starts == "close" or found.figure == 0, (
+        f"row {name!r} says starts={starts!r}; it differs by {found.figure:.3g} at the start"
+    )
 
 
 @each_case
@@ -384,25 +390,54 @@ def test_bfloat16_stays_bfloat16(mixer):
     assert y.dtype == jnp.bfloat16
 
 
-def test_the_walk_through_adds_a_variant(monkeypatch):
-    """The code of docs/add_a_variant.md, run where it says that it belongs, then its row."""
+SEAMS = {
+    "query": mixers.STREAM_MIXERS,
+    "logits": scores.SCORE_MIXERS,
+    "output": outputs.OUTPUT_MIXERS,
+    "projection": projections.PROJECTIONS,
+}
+ADDED = [  # kind, seam, projection that it is tried on
+    ("scale", "query", "mla"),
+    ("next", "logits", "gqa"),
+    ("scaled", "output", "mla"),
+    ("shared_key_value", "projection", "shared_key_value"),
+]
+
+
+@pytest.fixture(scope="module")
+def page():
+    """Every block of docs/add_a_variant.md, run in the file that it names."""
     text = (Path(__file__).parent.parent / "docs" / "add_a_variant.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    for table in (outputs.OUTPUT_MIXERS, ROWS):
-        monkeypatch.setitem(table, "scaled", None)  # so that what is added goes again
-    names = {**vars(outputs), "ROWS": ROWS, "Row": Row}
-    for block in blocks:
-        exec(compile(block, "add_a_variant.md", "exec"), names)
-    assert len(blocks) == 3
-    test_agrees_with_the_oracle("scaled", "mla")
-    test_cached_decoding_agrees_with_the_oracle_at_every_position("scaled", "gqa")
-    test_starts_as_its_projection_alone("scaled", "mla")
-    test_only_heads_that_meet_show_a_permutation("scaled", "mla")
-    test_causal_and_packed("scaled", "mla")
-    test_the_accounting_counts_what_is_there("scaled", "mla")
-    test_eight_devices_compute_what_one_does("scaled", "mla")
-    chosen = from_dict(AttentionConfig, {"output": {"kind": "scaled"}})
-    assert to_dict(chosen)["output"] == {"kind": "scaled"}
+    blocks = re.findall(r"^In `(.*?)\.py`.*?:\n\n```python\n(.*?)```", text, re.M | re.S)
+    assert len(blocks) == text.count("```python")
+    tables = (*SEAMS.values(), cases.ROWS, cases.LAYERS, cases.PROJECTIONS)
+    before, made = [dict(table) for table in tables], {}
+    for file, block in blocks:
+        place = file.removesuffix("/__init__").replace("/", ".")
+        new = not (Path(__file__).parent.parent / f"{file}.py").exists()
+        names = {**({} if new else vars(importlib.import_module(place))), **made}
+        exec(compile(block, f"{file}.py", "exec"), names)
+        made |= {name: value for name, value in names.items() if getattr(value, "__module__", 0)}
+    yield
+    for table, old in zip(tables, before):
+        table.clear()
+        table.update(old)
+
+
+@pytest.mark.parametrize("kind, seam, projection", ADDED, ids=[kind for kind, *_ in ADDED])
+def test_the_page_adds_a_variant_of_every_kind(page, kind, seam, projection):
+    test_agrees_with_the_oracle(kind, projection)
+    test_cached_decoding_agrees_with_the_oracle_at_every_position(kind, projection)
+    test_promises_what_its_row_says(kind, projection)
+    test_only_heads_that_meet_show_a_permutation(kind, projection)
+    test_causal_and_packed(kind, projection)
+    test_the_accounting_counts_what_is_there(kind, projection)
+    test_eight_devices_compute_what_one_does(kind, projection)
+    if seam != "projection":
+        test_starts_as_its_projection_alone(kind, projection)
+        assert kind in variants(AttentionConfig())
+    chosen = from_dict(AttentionConfig, {seam: {"kind": kind}})
+    assert to_dict(chosen)[seam]["kind"] == kind
 
 
 # ---------------------------------------------------------------- the largest logit
