@@ -32,8 +32,7 @@ from rich.table import Table
 
 from experiments.cli import command_line
 from experiments.cli.command_line import UsageError
-from experiments.timing import peers
-from experiments.timing.turns import SETTLED, interleave
+from experiments.timing import peers, turns
 
 command_line.define_config()
 SUITE = flags.DEFINE_enum(
@@ -54,7 +53,7 @@ OUT = flags.DEFINE_string("out", "figures", "Folder of the figure of `scaling`."
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 LEVELLED = 30  # steps after which a mixture's experts have nearly equal loads; 13% slower at first
-
+VARIANTS = {"baseline": "baseline", "KHA-MLP on v": "mlp", "KHA-Linear on q, k, v": "linear"}
 CONSOLE = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
@@ -62,18 +61,17 @@ def dense(mixture: bool = False) -> dict[str, Any]:
     """See the module's docstring; its `moe` with `mixture`."""
     from kha_jax.accounting import account
 
-    variants = {"baseline": "baseline", "KHA-MLP on v": "mlp", "KHA-Linear on q, k, v": "linear"}
     makers = {
         "matmul 2048^3": (peers.matmul_step,),
-        **{name: (peers.kha_jax_step, v, mixture) for name, v in variants.items()},
+        **{name: (peers.training_step, v, mixture) for name, v in VARIANTS.items()},
         "transformers eager": (peers.transformers_step, False, mixture),
     }
     plain = "transformers torch.compile, its own malloc"
     if TORCH_COMPILE.value:
         compiled = (peers.transformers_step, True, mixture)
         makers |= {"transformers torch.compile": compiled, plain: compiled}
-    settled = LEVELLED if mixture else SETTLED
-    results = interleave(makers, ROUNDS.value, plain=(plain,), settled=settled)
+    settled = LEVELLED if mixture else turns.SETTLED
+    results = turns.apart(makers, ROUNDS.value, plain=(plain,), settled=settled)
     matmul = results.pop("matmul 2048^3")
     rate = 2 * 2048**3 / matmul["median"]
     tokens = peers.BATCH * peers.LENGTH
@@ -81,7 +79,7 @@ def dense(mixture: bool = False) -> dict[str, Any]:
     def cost(variant):
         return account(peers.peer_run(variant, mixture).model, peers.LENGTH, tokens=tokens)
 
-    flops = {name: cost(variant).training_flops * tokens for name, variant in variants.items()}
+    flops = {name: cost(variant).training_flops * tokens for name, variant in VARIANTS.items()}
     table = Table(
         title=f"training step, peer shape, {machine()}; matmul rate {rate / 1e9:.0f} GFLOP/s"
     )
@@ -129,9 +127,9 @@ def expert_kernels() -> dict[str, Any]:
         table.add_column(column, justify="right")
     for E, K in ((16, 4), (64, 4), (128, 8)):
         makers = {kernel: (peers.expert_step, kernel, E, K) for kernel in ("dense", "blocked")}
-        rows = interleave(makers, ROUNDS.value)
+        rows = turns.apart(makers, ROUNDS.value)
         # minutes at 128 experts: one turn says enough
-        slow = interleave({"ragged": (peers.expert_step, "ragged", E, K)}, 1, settled=0)
+        slow = turns.apart({"ragged": (peers.expert_step, "ragged", E, K)}, 1, settled=0)
         base = rows["dense"]
         ratios = [f"{rows['blocked'][key] / base[key]:.2f}" for key in ("median", "minimum")]
         times = [f"{rows[name]['median'] * 1e3:.0f}" for name in ("dense", "blocked")]
@@ -148,15 +146,13 @@ def decode() -> dict[str, Any]:
     out: dict[str, Any] = {}
     for batch in (1, 8):
         makers = {
-            "baseline": (peers.kha_jax_generation, "baseline", batch),
-            "KHA-Linear on q, k, v": (peers.kha_jax_generation, "linear", batch),
-            "KHA-MLP on v": (peers.kha_jax_generation, "mlp", batch),
+            **{name: (peers.generation, variant, batch) for name, variant in VARIANTS.items()},
             **{
                 f"transformers, {c} cache": (peers.transformers_generation, c, batch)
                 for c in ("dynamic", "static")
             },
         }
-        results = interleave(makers, ROUNDS.value)
+        results = turns.apart(makers, ROUNDS.value)
         theirs = [row["median"] for name, row in results.items() if name.startswith("transformers")]
         table = Table(
             title=(
@@ -182,7 +178,6 @@ def cache_lengths(
     lengths: tuple[int, ...] = (256, 1024, 4096, 16384), batch: int = 8
 ) -> dict[str, Any]:
     """Milliseconds of one token in every row of a batch, by projection and length of the cache."""
-    from experiments.timing.steps import interleaved
     from kha_jax.attention import AttentionConfig
     from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 
@@ -211,7 +206,7 @@ def cache_lengths(
             name: peers.one_more_token(projection, length, batch)
             for name, projection in projections.items()
         }
-        for name, seconds in interleaved(steps, ROUNDS.value).items():
+        for name, seconds in turns.here(steps, ROUNDS.value).items():
             out[name].append(seconds * 1e3)
     for name, projection in projections.items():
         floats = AttentionConfig(projection=projection).cache_floats()

@@ -57,16 +57,16 @@ log = logging.getLogger("kha_jax")
 
 def measured(found: dict[str, Member], rows: dict[str, Row]) -> tuple[float, dict[str, Row]]:
     """The machine's FLOP/s in one square product, and the rows with their times."""
-    from experiments.timing import peers
-    from experiments.timing.steps import decoding_step, interleaved, training_step
+    from experiments.timing import peers, turns
+    from experiments.timing.steps import TrainingStep, decoding_step
 
     steps = {"matmul": peers.matmul_step()}
     for name, member in found.items():
         log.info("compiling %s", name)
-        steps[name] = training_step(member.run).step
-    took = interleaved(steps, ROUNDS.value)
+        steps[name] = TrainingStep(member.run)
+    took = turns.here(steps, ROUNDS.value)
     decoders = {name: decoding_step(member.run.model) for name, member in found.items()}
-    tokens = interleaved(decoders, ROUNDS.value)
+    tokens = turns.here(decoders, ROUNDS.value)
     timed = {
         name: of._replace(step_seconds=took[name], decode_seconds=tokens[name])
         for name, of in rows.items()

@@ -6,14 +6,16 @@ docs/performance.md.
 """
 
 import os
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
+
+from experiments.timing.turns import Step
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY = 4, 256, 8, 4, 64, 768, 4096
 EXPERTS, TOP_K, EXPERT_WIDTH = 16, 4, 192
 BATCH, LENGTH = 8, 256
-Step = Callable[[], Any]
+PROMPT, NEW = 32, 128  # of what is decoded
 
 
 def peer_run(variant: str, mixture: bool = False) -> Any:
@@ -45,36 +47,23 @@ def peer_run(variant: str, mixture: bool = False) -> Any:
     return RunConfig(batch_size=BATCH, seq_len=LENGTH, model=model)
 
 
-def tokens() -> np.ndarray:
-    """The same [B, T + 1] ids for every implementation."""
-    return np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, LENGTH + 1))
-
-
-def kha_jax_step(variant: str, mixture: bool = False) -> Step:
+def training_step(variant: str, mixture: bool = False) -> Step:
     """The trainer's own step."""
-    import jax
+    from experiments.timing.steps import TrainingStep
 
-    from kha_jax import sharding
-    from kha_jax.training.step import make_trainer
+    return TrainingStep(peer_run(variant, mixture))
 
-    config = peer_run(variant, mixture)
-    trainer = make_trainer(config, sharding.make_mesh(config.mesh))
-    box = [trainer.init(jax.random.key(0))]
-    ids = tokens().astype(np.int32)
-    positions = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
-    batch = {
-        "tokens": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "positions": positions,
-        "segment_ids": np.zeros_like(positions),
-        "weights": np.ones((BATCH, LENGTH), np.float32),
-    }
 
-    def step():
-        state, metrics = trainer.train_step(box.pop(), batch)
-        box.append(jax.block_until_ready(state))
+def generation(variant: str, batch: int) -> Step:
+    """NEW greedy tokens after a prompt by kha_jax.inference, linear mixers folded."""
+    from experiments.timing.steps import decoding_step
 
-    return step
+    return decoding_step(peer_run(variant).model, batch, PROMPT, NEW)
+
+
+def random_ids(seed: int, rows: int, length: int) -> np.ndarray:
+    """Those that `timing.steps` has with this seed, [rows, length]."""
+    return np.random.default_rng(seed).integers(0, VOCABULARY, (rows, length))
 
 
 def transformers_model(mixture: bool = False) -> Any:
@@ -117,7 +106,7 @@ def transformers_step(compiled: bool, mixture: bool = False) -> Step:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=7.5e-4, betas=(0.9, 0.95), weight_decay=0.1
     )
-    ids = torch.from_numpy(tokens()[:, :-1].copy())
+    ids = torch.from_numpy(random_ids(0, BATCH, LENGTH + 1)[:, :-1].copy())
 
     def step():
         forward(input_ids=ids, labels=ids).loss.backward()
@@ -168,34 +157,12 @@ def expert_step(kernel: str, E: int, K: int) -> Step:
     return lambda: jax.block_until_ready(step(*arguments, chosen))
 
 
-PROMPT, NEW = 32, 128
-
-
-def prompts(batch: int) -> np.ndarray:
-    """The same [batch, PROMPT] ids for every implementation."""
-    return np.random.default_rng(1).integers(0, VOCABULARY, (batch, PROMPT))
-
-
-def kha_jax_generation(variant: str, batch: int) -> Step:
-    """NEW greedy tokens after a prompt by kha_jax.inference, linear mixers folded."""
-    import jax
-    from flax import linen as nn
-
-    from kha_jax.inference.decoding import Decoder
-    from kha_jax.inference.folding import fold_if_linear
-
-    model = peer_run(variant).model
-    variables = nn.unbox(jax.jit(model.build().init)(jax.random.key(0), np.zeros((1, 8), np.int32)))
-    decoder, rows = Decoder(*fold_if_linear(model, variables)), prompts(batch).tolist()
-    return lambda: decoder.generate(rows, NEW)
-
-
 def transformers_generation(cache: str, batch: int) -> Step:
     """The same by transformers' generate with one of its caches."""
     import torch
 
     model = transformers_model().eval()
-    ids = torch.from_numpy(prompts(batch))
+    ids = torch.from_numpy(random_ids(1, batch, PROMPT))
     settings = {
         "max_new_tokens": NEW,
         "min_new_tokens": NEW,

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from configs import base
 from experiments.cli.command_line import UsageError
-from experiments.timing.steps import interleaved, training_step
+from experiments.timing import turns
+from experiments.timing.steps import TrainingStep
 from kha_jax.accounting import account
 from kha_jax.analysis import costs, style
 from kha_jax.attention import AttentionConfig
@@ -52,14 +53,14 @@ def measure(config: RunConfig, length: int, rounds: int) -> dict[str, costs.Cost
     """What a step of each way costs; they take turns."""
     runs = runs_of(config, length)
     log.info("compiling %d steps of %d tokens a row", len(runs), length)
-    compiled = {way: training_step(run) for way, run in runs.items()}
-    seconds = interleaved({way: step for way, (step, _) in compiled.items()}, rounds)
+    steps = {way: TrainingStep(run) for way, run in runs.items()}
+    seconds = turns.here(steps, rounds)
 
     def flops(run):
         return account(run.model, length, tokens=run.tokens_per_step).training_flops
 
     return {
-        way: costs.Cost(seconds[way], compiled[way].temporaries, flops(run))
+        way: costs.Cost(seconds[way], steps[way].temporaries, flops(run))
         for way, run in runs.items()
     }
 
