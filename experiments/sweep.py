@@ -35,6 +35,7 @@ from experiments.sweeps import runner
 from experiments.sweeps.runner import Planned, Sweep, Wanted
 from kha_jax.accounting import account
 from kha_jax.config import near
+from kha_jax.runs.results import RunResult
 from kha_jax.training.run_config import RunConfig
 
 TABLE = flags.DEFINE_string("table", None, f"Rows of a table: {', '.join(TABLES)}.")
@@ -222,7 +223,7 @@ class Board:
         table.caption = f"{len(done)} of {len(self.sweep.runs)} runs done; cells: validation loss"
         self.live.update(table, refresh=True)
 
-    def cell(self, run: Planned | None, done: dict[str, results.Result]) -> str:
+    def cell(self, run: Planned | None, done: dict[str, RunResult]) -> str:
         if run is None:
             return ""
         if run.name in done:

@@ -14,6 +14,10 @@ class CheckpointError(StorageError):
     reason."""
 
 
+class SweepError(Exception):
+    """A file of a sweep that cannot be read. The message names the file and the field."""
+
+
 class WaitError(Exception):
     """Processes that did not come together in time. The message names what was waited for."""
 

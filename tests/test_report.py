@@ -12,13 +12,11 @@ import pytest
 
 from experiments.sweeps import report as sweep_report
 from kha_jax.analysis import sweeps
+from kha_jax.errors import SweepError
+from kha_jax.runs.results import RunResult, read_results, write_results
 from tests.commands import run_all
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = (
-    "name,row,seed,learning_rate,hash,steps,parameters,active_parameters,flops_per_token,val_loss,"
-    "val_bits_per_byte,train_loss,step_seconds,spike_share,nonfinite,hardware,commit,curve"
-).split(",")
 STEPS = (100, 200, 300)
 
 
@@ -42,7 +40,7 @@ def finished(row, seed, loss, rate=0.003, **more):
         "curve": curve,
         **more,
     }
-    return {**dict.fromkeys(COLUMNS, ""), **line}
+    return {**dict.fromkeys(RunResult._fields, 0), "val_accuracy": "", **line}
 
 
 def write_sweep(folder, rows, lines, planned=(), logs=()):
@@ -60,7 +58,7 @@ def write_sweep(folder, rows, lines, planned=(), logs=()):
     }
     (folder / "sweep.json").write_text(json.dumps(described))
     with open(folder / "runs.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, RunResult._fields)
         writer.writeheader()
         writer.writerows(lines)
     for name, log in dict(logs).items():
@@ -132,11 +130,11 @@ def test_the_best_rate_of_a_grid_is_over_the_seeds_that_all_rates_have(tmp_path)
     assert a.difference.count == 1 and math.isnan(a.difference.low)
     assert (b.learning_rate, b.unfinite) == (0.001, 0)
     runs = [run for run in sweeps.load(tmp_path).finished.values() if run.row == "a"]
-    assert sweeps.best_rate([run for run in runs if run.rate < 0.01], "val_loss") == 0.001
+    assert sweeps.best_rate([run for run in runs if run.learning_rate < 0.01], "val_loss") == 0.001
 
 
 def test_a_sweep_without_evaluations_is_compared_by_its_training_loss(tmp_path):
-    line = {"val_loss": "", "curve": "", "learning_rate": ""}
+    line = {"val_loss": math.nan, "curve": ""}
     lines = [finished("baseline", 0, 0, train_loss=3.0, **line)]
     lines += [finished("a", 0, 0, train_loss=2.0, hardware="another", **line)]
     logs = {"a-seed0": log(0)}
@@ -144,10 +142,14 @@ def test_a_sweep_without_evaluations_is_compared_by_its_training_loss(tmp_path):
     sweep = sweeps.load(folder)
     summary = sweeps.summarise(sweep)
     a = summary.results["a"]
-    assert (summary.loss, a.loss, a.learning_rate) == ("train_loss", 2.0, 0.0)
+    assert (summary.loss, a.loss, a.learning_rate) == ("train_loss", 2.0, 0.003)
     assert math.isnan(a.time_ratio)  # times of two machines
     assert len(sweeps.curves(sweep, a, summary.loss)[0]) == 300
     assert sweeps.curves(sweep, summary.results["baseline"], summary.loss) == {}
+
+
+def replace(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -157,13 +159,14 @@ def test_a_sweep_without_evaluations_is_compared_by_its_training_loss(tmp_path):
         (lambda f: (f / "sweep.json").write_text('{"rows": ['), "sweep.json: is damaged"),
         (lambda f: (f / "sweep.json").write_text('{"runs": []}'), "damaged (KeyError('rows'))"),
         (lambda f: write_sweep(f, [row("a")], []), "its baseline 'baseline' is no row"),
-        (lambda f: (f / "runs.csv").write_text("name,row,seed\na,b,x\n"), "runs.csv: line 2"),
+        (lambda f: (f / "runs.csv").write_text("name,row,seed\na,b,1\n"), "is no table of runs"),
+        (lambda f: replace(f / "runs.csv", ",0.003,", ",x,"), "runs.csv: line 2 is damaged"),
     ],
 )
 def test_a_damaged_sweep_is_named(tmp_path, damage, said):
     write_sweep(tmp_path, [row("baseline")], [finished("baseline", 0, 2.0)])
     damage(tmp_path)
-    with pytest.raises(sweeps.SweepError) as error:
+    with pytest.raises(SweepError) as error:
         sweeps.load(tmp_path)
     assert said in str(error.value)
 
@@ -264,9 +267,17 @@ def test_runs_that_are_not_planned_any_more_are_left_out_and_counted(tmp_path):
     assert "4 of 4 runs are finished" in said and "not among the planned runs: 3 (a-lr0.1" in said
 
 
+def test_a_table_of_runs_is_written_as_it_was_read(tmp_path):
+    """Also that of other data than text, which has empty cells."""
+    for kept in ("table2_tiny_dense", "tasks_tiny"):
+        table = ROOT / "results" / kept / "runs.csv"
+        write_results(tmp_path / "runs.csv", read_results(table))
+        assert (tmp_path / "runs.csv").read_text() == table.read_text()
+
+
 def test_a_table_of_runs_that_is_cut_off_is_damaged(tmp_path):
     folder = write_sweep(tmp_path, [row("baseline")], [finished("baseline", 0, 2.0)])
     text = (folder / "runs.csv").read_text()
     (folder / "runs.csv").write_text(text[: text.index(",2.0,")])
-    with pytest.raises(sweeps.SweepError, match="line 2 is damaged"):
+    with pytest.raises(SweepError, match="line 2 is damaged"):
         sweeps.load(folder)

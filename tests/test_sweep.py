@@ -18,7 +18,9 @@ from experiments.cli.command_line import UsageError
 from experiments.run_folders import results
 from experiments.sweeps import runner
 from experiments.sweeps.runner import Sweep, Wanted
+from kha_jax.errors import SweepError
 from kha_jax.runs.checkpoint import leaves
+from kha_jax.runs.results import read_results
 from kha_jax.sharding import MeshConfig, make_mesh
 from kha_jax.training.step import make_trainer
 from tests.runs import ROOT, SMALL
@@ -127,7 +129,7 @@ def test_a_sweep_trains_what_is_missing_and_goes_past_what_fails(tmp_path, train
     assert trained[3:] == ["gate-seed0"]
     line = again.done()["mlp-seed0"]
     assert (line.val_loss, line.train_loss, line.step_seconds) == (0.3, 1.0, 1.0)
-    assert (line.hardware, line.curve, line.data) == ("a machine", "4:0.30000", "texttextte" + "xt")
+    assert (line.hardware, line.curve, line.data) == ("a machine", {4: 0.3}, "texttextte" + "xt")
     longer = runner.planned(
         [row._replace(arguments=(*row.arguments, "--config.steps=5")) for row in rows("mlp")]
     )
@@ -148,7 +150,7 @@ def test_known_results_are_not_trained_again_whatever_they_are_called(tmp_path, 
     elsewhere = [result._replace(data="another text") for result in known]
     assert train_all(tmp_path / "text", renamed, elsewhere)[1] == 0
     path.write_text(path.read_text().replace("val_loss", "loss"))
-    with pytest.raises(UsageError, match="is no table of runs"):
+    with pytest.raises(SweepError, match="is no table of runs"):
         results.known([str(path)])
 
 
@@ -229,7 +231,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_results(tmp_path):
     def figures(name):
         return {
             (one.name, one.val_loss, one.train_loss)
-            for one in results.read(tmp_path / name / "runs.csv")
+            for one in read_results(tmp_path / name / "runs.csv")
         }
 
     assert figures("killed") == figures("whole") and len(figures("whole")) == 2

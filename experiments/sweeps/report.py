@@ -79,14 +79,14 @@ def as_csv(summary: Summary) -> str:
     writer.writerow(names.split(","))
     for one in summary.results.values():
         d = one.difference
-        numbers = one.runs[0].numbers
+        first = one.runs[0]
         values: list[Any] = [one.row.name, one.row.baseline, one.row.note, one.learning_rate]
         values += [one.rates, len(one.losses), one.loss, summary.loss]
         values += [d.mean, d.error, d.low, d.high] if d else [None] * 4
         values += [_yes(d.distinguishable) if d and d.count > 1 else None]
         values += [one.row.printed, one.printed_difference, _yes(one.sign_agrees)]
         values += [one.time_ratio, one.spike_share, one.unfinite]
-        values += [numbers["parameters"], numbers["flops_per_token"], one.accuracy]
+        values += [first.number("parameters"), first.flops_per_token, one.accuracy]
         nan = (isinstance(z, float) and not math.isfinite(z) for z in values)
         writer.writerow(["" if missing else z for z, missing in zip(values, nan)])
     return out.getvalue()

@@ -2,8 +2,8 @@
 came of them in one small CSV.
 
 A sweep's folder holds `sweep.json` (what was asked for), one run folder each, and `runs.csv`, a
-line for each run that has ended well (`results.Result`). Several commands may work on one folder at
-once: a run that another one is training is passed over.
+line for each run that has ended well. Several commands may work on one folder at once: a run that
+another one is training is passed over.
 """
 
 import collections
@@ -26,13 +26,13 @@ from experiments.cli import command_line
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import results
 from experiments.run_folders.identity import config_hash
-from experiments.run_folders.results import Result
 from experiments.train_loop.stop import asking
 from kha_jax.accounting import account
 from kha_jax.config import to_dict
 from kha_jax.errors import CheckpointError
 from kha_jax.metrics import read_lines
 from kha_jax.runs.manifest import read_manifest
+from kha_jax.runs.results import RunResult, read_results, write_results
 from kha_jax.spikes import spike_score
 from kha_jax.storage import write_json
 from kha_jax.training.run_config import RunConfig
@@ -83,7 +83,7 @@ def _hash(config: RunConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def summary(run: Planned, folder: Path, commit: str) -> Result | None:
+def summary(run: Planned, folder: Path, commit: str) -> RunResult | None:
     """What came of a run that was trained by this commit; None if it has not ended."""
     metrics = folder / "metrics.jsonl"
     rows = list(read_lines(metrics)) if metrics.exists() else []
@@ -99,7 +99,7 @@ def summary(run: Planned, folder: Path, commit: str) -> Result | None:
     cost = account(config.model, config.seq_len, tokens=config.tokens_per_step)
     late = [loss for step, loss in losses if step > (1 - LAST) * config.steps]
     rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
-    return Result(
+    return RunResult(
         name=run.name,
         row=run.row,
         seed=run.seed,
@@ -119,7 +119,7 @@ def summary(run: Planned, folder: Path, commit: str) -> Result | None:
         nonfinite=sum(bool(row.get("nonfinite")) for row in rows),
         hardware=str(manifest.get("hardware", "")),
         commit=commit,
-        curve=" ".join(f"{row['step']}:{row['val_loss']:.5f}" for row in evaluated),
+        curve={row["step"]: row["val_loss"] for row in evaluated},
     )
 
 
@@ -130,7 +130,7 @@ class Sweep:
     trained again.
     """
 
-    def __init__(self, folder: Path, runs: Sequence[Planned], known: Sequence[Result] = ()):
+    def __init__(self, folder: Path, runs: Sequence[Planned], known: Sequence[RunResult] = ()):
         self.folder, self.runs = folder, list(runs)
         self.known = {(result.hash, result.data): result for result in known}
         self.data: dict[str, str] = {}
@@ -160,12 +160,12 @@ class Sweep:
         except OSError as error:
             raise UsageError(f"--out={self.folder} cannot be written: {error.strerror}") from None
 
-    def results(self) -> dict[str, Result]:
+    def results(self) -> dict[str, RunResult]:
         """Those that are there, by the name of the run; others than the wanted too."""
         path = self.folder / RESULTS
-        return {result.name: result for result in results.read(path)} if path.exists() else {}
+        return {result.name: result for result in read_results(path)} if path.exists() else {}
 
-    def done(self) -> dict[str, Result]:
+    def done(self) -> dict[str, RunResult]:
         """Those of the wanted runs, of their present config."""
         there = self.results()
         return {
@@ -178,14 +178,14 @@ class Sweep:
         done = self.done()
         return [run for run in self.runs if run.name not in done]
 
-    def keep(self, result: Result) -> None:
+    def keep(self, result: RunResult) -> None:
         """Adds a line to runs.csv."""
         with open(self.folder / "lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             together = {**self.results(), result.name: result}
-            results.write(self.folder / RESULTS, list(together.values()))
+            write_results(self.folder / RESULTS, list(together.values()))
 
-    def elsewhere(self) -> dict[str, Result]:
+    def elsewhere(self) -> dict[str, RunResult]:
         """Results of missing runs that are known from elsewhere, by the name of the run."""
         found = {}
         for run in self.missing() if self.known else ():

@@ -5,7 +5,6 @@ the paper's printed loss; the `runs` that were planned), `runs.csv` (one line pe
 the run folders, of which any may be absent.
 """
 
-import csv
 import json
 import math
 import statistics
@@ -16,18 +15,14 @@ import numpy as np
 
 from kha_jax.analysis.curves import smoothed
 from kha_jax.analysis.significance import Agreement, Difference, agreement, paired, pooled_deviation
+from kha_jax.errors import SweepError
 from kha_jax.metrics import column, read_lines
+from kha_jax.runs.results import RunResult, read_results
 
 LOSSES = {
     "val_loss": "validation loss, nats per token",
     "train_loss": "training loss of the last tenth of the steps, nats per token",
 }
-NUMBERS = ("learning_rate", "parameters", "flops_per_token", *LOSSES)
-NUMBERS += ("val_accuracy", "step_seconds", "spike_share")
-
-
-class SweepError(ValueError):
-    """A sweep folder that cannot be read; the message names the file and the field."""
 
 
 class Row(NamedTuple):
@@ -40,25 +35,6 @@ class Row(NamedTuple):
     note: str
 
 
-class Finished(NamedTuple):
-    """A line of runs.csv; NaN for what it leaves empty. curve: steps and validation losses."""
-
-    name: str
-    row: str
-    seed: int
-    numbers: dict[str, float]
-    hash: str
-    hardware: str
-    commit: str
-    curve: dict[int, float]
-
-    @property
-    def rate(self) -> float:
-        """The learning rate; 0 where it is not known."""
-        rate = self.numbers["learning_rate"]
-        return rate if math.isfinite(rate) else 0.0
-
-
 class Sweep(NamedTuple):
     """A sweep as it is stored. planned: (name, row, seed) of its runs. finished: by name. others,
     dropped: names in runs.csv that are planned with another config, and that are not planned any
@@ -68,7 +44,7 @@ class Sweep(NamedTuple):
     about: dict[str, str]
     rows: dict[str, Row]
     planned: list[tuple[str, str, int]]
-    finished: dict[str, Finished]
+    finished: dict[str, RunResult]
     others: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
@@ -91,7 +67,7 @@ class Result(NamedTuple):
     row: Row
     learning_rate: float
     rates: int
-    runs: list[Finished]
+    runs: list[RunResult]
     losses: dict[int, float]
     unfinite: int
     differences: dict[int, float]
@@ -159,7 +135,8 @@ def load(folder: Path) -> Sweep:
             raise SweepError(f"{path}: rows: {row.name}: its baseline {row.baseline!r} is no row")
     words = "title", "command", "hardware", "commit"
     about = {word: str(described.get(word, "")) for word in words}
-    there = _read_runs(folder / "runs.csv")
+    table = folder / "runs.csv"
+    there = {run.name: run for run in read_results(table)} if table.exists() else {}
     dropped = there.keys() - hashes.keys()
     known = {name: run for name, run in there.items() if name in hashes}
     others = {name for name, run in known.items() if (hashes[name] or run.hash) != run.hash}
@@ -168,48 +145,23 @@ def load(folder: Path) -> Sweep:
     return Sweep(folder, about, rows, planned, finished, *left_out)
 
 
-def _read_runs(path: Path) -> dict[str, Finished]:
-    if not path.exists():
-        return {}
-    finished, at = {}, 1
-    try:
-        with open(path, newline="") as file:
-            for at, line in enumerate(csv.DictReader(file), 2):
-                if None in line.values():
-                    raise ValueError("it is cut off")
-                pairs = (pair.split(":") for pair in (line.get("curve") or "").split())
-                finished[line["name"]] = Finished(
-                    line["name"],
-                    line["row"],
-                    int(line["seed"]),
-                    {name: float(line.get(name) or math.nan) for name in NUMBERS},
-                    line.get("hash") or "",
-                    line.get("hardware") or "",
-                    line.get("commit") or "",
-                    {int(step): float(loss) for step, loss in pairs},
-                )
-    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        raise SweepError(f"{path}: line {at} is damaged ({error!r})") from None
-    return finished
-
-
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _mean_number(runs: list[Finished], name: str) -> float:
+def _mean_number(runs: list[RunResult], name: str) -> float:
     """Of the runs that have it."""
-    return _mean(z for run in runs if math.isfinite(z := run.numbers[name]))
+    return _mean(z for run in runs if math.isfinite(z := run.number(name)))
 
 
-def best_rate(runs: list[Finished], loss: str) -> float:
+def best_rate(runs: list[RunResult], loss: str) -> float:
     """The learning rate with the lowest mean loss over the seeds that all rates have; without any
     such seed, of the rates with the most seeds. A loss that is not finite is the worst."""
     rates: dict[float, dict[int, float]] = {}
     for run in runs:
-        value = run.numbers[loss]
-        of_rate = rates.setdefault(run.rate, {})
+        value = run.number(loss)
+        of_rate = rates.setdefault(run.learning_rate, {})
         of_rate[run.seed] = value if math.isfinite(value) else math.inf
     common = set.intersection(*map(set, rates.values()))
     most = max(map(len, rates.values()))
@@ -221,14 +173,14 @@ def best_rate(runs: list[Finished], loss: str) -> float:
     return min(means, key=means.__getitem__)
 
 
-def _time_ratio(runs: list[Finished], baseline: list[Finished]) -> float:
+def _time_ratio(runs: list[RunResult], baseline: list[RunResult]) -> float:
     """Of median step times, on the hardware that most of the runs had of what both had."""
     shared = [run.hardware for run in runs if run.hardware in {b.hardware for b in baseline}]
     if not shared:
         return math.nan
     where = statistics.mode(shared)
     own, base = (
-        statistics.median(run.numbers["step_seconds"] for run in side if run.hardware == where)
+        statistics.median(run.step_seconds for run in side if run.hardware == where)
         for side in (runs, baseline)
     )
     return own / base if base else math.nan
@@ -237,13 +189,13 @@ def _time_ratio(runs: list[Finished], baseline: list[Finished]) -> float:
 def summarise(sweep: Sweep) -> Summary:
     """What the finished runs say of each row that has any."""
     known = [run for run in sweep.finished.values() if run.row in sweep.rows]
-    evaluated = any(math.isfinite(run.numbers["val_loss"]) for run in known)
+    evaluated = any(math.isfinite(run.val_loss) for run in known)
     loss = "val_loss" if evaluated else "train_loss"
     chosen, rates = {}, {}
     for name in sweep.rows:
         if runs := [run for run in known if run.row == name]:
-            best, rates[name] = best_rate(runs, loss), len({run.rate for run in runs})
-            chosen[name] = [run for run in runs if run.rate == best]
+            best, rates[name] = best_rate(runs, loss), len({run.learning_rate for run in runs})
+            chosen[name] = [run for run in runs if run.learning_rate == best]
     results = {name: _result(sweep, chosen, name, rates[name], loss) for name in chosen}
     compared = [one for one in results.values() if one.differences]
     scatter = {name: _scatter(compared, name) for name in {one.row.baseline: 0 for one in compared}}
@@ -259,19 +211,19 @@ def _scatter(compared: list[Result], baseline: str) -> Scatter:
 
 
 def _result(
-    sweep: Sweep, chosen: dict[str, list[Finished]], name: str, rates: int, loss: str
+    sweep: Sweep, chosen: dict[str, list[RunResult]], name: str, rates: int, loss: str
 ) -> Result:
     row, runs = sweep.rows[name], chosen[name]
     of_baseline, baseline = sweep.rows[row.baseline], chosen.get(row.baseline, [])
     own, base = (
-        {run.seed: run.numbers[loss] for run in side if math.isfinite(run.numbers[loss])}
+        {run.seed: run.number(loss) for run in side if math.isfinite(run.number(loss))}
         for side in (runs, baseline)
     )
     compared = name != row.baseline
     printed = compared and row.printed is not None and of_baseline.printed is not None
     return Result(
         row,
-        runs[0].rate,
+        runs[0].learning_rate,
         rates,
         runs,
         own,
