@@ -213,7 +213,7 @@ def compress() -> None:
             "square); train on before it is used, or compress less",
             100 * change.share,
         )
-    settings = " ".join(identity.settings(to_dict(config), to_dict(written)))
+    settings = " ".join(identity.settings(config, written))
     print(f"{out} is compressed at step {step}; to train on, add --workdir={out} {settings}")
     try:
         style.save(lambda: costs.compression(profiles, KV_HEADS.value), out / "compression")

@@ -18,7 +18,7 @@ import itertools
 import textwrap
 import types
 import typing
-from typing import Any, ClassVar, Mapping
+from typing import Any, Callable, ClassVar, Mapping
 
 from ml_collections import config_dict
 
@@ -180,30 +180,45 @@ def kind_of(field: dataclasses.Field, value: Config) -> str:
 def to_dict(config: Config) -> dict[str, Any]:
     """Every field with its value, nested, choices with their kind: what config.json
     holds."""
-    out: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if "choices" in field.metadata:
-            out[field.name] = {field.metadata["by"]: kind_of(field, value), **to_dict(value)}
-        else:
-            out[field.name] = to_dict(value) if isinstance(value, Config) else value
-    return out
+    return _nested(config, lambda field, value: True)
 
 
 def departures(config: Config) -> dict[str, Any]:
     """What differs from the defaults, nested, choices with their kind: a field that a later version
     adds does not show in it."""
+    return _nested(config, lambda field, value: value != field.default)
+
+
+def _nested(config: Config, shows: Callable[[dataclasses.Field, Any], bool]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if "choices" in field.metadata:
-            if value != field.default:
-                out[field.name] = {field.metadata["by"]: kind_of(field, value), **departures(value)}
+            if shows(field, value):
+                kind = {field.metadata["by"]: kind_of(field, value)}
+                out[field.name] = kind | _nested(value, shows)
         elif isinstance(value, Config):
-            out[field.name] = departures(value)
-        elif value != field.default:
+            out[field.name] = _nested(value, shows)
+        elif shows(field, value):
             out[field.name] = value
     return out
+
+
+def dotted(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested values by their dotted fields, from `path` downwards."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        where = f"{path}.{name}" if path else name
+        out.update(dotted(value, where) if isinstance(value, Mapping) else {where: value})
+    return out
+
+
+def differences(old: Config, new: Config, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted fields whose values differ, from `path` downwards, with both values; None for a field
+    of a kind that one of the configs does not have."""
+    before, after = dotted(to_dict(old), path), dotted(to_dict(new), path)
+    both = {field: (before.get(field), after.get(field)) for field in {**after, **before}}
+    return {field: (was, now) for field, (was, now) in both.items() if was != now}
 
 
 def to_config_dict(config: Config) -> config_dict.ConfigDict:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import help_text
-from kha_jax.config import to_dict
+from kha_jax.config import dotted, to_dict
 from kha_jax.training.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,15 +84,9 @@ def test_help_on_a_config_shows_every_field_with_what_it_takes_and_means():
     config = RunConfig()
     text = "\n".join(help_text.of_fields(config, "config"))
 
-    def leaves(values, path):
-        for name, value in values.items():
-            if isinstance(value, dict):
-                yield from leaves(value, f"{path}.{name}")
-            else:
-                yield f"--{path}.{name}={value}"
-
     shown = re.findall(r"^  (--\S+)", text, re.M)
-    assert sorted(shown) == sorted(leaves(to_dict(config), "config"))
+    values = dotted(to_dict(config), "config")
+    assert sorted(shown) == sorted(f"--{field}={value}" for field, value in values.items())
     assert "--config.steps=1000  [int; default 1000]\n        Optimiser steps.\n" in text
     assert "kind=none  [one of none, talking;" in text and max(map(len, text.splitlines())) <= 80
 

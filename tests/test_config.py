@@ -27,6 +27,7 @@ from kha_jax.config import (
     ConfigError,
     choice,
     departures,
+    dotted,
     from_dict,
     meanings,
     near,
@@ -391,7 +392,7 @@ def test_to_dict_shows_every_field():
         return sum(leaves(value) if isinstance(value, Config) else 1 for value in fields)
 
     def shown(values):
-        return sum(shown(v) if isinstance(v, dict) else key != "kind" for key, v in values.items())
+        return sum(field.rpartition(".")[2] != "kind" for field in dotted(values))
 
     for config in (CONFIGS["nested"], CONFIGS["knocking"], CONFIGS["fields of kinds"]):
         assert shown(to_dict(config)) == leaves(config)
@@ -473,23 +474,17 @@ def test_bad_models_are_told_what_is_wrong_and_where(path, value, problem):
     assert str(error.value).startswith(f"config.{path}: {problem}")
 
 
-def float_paths(values, path=()):
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from float_paths(value, (*path, name))
-        elif isinstance(value, float):
-            yield (*path, name)
-
-
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e39, 10**40])
 def test_no_float_of_a_run_is_infinite(value):
     """Not in float32 either, which is what it becomes."""
     mixers = AttentionConfig(query=KnockingGate(), key=KnockingLinear(), value=KnockingMLP())
     model = ModelConfig(attention=mixers, feed_forward=MoE(balancing_rate=0.1))
     runs = [RunConfig(model=model), RunConfig(data=MultiQueryAssociativeRecall())]
-    found = {path: run for run in runs for path in float_paths(to_dict(run))}
+    values = ((run, dotted(to_dict(run)).items()) for run in runs)
+    found = {field: run for run, of in values for field, z in of if isinstance(z, float)}
     assert len(found) > 15
-    for path, run in found.items():
+    for field, run in found.items():
+        path = field.split(".")
         values = node = copy.deepcopy(to_dict(run))
         for name in path[:-1]:
             node = node[name]

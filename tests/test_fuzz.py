@@ -11,7 +11,7 @@ import pytest
 
 from experiments.cli.command_line import UsageError, check_override
 from kha_jax import accounting
-from kha_jax.config import ConfigError, from_dict, to_dict
+from kha_jax.config import ConfigError, dotted, from_dict, to_dict
 from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
 from kha_jax.errors import DataError
 from kha_jax.training.run_config import RunConfig
@@ -30,14 +30,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "kha_tiny.py"
 get_config = runpy.run_path(str(CONFIG))["get_config"]
 
 
-def fields(node, path=""):
-    """Every dotted field of what the command line knows."""
-    for name in node.keys():
-        where = f"{path}.{name}" if path else name
-        yield from fields(node[name], where) if hasattr(node[name], "keys") else [where]
-
-
-NAMES = sorted(fields(get_config()))
+NAMES = sorted(dotted(get_config().to_dict()))
 WORDS = (
     "grouped_tied",
     "latent",

@@ -25,12 +25,11 @@ from experiments.run_folders.identity import (
     IDENTITY,
     changed,
     config_hash,
-    flat,
     read_lineage,
     tokenizer_hash,
 )
 from kha_jax import __version__
-from kha_jax.config import near, to_dict
+from kha_jax.config import dotted, near, to_dict
 from kha_jax.data import Source, batch_hash
 from kha_jax.errors import CheckpointError, DataError
 from kha_jax.hardware import chips
@@ -106,7 +105,7 @@ class RunFolder:
         return any(field == name or field.startswith(f"{name}.") for name in self.allowed)
 
     def _check_names(self) -> None:
-        fields = list(flat(to_dict(self.config)))
+        fields = list(dotted(to_dict(self.config)))
         groups = {f.rsplit(".", depth)[0] for f in fields for depth in range(1, f.count(".") + 1)}
         for name in self.allowed:
             if name not in fields and name not in groups:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cli.command_line import UsageError
-from kha_jax.config import departures, to_dict
+from kha_jax.config import departures, differences, dotted
 from kha_jax.training.run_config import RunConfig, old_name
 
 # Fields that may change on resume: they decide what is recorded, not what is learnt.
@@ -38,51 +38,21 @@ COMPUTED = (
 IDENTITY = ("config", "data", "tokenizer")
 
 
-def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Dotted fields and their values."""
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        where = f"{path}.{name}" if path else name
-        out.update(flat(value, where) if isinstance(value, dict) else {where: value})
-    return out
-
-
-def settings(old: dict[str, Any], new: dict[str, Any], path: str = "config") -> list[str]:
-    """The flags that make config `new` of config `old`, both as dictionaries."""
-    out = []
-    for name, value in new.items():
-        before, where = old.get(name), f"{path}.{name}"
-        if isinstance(value, dict):
-            out += settings(before if isinstance(before, dict) else {}, value, where)
-        elif value is not None and value != before:
-            out.append(f"--{where}={value}")
-    return out
-
-
-def differences(
-    old: dict[str, Any], new: dict[str, Any], path: str = ""
-) -> dict[str, tuple[Any, Any]]:
-    """Dotted fields whose values differ, with both values."""
-    out: dict[str, tuple[Any, Any]] = {}
-    for name in {**old, **new}:
-        before, after = old.get(name), new.get(name)
-        where = f"{path}.{name}" if path else name
-        if isinstance(before, dict) and isinstance(after, dict):
-            out.update(differences(before, after, where))
-        elif before != after:
-            out[where] = (before, after)
-    return out
+def settings(old: RunConfig, new: RunConfig) -> list[str]:
+    """The flags that make config `new` of config `old`."""
+    differing = differences(old, new, "config")
+    return [f"--{field}={now}" for field, (_, now) in differing.items() if now is not None]
 
 
 def changed(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Fields that decide what is learnt and differ, with both values."""
-    differing = differences(to_dict(old), to_dict(new))
+    differing = differences(old, new)
     return {field: both for field, both in differing.items() if not field.startswith(FREE)}
 
 
 def config_hash(config: RunConfig) -> str:
     """Of the fields that decide what is learnt."""
-    learnt = {k: v for k, v in flat(departures(config)).items() if not k.startswith(FREE)}
+    learnt = {k: v for k, v in dotted(departures(config)).items() if not k.startswith(FREE)}
     fields = {old_name(k): v for k, v in learnt.items()}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

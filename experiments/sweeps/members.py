@@ -16,7 +16,7 @@ from kha_jax.accounting import Accounting, account, cache_bytes
 from kha_jax.attention import AttentionConfig
 from kha_jax.comparing.budget import Fit, fit, folds, fused_kernel
 from kha_jax.comparing.properties import Layer, collectives_of
-from kha_jax.config import ConfigError, near, to_dict
+from kha_jax.config import ConfigError, near
 from kha_jax.training.run_config import RunConfig
 
 log = logging.getLogger("kha_jax")
@@ -35,7 +35,7 @@ class Member(NamedTuple):
 
     def line(self) -> list[str]:
         """The arguments of experiments.train that make the run."""
-        return [*self.arguments, *identity.settings(to_dict(self.of), to_dict(self.run))]
+        return [*self.arguments, *identity.settings(self.of, self.run)]
 
 
 def plain(attention: AttentionConfig) -> AttentionConfig:

@@ -3,12 +3,12 @@
 import math
 from typing import Any, Iterator, NamedTuple
 
-from kha_jax.config import ConfigError, to_dict
+from kha_jax.config import ConfigError, differences
 from kha_jax.hardware.chips import SLICES
 from kha_jax.planning.plans import Plan, placed, plan
 from kha_jax.planning.slices import Topology, topology
 from kha_jax.remat import POLICIES
-from kha_jax.sharding import axis_size_of
+from kha_jax.sharding import MeshConfig, axis_size_of
 from kha_jax.training.run_config import RunConfig
 
 
@@ -46,11 +46,7 @@ def remedies(config: RunConfig, slice_: Topology) -> Iterator[Remedy]:
 def _moved(config: RunConfig, name: str, policies: list[str]) -> Iterator[Remedy]:
     """The run on a larger slice, one sequence at once, with each of the policies that may fit."""
     larger, mesh = topology(name), config.mesh.moved(name)
-    moved = {
-        f"mesh.{field}": value
-        for field, value in to_dict(mesh).items()
-        if value != getattr(config.mesh, field)
-    }
+    moved = _mesh_changes(config.mesh, mesh)
     for policy in policies:
         model = config.model.replace(remat=policy)
         try:
@@ -161,8 +157,11 @@ def _changes(asked: RunConfig, run: RunConfig) -> dict[str, Any]:
     changes: dict[str, Any] = {"model.remat": run.model.remat, "accumulation": run.accumulation}
     if run.batch_size != asked.batch_size:
         changes |= {"batch_size": run.batch_size, "steps": run.steps}
-    own, mesh = to_dict(asked.mesh), to_dict(run.mesh)
-    return changes | {f"mesh.{k}": value for k, value in mesh.items() if value != own[k]}
+    return changes | _mesh_changes(asked.mesh, run.mesh)
+
+
+def _mesh_changes(old: MeshConfig, new: MeshConfig) -> dict[str, Any]:
+    return {field: value for field, (_, value) in differences(old, new, "mesh").items()}
 
 
 def fastest(
