@@ -59,8 +59,6 @@ CONSOLE = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isat
 
 def dense(mixture: bool = False) -> dict[str, Any]:
     """See the module's docstring; its `moe` with `mixture`."""
-    from kha_jax.accounting import account
-
     makers = {
         "matmul 2048^3": (peers.matmul_step,),
         **{name: (peers.training_step, v, mixture) for name, v in VARIANTS.items()},
@@ -76,10 +74,10 @@ def dense(mixture: bool = False) -> dict[str, Any]:
     rate = 2 * 2048**3 / matmul["median"]
     tokens = peers.BATCH * peers.LENGTH
 
-    def cost(variant):
-        return account(peers.peer_run(variant, mixture).model, peers.LENGTH, tokens=tokens)
-
-    flops = {name: cost(variant).training_flops * tokens for name, variant in VARIANTS.items()}
+    flops = {
+        name: peers.peer_run(variant, mixture).cost().training_flops * tokens
+        for name, variant in VARIANTS.items()
+    }
     table = Table(
         title=f"training step, peer shape, {machine()}; matmul rate {rate / 1e9:.0f} GFLOP/s"
     )

@@ -33,7 +33,6 @@ from experiments.cli.command_line import UsageError
 from experiments.run_folders import results, stored
 from experiments.sweeps import runner
 from experiments.sweeps.runner import Planned, Sweep, Wanted
-from kha_jax.accounting import account
 from kha_jax.config import near
 from kha_jax.runs.results import RunResult
 from kha_jax.training.run_config import RunConfig
@@ -89,8 +88,10 @@ def config_rows() -> tuple[str, list[Wanted]]:
     """(title, rows) of --configs, named by the variant, or the file where that says more."""
     if ROWS.value or flags.FLAGS["scale"].present:
         raise UsageError("--rows, --scale: are of a table; --configs takes its files as they are")
-    short = [name.rpartition(":")[2] if ":" in name else stem(name) for name in FILES.value]
-    names = short if len({*short}) == len(short) else list(map(stem, FILES.value))
+    short = [
+        name.rpartition(":")[2] if ":" in name else command_line.stem(name) for name in FILES.value
+    ]
+    names = short if len({*short}) == len(short) else list(map(command_line.stem, FILES.value))
     if len({*names}) < len(names):
         raise UsageError("--configs: names the same config twice; vary it with --set")
     for file in FILES.value:
@@ -98,12 +99,6 @@ def config_rows() -> tuple[str, list[Wanted]]:
         command_line.load_variant(RunConfig, path, variant, "--configs")
     rows = [Wanted(n, (f"--config={file}",), names[0]) for n, file in zip(names, FILES.value)]
     return f"Ablation of {', '.join(FILES.value)}", rows
-
-
-def stem(name: str) -> str:
-    """FILE-VARIANT of FILE.py:VARIANT."""
-    path, _, variant = name.partition(":")
-    return "-".join(filter(None, (path.rpartition("/")[2].removesuffix(".py"), variant)))
 
 
 def wanted() -> tuple[str, list[Wanted]]:
@@ -148,7 +143,7 @@ def list_runs(sweep: Sweep) -> None:
         table.add_column(name, justify="left" if name in ("run", "") else "right", no_wrap=True)
     total = 0.0
     for index, run in enumerate(sweep.runs):
-        cost = account(run.config.model, run.config.seq_len, tokens=run.config.tokens_per_step)
+        cost = run.config.cost()
         seconds = run.flops() / rate
         total += 0.0 if run.name in done else seconds
         table.add_row(

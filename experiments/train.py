@@ -189,8 +189,8 @@ def main() -> int:
     with processes.together("set-up", WAIT.value):
         mesh, trainer = build(config)
         if jax.default_backend() == "tpu":
-            tuned, settings = config.tuned(tpu.chip_of(mesh.devices.flat[0]))
-            log.info(tpu.told(tuned.kernels("tpu").values(), settings.options))
+            kernels = trainer.config.kernels("tpu").values()
+            log.info(tpu.told(kernels, trainer.compiler_options))
         folder = RunFolder(path, config, ALLOW_CHANGES.value)
         train_source, validation_source = open_sources(config)
         folder.identify(train_source)

@@ -370,7 +370,7 @@ def test_variants_are_rows_of_what_runs_cost(run):
     run, _ = run
     (row,) = analysis.variants([run])
     assert (row.name, row.tokens, row.loss, row.bits_per_byte) == ("tiny", 40 * 4 * 64, 3.0, 4.3)
-    assert row.mixing == 3 * 4 * 8 * 8 < row.parameters
+    assert row.cost.mixing == 3 * 4 * 8 * 8 < row.cost.parameters
 
 
 def test_what_is_not_there_is_said_in_one_line(run, tmp_path):

@@ -194,6 +194,12 @@ def load_variant(cls: type, path: str, variant: str, flag: str = "--config") -> 
         raise UsageError(f"{path}:{variant}: {error}") from None
 
 
+def stem(named: str) -> str:
+    """FILE-VARIANT of FILE.py:VARIANT."""
+    path, _, variant = named.partition(":")
+    return "-".join(filter(None, (Path(path).stem, variant)))
+
+
 def _parse_flags(argv: list[str], words: int) -> list[str]:
     """absl's parser, with every complaint turned into one line; returns the words that are no
     flags, `words` of them at most."""

@@ -2,7 +2,6 @@
 budget, with what its table says of each."""
 
 import logging
-from pathlib import Path
 from typing import Iterator, NamedTuple, Sequence
 
 from absl import flags
@@ -75,13 +74,7 @@ def all_members(
             run = config.replace(model=own.model)
         except ConfigError as error:
             raise UsageError(f"--add={named}: beside config, {error}") from None
-        yield added_name(named), Member(run, (), (f"--config={named}",), own)
-
-
-def added_name(named: str) -> str:
-    """FILE-VARIANT of FILE.py:VARIANT."""
-    path, _, variant = named.partition(":")
-    return "-".join(filter(None, (Path(path).stem, variant)))
+        yield command_line.stem(named), Member(run, (), (f"--config={named}",), own)
 
 
 def members(config: RunConfig, add: Sequence[str], only: Sequence[str]) -> dict[str, Member]:
@@ -92,7 +85,7 @@ def members(config: RunConfig, add: Sequence[str], only: Sequence[str]) -> dict[
         UsageError: a name of `only` is not known, or is added twice.
     """
     found: dict[str, Member] = {}
-    known, always = [], {"baseline", *map(added_name, add)}
+    known, always = [], {"baseline", *map(command_line.stem, add)}
     for name, member in all_members(config, add):
         if name in known:
             raise UsageError(f"--add: there is a {name} already; rename the file")

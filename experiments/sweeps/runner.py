@@ -27,7 +27,6 @@ from experiments.cli.command_line import UsageError
 from experiments.run_folders import results
 from experiments.run_folders.identity import config_hash
 from experiments.train_loop.stop import asking
-from kha_jax.accounting import account
 from kha_jax.config import to_dict
 from kha_jax.errors import CheckpointError
 from kha_jax.metrics import read_lines
@@ -72,8 +71,7 @@ class Planned(NamedTuple):
 
     def flops(self) -> float:
         """Of the whole training, by the accounting."""
-        cost = account(self.config.model, self.config.seq_len, tokens=self.config.tokens_per_step)
-        return cost.training_flops * self.tokens()
+        return self.config.cost().training_flops * self.tokens()
 
 
 @functools.cache
@@ -96,7 +94,7 @@ def summary(run: Planned, folder: Path, commit: str) -> RunResult | None:
         manifest = read_manifest(folder / "checkpoints" / f"{config.steps:08d}")
     except CheckpointError:
         return None
-    cost = account(config.model, config.seq_len, tokens=config.tokens_per_step)
+    cost = config.cost()
     late = [loss for step, loss in losses if step > (1 - LAST) * config.steps]
     rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return RunResult(

@@ -13,7 +13,6 @@ from configs import base
 from experiments.cli.command_line import UsageError
 from experiments.timing import turns
 from experiments.timing.steps import TrainingStep
-from kha_jax.accounting import account
 from kha_jax.analysis import costs, style
 from kha_jax.attention import AttentionConfig
 from kha_jax.config import ConfigError
@@ -55,12 +54,8 @@ def measure(config: RunConfig, length: int, rounds: int) -> dict[str, costs.Cost
     log.info("compiling %d steps of %d tokens a row", len(runs), length)
     steps = {way: TrainingStep(run) for way, run in runs.items()}
     seconds = turns.here(steps, rounds)
-
-    def flops(run):
-        return account(run.model, length, tokens=run.tokens_per_step).training_flops
-
     return {
-        way: costs.Cost(seconds[way], steps[way].temporaries, flops(run))
+        way: costs.Cost(seconds[way], steps[way].temporaries, run.cost().training_flops)
         for way, run in runs.items()
     }
 

@@ -22,8 +22,7 @@ class TrainingStep:
     def __init__(self, config: RunConfig):
         mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
         trainer = make_trainer(config.replace(mesh=sharding.MeshConfig()), mesh)
-        lowered = trainer.train_step.lower(trainer.abstract, trainer.abstract_batch)
-        self._compiled = lowered.compile()
+        self._compiled = trainer.lower().compile()
         self._batch = jax.device_put(random_batch(config), sharding.batch_sharding(mesh))
         self._state = trainer.init(jax.random.key(0))
         self.temporaries = self._compiled.memory_analysis().temp_size_in_bytes

@@ -119,7 +119,7 @@ def cost_against_loss(rows: list[Variant]) -> Any:
     for index, row in enumerate(rows):
         value = row.bits_per_byte if texts else row.loss
         look = {"marker": style.MARKERS[index % 6], "color": style.KINDS[index % 6]}
-        axes.plot(row.training_flops / 1e6, value, linestyle="none", label=row.name, **look)
+        axes.plot(row.cost.training_flops / 1e6, value, linestyle="none", label=row.name, **look)
     axes.set(
         xlabel="training cost, MFLOP per token",
         ylabel=VALIDATION["val_bits_per_byte" if texts else "val_loss"],

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kha_jax import accounting
+from kha_jax.accounting import Accounting
 from kha_jax.analysis.reading import MIXER, Run
 from kha_jax.attention.mixers import StreamMixerModule
 from kha_jax.config import from_dict
@@ -79,16 +79,12 @@ def _by_layer(parts: tuple[np.ndarray, ...], layers: int) -> np.ndarray:
 
 
 class Variant(NamedTuple):
-    """One row of the table of variants. parameters: all of them, mixing: those of mixers.
-    training_flops, cache_floats: per token. tokens: trained on. loss: nats per token on validation
+    """One row of the table of variants. tokens: trained on. loss: nats per token on validation
     data, the last that was measured; bits_per_byte: the same per byte of text, NaN for other data.
     """
 
     name: str
-    parameters: int
-    mixing: int
-    training_flops: float
-    cache_floats: int
+    cost: Accounting
     tokens: int
     loss: float
     bits_per_byte: float
@@ -101,16 +97,12 @@ def variants(runs: list[Run]) -> list[Variant]:
 
 def _variant(run: Run) -> Variant:
     config, rows = config_of(run), run.metrics()
-    cost = accounting.account(config.model, config.seq_len, tokens=config.tokens_per_step)
     last: dict[str, Any] = {}
     for row in rows:
         last |= row
     return Variant(
         name=run.name,
-        parameters=cost.parameters,
-        mixing=cost.mixing,
-        training_flops=cost.training_flops,
-        cache_floats=cost.cache_floats,
+        cost=config.cost(),
         tokens=last.get("step", 0) * config.tokens_per_step,
         loss=last.get("val_loss", math.nan),
         bits_per_byte=last.get("val_bits_per_byte", math.nan),

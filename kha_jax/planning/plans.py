@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-from kha_jax import accounting
 from kha_jax.config import ConfigError, under
 from kha_jax.planning import memory, times
 from kha_jax.planning.slices import Topology
@@ -88,7 +87,7 @@ def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     estimated from the sizes."""
     chips, chip, tokens = slice_.chips, slice_.chip, config.tokens_per_step
     config, settings = config.tuned(slice_.kind)
-    cost = accounting.account(config.model, config.seq_len, tokens=tokens)
+    cost = config.cost()
     layout = memory.layout(config, chips)
     params_bytes = memory.held_bytes(layout.state.params)
     optimizer_bytes = memory.held_bytes((layout.state.optimizer, layout.state.balance))

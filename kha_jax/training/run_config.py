@@ -6,7 +6,7 @@ from typing import Any, Literal, Mapping
 
 import jax.numpy as jnp
 
-from kha_jax import data
+from kha_jax import accounting, data
 from kha_jax.config import Config, choice
 from kha_jax.data import DataConfig
 from kha_jax.hardware import tpu
@@ -157,6 +157,10 @@ class RunConfig(Config):
     def tokens_per_step(self) -> int:
         """Tokens of an optimiser step, over all devices and micro-batches."""
         return self.batch_size * self.seq_len
+
+    def cost(self) -> accounting.Accounting:
+        """What its model costs in rows of this length."""
+        return accounting.account(self.model, self.seq_len, tokens=self.tokens_per_step)
 
     def check_on(self, sizes: Mapping[str, int], platform: str) -> None:
         """Checks that the run can be placed on a mesh whose axes have these sizes.

@@ -40,7 +40,8 @@ class Trainer(NamedTuple):
     the shapes and places of what they take.
 
     init: the state from a random key. train_step: the next state and metrics; it takes the memory
-    of the state that it is given. evaluation_step: sums over the tokens of a batch.
+    of the state that it is given. evaluation_step: sums over the tokens of a batch. config,
+    compiler_options: the run as it is tuned for the devices, and what it is compiled with.
     """
 
     model: Transformer
@@ -50,6 +51,8 @@ class Trainer(NamedTuple):
     abstract: TrainState
     abstract_batch: Batch
     shardings: TrainState
+    config: RunConfig
+    compiler_options: dict[str, str]
 
     def lower(self) -> jax.stages.Lowered:
         """The train step, to be compiled ahead of time."""
@@ -152,6 +155,8 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
         abstract=abstract,
         abstract_batch=batch,
         shardings=shardings,
+        config=config,
+        compiler_options=settings.options,
     )
 
 
