@@ -15,7 +15,7 @@ import pytest
 from kha_jax import planning
 from kha_jax.config import ConfigError, from_dict
 from kha_jax.hardware import tpu
-from kha_jax.hardware.chips import SLICES
+from kha_jax.hardware.chips import SLICES, TPUS
 from kha_jax.ops.attention import KERNELS
 from kha_jax.planning import SliceError, faster, fastest, placed, plan, remedies, topology
 from kha_jax.planning.memory import Compiled
@@ -341,7 +341,7 @@ def test_slices_over_the_network_wait_for_it():
 
 def test_every_chip_and_kind_of_model_has_settings(monkeypatch):
     monkeypatch.delenv(tpu.ENVIRONMENT, raising=False)
-    assert tpu.SETTINGS.keys() == planning.CHIPS.keys() == set(tpu.CHIPS.values())
+    assert tpu.SETTINGS.keys() == TPUS.keys()
     for chip, row in tpu.SETTINGS.items():
         assert row.keys() == {"dense", "mixture"}
         for kind, found in row.items():
@@ -377,12 +377,12 @@ COMPILE_ALL = """
 import jax, jax.numpy as jnp
 from experiments.plan import leave_chips_alone
 from jax.experimental import topologies
-from kha_jax import tpu
+from kha_jax.hardware import chips, tpu
 from kha_jax.ops.attention import attention
 leave_chips_alone()
 for chip, slice_ in {"v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}.items():
     (device, *_) = topologies.get_topology_desc(platform="tpu", topology_name=slice_).devices
-    assert tpu.chip_of(device) == chip
+    assert chips.chip_of(device.device_kind) == chip
     place = jax.sharding.SingleDeviceSharding(device)
     q, k = (jax.ShapeDtypeStruct((1, 8192, n, 128), jnp.bfloat16, sharding=place) for n in (2, 1))
     ids = jax.ShapeDtypeStruct((1, 8192), jnp.int32, sharding=place)

@@ -1,34 +1,95 @@
 """Facts about chips and slices."""
 
+import dataclasses
 import math
 import os
 import platform
 from pathlib import Path
-from typing import NamedTuple
+from typing import Mapping
 
 import jax
 
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a fragment of jax's
-# device_kind.
-PEAK_FLOPS = {
-    "v5p": 459e12,
-    "v5 lite": 197e12,
-    "v5e": 197e12,
-    "TPU v5": 459e12,  # what a v5p calls itself; the lite ones have matched above
-    "v6 lite": 918e12,
-    "v6e": 918e12,
-    "v4": 275e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One device by its data sheet. device_kinds: what jax calls it, or a part of that. flops: of
+    dense bf16, a second."""
+
+    device_kinds: tuple[str, ...]
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tpu(Chip):
+    """One whose slices can be planned: bytes of HBM, bytes/s of HBM, bytes/s of its links, all
+    directions together, bytes/s to other slices (its share of the host's network), and the side of
+    its matrix unit. slices: shapes by their vendor's names, where a v5p chip counts twice."""
+
+    hbm_bytes: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float
+    matrix_side: int
+    slices: Mapping[str, str] = dataclasses.field(hash=False)
+
+
+# A device is the first one that knows what it calls itself.
+CHIPS = {
+    "v5e": Tpu(
+        device_kinds=("v5 lite", "v5e"),
+        flops=197e12,
+        hbm_bytes=15.75 * 2**30,
+        hbm_bandwidth=819e9,
+        link_bandwidth=200e9,
+        network_bandwidth=3.125e9,
+        matrix_side=128,
+        slices={"v5e-1": "1x1", "v5e-4": "2x2", "v5e-64": "8x8", "v5e-256": "16x16"},
+    ),
+    "v5p": Tpu(
+        device_kinds=("v5p", "TPU v5"),
+        flops=459e12,
+        hbm_bytes=95 * 2**30,
+        hbm_bandwidth=2765e9,
+        link_bandwidth=600e9,
+        network_bandwidth=6.25e9,
+        matrix_side=128,
+        slices={"v5p-8": "2x2x1", "v5p-64": "4x4x2", "v5p-128": "4x4x4"},
+    ),
+    "v6e": Tpu(
+        device_kinds=("v6 lite", "v6e"),
+        flops=918e12,
+        hbm_bytes=31.25 * 2**30,
+        hbm_bandwidth=1640e9,
+        link_bandwidth=448e9,
+        network_bandwidth=12.5e9,
+        matrix_side=256,
+        slices={"v6e-1": "1x1", "v6e-4": "2x2", "v6e-64": "8x8", "v6e-256": "16x16"},
+    ),
+    "v4": Chip(device_kinds=("v4",), flops=275e12),
+    "H200": Chip(device_kinds=("H200",), flops=989e12),
+    "H100": Chip(device_kinds=("H100",), flops=989e12),
+    "A100": Chip(device_kinds=("A100",), flops=312e12),
 }
+TPUS = {name: chip for name, chip in CHIPS.items() if isinstance(chip, Tpu)}
+# Slices by their vendor's names, and by libtpu's: chip and shape.
+SLICES = {
+    name: f"{chip}:{shape}" for chip, tpu in TPUS.items() for name, shape in tpu.slices.items()
+}
+
+
+def chip_of(device_kind: str) -> str | None:
+    """The name of a chip in CHIPS by what jax calls it; None: it is none of them."""
+    called = device_kind.lower()
+    for name, chip in CHIPS.items():
+        if any(kind.lower() in called for kind in chip.device_kinds):
+            return name
+    return None
 
 
 def peak_flops(device_kind: str) -> float:
     """bf16 FLOP/s of one device, or NaN where unknown."""
-    return next(
-        (peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), math.nan
-    )
+    chip = chip_of(device_kind)
+    return CHIPS[chip].flops if chip else math.nan
 
 
 def device_bytes(device: jax.Device) -> float:
@@ -51,42 +112,6 @@ def hardware() -> str:
     lines = told.read_text().splitlines() if told.exists() else []
     named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return f"{os.cpu_count()} cores of {next(named, platform.processor() or platform.machine())}"
-
-
-class Chip(NamedTuple):
-    """One device by its data sheet: dense bf16 FLOP/s, bytes of HBM, bytes/s of HBM, bytes/s of its
-    links, all directions together, bytes/s to other slices (its share of the host's network), and
-    the side of its matrix unit."""
-
-    flops: float
-    hbm_bytes: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    network_bandwidth: float
-    matrix_side: int
-
-
-CHIPS = {
-    "v5p": Chip(PEAK_FLOPS["v5p"], 95 * 2**30, 2765e9, 600e9, 6.25e9, 128),
-    "v5e": Chip(PEAK_FLOPS["v5e"], 15.75 * 2**30, 819e9, 200e9, 3.125e9, 128),
-    "v6e": Chip(PEAK_FLOPS["v6e"], 31.25 * 2**30, 1640e9, 448e9, 12.5e9, 256),
-}
-
-
-# Slices by their vendor's names, where a v5p chip counts twice, and by libtpu's: kind and shape.
-SLICES = {
-    "v5e-1": "v5e:1x1",
-    "v5e-4": "v5e:2x2",
-    "v5e-64": "v5e:8x8",
-    "v5e-256": "v5e:16x16",
-    "v5p-8": "v5p:2x2x1",
-    "v5p-64": "v5p:4x4x2",
-    "v5p-128": "v5p:4x4x4",
-    "v6e-1": "v6e:1x1",
-    "v6e-4": "v6e:2x2",
-    "v6e-64": "v6e:8x8",
-    "v6e-256": "v6e:16x16",
-}
 
 
 def chips(topology: str) -> int:

@@ -9,12 +9,8 @@ instead of ending the process. What LIBTPU_INIT_ARGS names is left to it.
 import os
 from typing import Iterable, Mapping, NamedTuple
 
-import jax
-
 VMEM = "xla_tpu_scoped_vmem_limit_kib"
 ENVIRONMENT = "LIBTPU_INIT_ARGS"
-# By what they call themselves.
-CHIPS = {"TPU v5": "v5p", "TPU v5 lite": "v5e", "TPU v6 lite": "v6e"}
 
 
 class Settings(NamedTuple):
@@ -81,12 +77,6 @@ def settings(chip: str | None, mixture: bool) -> Settings:
     found, typed = row["mixture" if mixture else "dense"], given()
     options = {name: value for name, value in found.options.items() if name not in typed}
     return Settings(None if VMEM in typed else found.kernel, options)
-
-
-def chip_of(device: jax.Device) -> str | None:
-    """The chip by its name here; None: it is none of the table's."""
-    kind = device.device_kind
-    return CHIPS.get(kind, kind.removeprefix("TPU "))
 
 
 def given() -> dict[str, str]:

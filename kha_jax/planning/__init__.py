@@ -5,7 +5,6 @@ Memory is XLA's own analysis of the compiled step. FLOPs come from the accountin
 a loop's body once. Times are of `kha_jax.planning.times`.
 """
 
-from kha_jax.hardware.chips import CHIPS
 from kha_jax.planning.memory import has_libtpu
 from kha_jax.planning.plans import Plan, placed, plan
 from kha_jax.planning.search import Setting, faster, fastest, remedies
@@ -13,7 +12,6 @@ from kha_jax.planning.slices import SliceError, Topology, topology
 from kha_jax.planning.times import EFFICIENCY
 
 __all__ = [
-    "CHIPS",
     "EFFICIENCY",
     "Plan",
     "Setting",

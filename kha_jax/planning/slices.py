@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from kha_jax.config import near
 from kha_jax.hardware import chips
-from kha_jax.hardware.chips import CHIPS, SLICES, Chip
+from kha_jax.hardware.chips import SLICES, TPUS, Tpu
 
 
 class Topology(NamedTuple):
@@ -14,12 +14,12 @@ class Topology(NamedTuple):
 
     name: str
     chips: int
-    chip: Chip
+    chip: Tpu
     slices: int = 1
 
     @property
     def kind(self) -> str:
-        """The chip's name: a key of CHIPS."""
+        """The chip's name: a key of TPUS."""
         return self.name.partition(":")[0]
 
 
@@ -40,8 +40,8 @@ def topology(name: str) -> Topology:
         return one._replace(chips=one.chips * slices, slices=slices)
     full = SLICES.get(name, name)
     kind, _, shape = full.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    if kind not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise SliceError(
-            f"{name!r} is not KIND:SHAPE with a kind of {', '.join(CHIPS)}; {near(name, SLICES)}"
+            f"{name!r} is not KIND:SHAPE with a kind of {', '.join(TPUS)}; {near(name, SLICES)}"
         )
-    return Topology(full, chips.chips(full), CHIPS[kind])
+    return Topology(full, chips.chips(full), TPUS[kind])

@@ -13,7 +13,7 @@ import optax
 
 from kha_jax.config import under
 from kha_jax.feed_forward import moe
-from kha_jax.hardware import tpu
+from kha_jax.hardware.chips import chip_of
 from kha_jax.model import Batch, ModelConfig, Transformer
 from kha_jax.ops.losses import TokenSums
 from kha_jax.sharding import batch_sharding, on_mesh, tree_shardings
@@ -110,7 +110,7 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
         ConfigError: names a parameter that does not divide over the mesh.
     """
     real = isinstance(mesh, jax.sharding.Mesh)  # nothing is compiled for an abstract one
-    config, settings = config.tuned(tpu.chip_of(mesh.devices.flat[0]) if real else None)
+    config, settings = config.tuned(chip_of(mesh.devices.flat[0].device_kind) if real else None)
     compiled = functools.partial(jax.jit, compiler_options=settings.options or None)
     model, newborn = config.model.build(), any_length(config.model)
     axes = _axes(newborn)
