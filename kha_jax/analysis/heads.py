@@ -15,6 +15,15 @@ from kha_jax.analysis.figures import Stacks
 from kha_jax.analysis.models import Stream
 from kha_jax.analysis.reading import STREAMS
 
+Alike = dict[str, tuple[np.ndarray, np.ndarray]]
+ALIKE = {
+    "similarity of two heads (linear CKA)": lambda C: _of_pairs(measures.similarity(C)),
+    "share of a head that another predicts (R²)": lambda C: _of_pairs(measures.predicted_by_one(C)),
+    "share that all its peers predict (R²)": (
+        lambda C: float(measures.predicted_by_peers(C).mean()) if len(C) > 1 else math.nan
+    ),
+}
+
 
 def subspaces(transforms: Stacks, moments: dict[str, np.ndarray], rank: int) -> Any:
     """What T does to the `rank` directions in which each head's stream varies most: how far it
@@ -44,16 +53,6 @@ def subspaces(transforms: Stacks, moments: dict[str, np.ndarray], rank: int) -> 
     grid[1].set(title="angle between the main directions of two heads")
     _finish(figure, grid)
     return figure
-
-
-Alike = dict[str, tuple[np.ndarray, np.ndarray]]
-ALIKE = {
-    "similarity of two heads (linear CKA)": lambda C: _of_pairs(measures.similarity(C)),
-    "share of a head that another predicts (R²)": lambda C: _of_pairs(measures.predicted_by_one(C)),
-    "share that all its peers predict (R²)": (
-        lambda C: float(measures.predicted_by_peers(C).mean()) if len(C) > 1 else math.nan
-    ),
-}
 
 
 def alike(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Alike:

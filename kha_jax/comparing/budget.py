@@ -22,6 +22,7 @@ MEASURES: dict[str, Callable[[Accounting], float]] = {
     "cache": operator.attrgetter("cache_floats"),
 }
 TOLERANCE = 0.005  # relative: what is further from the budget does not meet it
+LARGEST = 4096  # size of a cache field
 Count = Callable[[ModelConfig], Accounting]
 
 
@@ -110,9 +111,6 @@ def _cache(model, error, keep) -> tuple[ModelConfig, dict[str, int]]:
     meets = [option for option in found if option[0] <= TOLERANCE]
     _, field, value, fitted = (meets or sorted(found, key=operator.itemgetter(0)))[0]
     return fitted, {f"attention.projection.{field}": value}
-
-
-LARGEST = 4096  # size of a cache field
 
 
 def _variations(model: ModelConfig, field: str, error) -> list[tuple[float, str, int, ModelConfig]]:

@@ -20,7 +20,6 @@ from kha_jax.data.synthetic import (
     RelationalGraph,
     SelectiveCopy,
 )
-from kha_jax.errors import DataError, StorageError
 
 TASKS = {
     "mqar": MultiQueryAssociativeRecall,
@@ -34,14 +33,17 @@ SOURCES = {"python_source": PythonSource, **TASKS}
 
 __all__ = [
     "SOURCES",
-    "DataConfig",
-    "DataError",
-    "Example",
-    "MultiQueryAssociativeRecall",
-    "PythonSource",
-    "Source",
-    "StorageError",
     "TASKS",
+    "CompositionalRecall",
+    "DataConfig",
+    "Example",
+    "KHopInduction",
+    "MultiQueryAssociativeRecall",
+    "NeedleRetrieval",
+    "PythonSource",
+    "RelationalGraph",
+    "SelectiveCopy",
+    "Source",
     "batch_hash",
     "batches",
     "check_length",

@@ -11,6 +11,9 @@ from typing import Iterable, Mapping, NamedTuple
 
 VMEM = "xla_tpu_scoped_vmem_limit_kib"
 ENVIRONMENT = "LIBTPU_INIT_ARGS"
+# A block on the diagonal is computed whole: those of 2048 compute a quarter too much of a row of
+# 8192, and half too much of one of 4096.
+LONG = 8192
 
 
 class Settings(NamedTuple):
@@ -21,9 +24,6 @@ class Settings(NamedTuple):
     options: dict[str, str]
 
 
-# A block on the diagonal is computed whole: those of 2048 compute a quarter too much of a row of
-# 8192, and half too much of one of 4096.
-LONG = 8192
 # What follows is of public presets of MaxText (benchmarks/xla_flags_library.py and the configs of
 # models beside it), as far as libtpu 0.0.51 takes it; none was measured here. It refuses the fused
 # all-gather on other chips than v5e, where it may compute wrong results, and knows two flags of

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from kha_jax.ops.attention_chunked import MASKED, chunked
 from kha_jax.ops.attention_splash import LARGE, splash
 
+ROWS = 128  # queries whose scores over all heads exist at once
+
 
 class ScoreMaps(NamedTuple):
     """Maps s[B, N, ...] -> s over the heads of the logits, before the mask, and of the
@@ -138,9 +140,6 @@ def _formula(q_BTNH, k_BSKH, v_BSKU, segment_ids_BS, start, scale, maps):
     p_BNTS = softmax(s_BKGTS.reshape(B, N, T, S) * scale, visible_B1TS, maps)
     p_BKGTS = p_BNTS.astype(v_BSKU.dtype).reshape(s_BKGTS.shape)
     return jnp.einsum("BKGTS,BSKU->BTKGU", p_BKGTS, v_BSKU).reshape(B, T, N, -1)
-
-
-ROWS = 128  # queries whose scores over all heads exist at once
 
 
 def _formula_in_chunks(q_BTNH, k_BSKH, v_BSKU, segment_ids_BS, start, scale, maps):

@@ -11,6 +11,14 @@ from kha_jax.remat import POLICIES
 from kha_jax.sharding import MeshConfig, axis_size_of
 from kha_jax.training.run_config import RunConfig
 
+# The memory estimate errs by up to this much of what a device has, and a setting that fits only by
+# less than that is left to the compiler.
+MARGIN = 0.15
+# Settings that are compiled.
+COMPILED = 3
+MODEL_WAYS = (1, 2, 4, 8)
+EXPERT_WAYS = (1, 2, 4, 8, 16)
+
 
 class Remedy(NamedTuple):
     """A change that saves memory: fields of the run by their dotted names, the slice where it is
@@ -62,15 +70,6 @@ def _moved(config: RunConfig, name: str, policies: list[str]) -> Iterator[Remedy
 
 def _may_fit(estimated: Plan) -> bool:
     return estimated.peak_bytes_per_device <= estimated.hbm_bytes_per_device * (1 + MARGIN)
-
-
-# The memory estimate errs by up to this much of what a device has, and a setting that fits only by
-# less than that is left to the compiler.
-MARGIN = 0.15
-# Settings that are compiled.
-COMPILED = 3
-MODEL_WAYS = (1, 2, 4, 8)
-EXPERT_WAYS = (1, 2, 4, 8, 16)
 
 
 class Setting(NamedTuple):

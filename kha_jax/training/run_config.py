@@ -14,6 +14,15 @@ from kha_jax.model import ModelConfig
 from kha_jax.ops.attention import why_not
 from kha_jax.sharding import MeshConfig, axis_size_of, mesh_axes
 
+# What a batch holds, all [B, T].
+BATCH = {
+    **dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32),
+    "weights": jnp.float32,
+}
+# Fields that had another name once, and that name. A config.json may hold the old one, and hashes
+# go on with it: they stand in lineages, manifests and the tables of sweeps.
+OLD_NAMES = {"optimizer.mixer": "optimizer.knocking"}
+
 
 class MixerOptimizerConfig(Config):
     """A decay and a learning rate that mixers have for themselves."""
@@ -202,18 +211,6 @@ class RunConfig(Config):
         if settings.kernel is None or self.seq_len < tpu.LONG:
             return self, settings
         return self.replace(model=self.model.with_attention(tune)), settings
-
-
-# What a batch holds, all [B, T].
-BATCH = {
-    **dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32),
-    "weights": jnp.float32,
-}
-
-
-# Fields that had another name once, and that name. A config.json may hold the old one, and hashes
-# go on with it: they stand in lineages, manifests and the tables of sweeps.
-OLD_NAMES = {"optimizer.mixer": "optimizer.knocking"}
 
 
 def with_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
