@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import help_text
+from experiments.cli import command_line, help_text
 from kha_jax.config import dotted, to_dict
 from kha_jax.training.run_config import RunConfig
 
@@ -103,3 +103,18 @@ def test_libtpu_is_quiet_where_there_is_no_tpu():
     if out.startswith("tpu"):
         pytest.skip("there is a TPU")
     assert (code, err, out.split()[1]) == (0, "", "None")
+
+
+def test_a_config_file_is_run_once(tmp_path, capsys):
+    """Also for a variant of it, with fields that are set and presets of its own."""
+    path = tmp_path / "loud.py"
+    path.write_text(
+        "from configs import kha_tiny\nprint('run')\n"
+        "PRESETS = {'1-device': {'seq_len': 64}}\n"
+        "def get_config(variant):\n    return kha_tiny.get_config(variant)\n"
+    )
+    line = [f"--config={path}:linear", "--config.steps=3", "--config.mesh.preset=1-device"]
+    config = command_line.config_of(RunConfig, line)
+    assert (config.steps, config.seq_len) == (3, 64)
+    assert command_line.config_of(RunConfig, line[:1]).steps != 3
+    assert capsys.readouterr().out == "run\n"

@@ -1,7 +1,9 @@
 """What all commands share: the config flag, one-line errors, exit codes, logging."""
 
 import contextlib
+import copy
 import faulthandler
+import functools
 import logging
 import os
 import re
@@ -42,17 +44,27 @@ def define_config(default: str = DEFAULT_CONFIG) -> None:
         if help_text.wanted():
             arguments = arguments[:1]
         _check_config_arguments(arguments[1:], default)
-        config_flags.DEFINE_config_file(
-            "config",
-            default,
-            "Run config, FILE.py or FILE.py:VARIANT; --config.FIELD=VALUE sets a field of it.",
-            lock_config=True,
-            sys_argv=arguments,
-        )
+        _define_flag(arguments, default, flags.FLAGS)
         flags.DEFINE_bool("config.help", False, "List the config's fields with their meaning.")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USAGE)
+
+
+class _ConfigFiles(flags.ArgumentParser):
+    """Configs of files that `run_config_file` runs."""
+
+    def parse(self, path: str) -> ConfigDict:
+        """The config, without fields to add."""
+        file, _, variant = path.partition(":")
+        return run_config_file(file, variant).lock()
+
+
+def _define_flag(arguments: list[str], default: str, values: flags.FlagValues) -> None:
+    about = "Run config, FILE.py or FILE.py:VARIANT; --config.FIELD=VALUE sets a field of it."
+    config_flags.DEFINE_config_file("config", None, about, flag_values=values, sys_argv=arguments)
+    values["config"].parser = _ConfigFiles()  # before the default is read
+    values.set_default("config", default)
 
 
 def _check_config_arguments(arguments: list[str], default: str) -> None:
@@ -80,6 +92,17 @@ def _named_config(arguments: list[str], default: str) -> str:
     return named
 
 
+@functools.cache
+def _functions(path: str) -> dict[str, Any]:
+    """What a config file defines; it is run once."""
+    return runpy.run_path(path)
+
+
+@functools.cache
+def _made(path: str, variant: str) -> Any:
+    return _functions(path)["get_config"](*filter(None, [variant]))
+
+
 def run_config_file(path: str, variant: str = "", flag: str = "--config") -> ConfigDict:
     """What get_config(variant) of a config file returns; `flag` has named it.
 
@@ -87,10 +110,10 @@ def run_config_file(path: str, variant: str = "", flag: str = "--config") -> Con
         UsageError: the file cannot be run, with the line of it that says why, or defines no config.
     """
     try:
-        functions = runpy.run_path(path)
+        functions = _functions(path)
         if "get_config" not in functions:
             raise UsageError(f"{flag}={path}: defines no get_config(variant)")
-        config = functions["get_config"](*filter(None, [variant]))
+        config = _made(path, variant)
     except ConfigError as error:
         raise UsageError(f"{flag}={path}: {error}") from None
     except (Exception, SystemExit) as error:  # whatever the code of a stranger raises
@@ -106,7 +129,7 @@ def run_config_file(path: str, variant: str = "", flag: str = "--config") -> Con
     if not isinstance(config, ConfigDict):
         found = type(config).__name__
         raise UsageError(f"{flag}={path}: get_config returns a {found}, expected a ConfigDict")
-    return config
+    return copy.deepcopy(config)
 
 
 def check_override(config: Any, path: str, text: str | None) -> None:
@@ -141,9 +164,7 @@ def config_of(cls: type, arguments: Sequence[str]) -> Any:
     """
     _check_config_arguments(list(arguments), DEFAULT_CONFIG)
     values, line = flags.FlagValues(), ["", *arguments]
-    config_flags.DEFINE_config_file(
-        "config", DEFAULT_CONFIG, lock_config=True, flag_values=values, sys_argv=line
-    )
+    _define_flag(line, DEFAULT_CONFIG, values)
     try:
         values(line)
         return _parsed(cls, values["config"])
@@ -174,7 +195,7 @@ def _parsed(cls: type, flag: Any) -> Any:
     `mesh.preset` set their fields, but for what was typed."""
     typed = config_flags.get_override_values(flag)
     if "mesh.preset" in typed:
-        presets = runpy.run_path(flag.config_filename.partition(":")[0]).get("PRESETS", {})
+        presets = _functions(flag.config_filename.partition(":")[0]).get("PRESETS", {})
         meant = presets.get(flag.value.mesh.preset, {})
         flag.value.update_from_flattened_dict({k: v for k, v in meant.items() if k not in typed})
     return from_dict(cls, flag.value, typed={f"config.{path}" for path in typed})
