@@ -159,7 +159,7 @@ def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
         )
     with under("config"):
         found = planning.plan(run, slice_, compiled)
-    if not found.fits:
+    if not found.memory.fits:
         remedy = (
             "no change of rematerialisation, accumulation or slice that is known here does; "
             "split the model further"
@@ -169,24 +169,24 @@ def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
                 then = planning.plan(change.config, change.slice_, compiled)
             except ConfigError:
                 continue  # something does not divide over the larger slice
-            if then.fits:
+            if then.memory.fits:
                 needed = [f"--config.{field}={value}" for field, value in change.changes.items()]
                 moved = [f"--topology={change.moved_to}"] if change.moved_to else []
                 size = (
                     f"{then.sequences_per_device} sequences a device, "
-                    f"{then.peak_bytes_per_device / GIB:.1f} GiB"
+                    f"{then.memory.peak / GIB:.1f} GiB"
                 )
                 remedy = f"fits with {' '.join([*needed, *moved, *raised])}: {size}"
                 break
-        peak, room = found.peak_bytes_per_device / GIB, slice_.chip.hbm_bytes / GIB
+        peak, room = found.memory.peak / GIB, slice_.chip.hbm_bytes / GIB
         print(f"{slice_.name}: {peak:.1f} GiB do not fit {room:.2f}; {remedy}", file=sys.stderr)
     elif better := planning.faster(run, slice_, found):
         needed = " ".join([*better.flags, *raised])
         print(
             f"{slice_.name}: fits; {needed} is faster and fits too, by its estimate of "
-            f"{better.plan.peak_bytes_per_device / GIB:.1f} GiB: bound "
-            f"{better.plan.mfu:.1%} instead of {found.mfu:.1%}, expected "
-            f"{better.plan.expected_mfu:.1%} instead of {found.expected_mfu:.1%}",
+            f"{better.plan.memory.peak / GIB:.1f} GiB: bound "
+            f"{better.plan.roofline.mfu:.1%} instead of {found.roofline.mfu:.1%}, expected "
+            f"{better.plan.expected.mfu:.1%} instead of {found.expected.mfu:.1%}",
             file=sys.stderr,
         )
     return found
@@ -203,31 +203,29 @@ def show(found: dict[str, Plan]) -> None:
             f"{p.params_total / 1e6:,.0f}M, {p.params_active / 1e6:,.0f}M"
         ),
         "GiB parameters + optimiser": lambda p: (
-            f"{p.params_bytes_per_device / GIB:.2f} + {p.optimizer_bytes_per_device / GIB:.2f}"
+            f"{p.memory.params / GIB:.2f} + {p.memory.optimizer / GIB:.2f}"
         ),
-        "GiB saved activations": lambda p: f"{p.activation_bytes_per_device / GIB:.2f}",
-        "GiB temporaries": lambda p: f"{p.temporary_bytes_per_device / GIB:.2f}",
-        "GiB at the peak, of": lambda p: (
-            f"{p.peak_bytes_per_device / GIB:.2f}, {p.hbm_bytes_per_device / GIB:.1f}"
-        ),
+        "GiB saved activations": lambda p: f"{p.memory.activation / GIB:.2f}",
+        "GiB temporaries": lambda p: f"{p.memory.temporary / GIB:.2f}",
+        "GiB at the peak, of": lambda p: f"{p.memory.peak / GIB:.2f}, {p.memory.hbm / GIB:.1f}",
         "s to compile": lambda p: f"{p.compile_seconds:.0f}" if p.compile_seconds else "",
-        "fits": lambda p: "yes" if p.fits else "NO",
+        "fits": lambda p: "yes" if p.memory.fits else "NO",
         "memory is": lambda p: p.source,
         "PFLOP a step": lambda p: f"{p.flops_per_step / 1e15:.3g}",
         "GB moved a step": lambda p: ", ".join(
             f"{kind} {size / 1e9:{',.0f' if size > 1e10 else '.1g'}}"
             for kind, size in p.moved.items()
         ),
-        "s compute / HBM / links": lambda p: (
-            f"{p.compute_seconds:.3f} / {p.hbm_seconds:.3f} / {p.link_seconds:.3f}"
+        "s compute / HBM / links": lambda p: " / ".join(
+            f"{seconds:.3f}" for seconds in p.roofline[:3]
         ),
         "rematerialisation": lambda p: p.remat,
-        "s a step, bound by": lambda p: f"{p.step_seconds:.4f}, {p.bound}",
-        "planned MFU": lambda p: f"{p.mfu:.1%}",
-        "tokens a second": lambda p: f"{p.tokens_per_second:,.0f}",
-        "days, chip-hours": lambda p: f"{p.days:.1f}, {p.chip_hours:,.0f}",
-        "expected: s a step, MFU": lambda p: f"{p.expected_step_seconds:.4f}, {p.expected_mfu:.1%}",
-        "expected: chip-hours": lambda p: f"{p.expected_chip_hours:,.0f}",
+        "s a step, bound by": lambda p: f"{p.roofline.step_seconds:.4f}, {p.roofline.bound}",
+        "planned MFU": lambda p: f"{p.roofline.mfu:.1%}",
+        "tokens a second": lambda p: f"{p.roofline.tokens_per_second:,.0f}",
+        "days, chip-hours": lambda p: f"{p.roofline.days:.1f}, {p.roofline.chip_hours:,.0f}",
+        "expected: s a step, MFU": lambda p: f"{p.expected.step_seconds:.4f}, {p.expected.mfu:.1%}",
+        "expected: chip-hours": lambda p: f"{p.expected.chip_hours:,.0f}",
     }
     table = Table(
         title=(
@@ -263,11 +261,11 @@ def show_ranking(found: list[Setting]) -> None:
         estimated = "" if p.source == "compiled" else "~"
         table.add_row(
             " ".join(setting.flags),
-            f"{estimated}{p.peak_bytes_per_device / GIB:.1f}",
-            f"{p.mfu:.1%}",
-            f"{p.chip_hours:,.0f}",
-            f"{p.expected_mfu:.1%}",
-            f"{p.expected_chip_hours:,.0f}",
+            f"{estimated}{p.memory.peak / GIB:.1f}",
+            f"{p.roofline.mfu:.1%}",
+            f"{p.roofline.chip_hours:,.0f}",
+            f"{p.expected.mfu:.1%}",
+            f"{p.expected.chip_hours:,.0f}",
         )
     Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160).print(
         table
@@ -320,13 +318,13 @@ def main() -> None:
         flag = "--sweep_topologies" if SWEEP.value else "--topology"
         raise UsageError(f"{flag}: {error}") from None
     if JSON.value and FASTEST.value:
-        ranked = [{"flags": setting.flags, **setting.plan._asdict()} for setting in found]
+        ranked = [{"flags": setting.flags, **setting.plan.as_dict()} for setting in found]
         print(json.dumps({"plans": ranked}, indent=1))
     elif FASTEST.value:
         show_ranking(found)
         show_settings([found[0].plan])
     elif JSON.value:
-        as_dict = {name: plan._asdict() for name, plan in found.items()}
+        as_dict = {name: plan.as_dict() for name, plan in found.items()}
         print(json.dumps(next(iter(as_dict.values())) if len(found) == 1 else as_dict, indent=1))
     else:
         show(found)

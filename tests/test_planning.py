@@ -41,11 +41,11 @@ def planned(variant="mlp", where="v5p-128", sequences=4, name="kha_moe_6b"):
 
 def test_the_main_run_reaches_half_of_the_peak_and_knocking_costs_next_to_nothing():
     baseline, linear, mlp = (planned(variant) for variant in ("baseline", "linear", "mlp"))
-    assert mlp.mfu >= 0.5 and mlp.bound == "compute"
-    assert 1 < mlp.step_seconds / baseline.step_seconds <= 1.01
-    assert 1 < linear.step_seconds / baseline.step_seconds <= 1.001
-    assert mlp.peak_bytes_per_device / baseline.peak_bytes_per_device < 1.01
-    assert round(mlp.params_total / 1e9, 1) == 6.1 and mlp.fits
+    assert mlp.roofline.mfu >= 0.5 and mlp.roofline.bound == "compute"
+    assert 1 < mlp.roofline.step_seconds / baseline.roofline.step_seconds <= 1.01
+    assert 1 < linear.roofline.step_seconds / baseline.roofline.step_seconds <= 1.001
+    assert mlp.memory.peak / baseline.memory.peak < 1.01
+    assert round(mlp.params_total / 1e9, 1) == 6.1 and mlp.memory.fits
 
 
 def test_experts_that_are_split_have_rows_for_the_tokens_of_all_their_devices():
@@ -56,7 +56,7 @@ def test_experts_that_are_split_have_rows_for_the_tokens_of_all_their_devices():
     )
     moe, bfloat16 = run.model.feed_forward, 2
     inner = moe.inner_floats(run.model.width) * run.tokens_per_step / run.accumulation / 64
-    added = split.activation_bytes_per_device - whole.activation_bytes_per_device
+    added = split.memory.activation - whole.memory.activation
     assert added == pytest.approx((4 - 1) * inner * run.model.layers * bfloat16, rel=0.06)
 
 
@@ -65,8 +65,8 @@ def test_scores_of_all_heads_are_planned_for_where_heads_meet():
     talking, plain = (
         planned(variant, "v5e-64", 8, "dense_600m") for variant in ("talking", "baseline")
     )
-    assert talking.temporary_bytes_per_device > 1.2 * plain.temporary_bytes_per_device
-    assert talking.hbm_seconds > 2 * plain.hbm_seconds
+    assert talking.memory.temporary > 1.2 * plain.memory.temporary
+    assert talking.roofline.hbm_seconds > 2 * plain.roofline.hbm_seconds
     added = talking.flops_per_step - plain.flops_per_step
     maps, layers, heads, tokens = 2, 24, 32, 512 * 4096
     assert added == 3 * maps * layers * 2 * heads**2 * (4096 + 1) / 2 * tokens
@@ -76,7 +76,7 @@ def test_scores_of_all_heads_are_planned_for_where_heads_meet():
 def test_every_mechanism_has_a_plan(variant):
     plan = planned(variant, "v5e-64", 1, "dense_600m")
     plain = planned("baseline", "v5e-64", 1, "dense_600m")
-    assert plan.params_total != plain.params_total and plan.step_seconds > 0
+    assert plan.params_total != plain.params_total and plan.roofline.step_seconds > 0
 
 
 def test_queries_and_keys_that_are_wider_than_values_take_their_room():
@@ -85,19 +85,17 @@ def test_queries_and_keys_that_are_wider_than_values_take_their_room():
         planned(variant, sequences=1, name="dense_600m")
         for variant in ("baseline", "collaborative")
     )
-    more = wide.temporary_bytes_per_device - baseline.temporary_bytes_per_device
+    more = wide.memory.temporary - baseline.memory.temporary
     assert more > 4096 * 2 * 32 * 4096 * 2  # tokens, q and k, heads, width, bytes
 
 
 def test_state_shrinks_with_the_chips_and_moves_with_the_micro_batches():
     small, large = planned(where="v5p-64"), planned(where="v5p-128")
-    assert abs(small.params_bytes_per_device / large.params_bytes_per_device - 2) < 0.02
-    assert small.optimizer_bytes_per_device / small.params_bytes_per_device == pytest.approx(
-        2, rel=0.01
-    )
+    assert abs(small.memory.params / large.memory.params - 2) < 0.02
+    assert small.memory.optimizer / small.memory.params == pytest.approx(2, rel=0.01)
     assert (small.accumulation, large.accumulation) == (4, 2)
     assert small.moved["all-gather"] / large.moved["all-gather"] == pytest.approx(2, rel=0.03)
-    assert small.chip_hours == pytest.approx(large.chip_hours, rel=0.01)
+    assert small.roofline.chip_hours == pytest.approx(large.roofline.chip_hours, rel=0.01)
 
 
 @pytest.mark.parametrize("where", SLICES)
@@ -113,8 +111,8 @@ def test_preset_matches_its_golden_plan(where):
         run = run.replace(model=run.model.replace(remat=remat), accumulation=accumulation)
         sequences = None
     found = plan(placed(run, topology(where), sequences), topology(where), compiled=False)
-    assert found.fits
-    text = json.dumps(found._asdict(), indent=1) + "\n"
+    assert found.memory.fits
+    text = json.dumps(found.as_dict(), indent=1) + "\n"
     golden = ROOT / "tests" / "golden" / f"plan_{where}.json"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(text)
@@ -142,9 +140,9 @@ def test_remedies_come_from_the_cheapest_on():
     run = placed(run.replace(model=run.model.replace(remat="dots")), slice_, 4)
     plans = [(r, plan(r.config, r.slice_, compiled=False)) for r in remedies(run, slice_)]
     here = [(remedy, found) for remedy, found in plans if not remedy.moved_to]
-    expected = [found.expected_step_seconds for _, found in here]
+    expected = [found.expected.step_seconds for _, found in here]
     assert all(later >= 0.99 * first for first, later in itertools.pairwise(expected))
-    fitting = [remedy for remedy, found in plans if found.fits]
+    fitting = [remedy for remedy, found in plans if found.memory.fits]
     assert fitting[0].changes == {"model.remat": "projections", "accumulation": 4}
     assert {remedy.config.model.remat for remedy, _ in here} == {
         *("inner", "projections", "attention", "full")
@@ -152,7 +150,7 @@ def test_remedies_come_from_the_cheapest_on():
     alone = [remedy.changes for remedy in fitting if "accumulation" not in remedy.changes]
     assert alone == [{"model.remat": "full"}]
     room = (1 + MARGIN) * slice_.chip.hbm_bytes
-    assert all(found.peak_bytes_per_device <= room for _, found in plans)
+    assert all(found.memory.peak <= room for _, found in plans)
     assert {remedy.moved_to for remedy, _ in plans[len(here) :]} == {"v5e-256"}
     assert plans[len(here)][0].changes == {"accumulation": 2}
     assert all(remedy.config.batch_size == 512 for remedy, _ in plans)
@@ -284,10 +282,10 @@ def test_the_fastest_setting_keeps_what_fits():
     for where, goal in (("v5p-128", 0.73), ("v5e-64", 0.62), ("v6e-64", 0.70)):
         slice_ = topology(where)
         found = fastest(config(), slice_, compiled=0)
-        assert max(setting.plan.mfu for setting in found[:3]) >= goal
-        per_token = [s.plan.expected_step_seconds / s.config.tokens_per_step for s in found]
+        assert max(setting.plan.roofline.mfu for setting in found[:3]) >= goal
+        per_token = [s.plan.expected.step_seconds / s.config.tokens_per_step for s in found]
         assert all(later >= 0.99 * first for first, later in itertools.pairwise(per_token))
-        assert all(s.plan.peak_bytes_per_device <= slice_.chip.hbm_bytes for s in found)
+        assert all(s.plan.memory.peak <= slice_.chip.hbm_bytes for s in found)
         chosen = found[0].config
         flags = {"model.remat": chosen.model.remat, "accumulation": chosen.accumulation}
         assert found[0].changes == flags and chosen.batch_size == 512
@@ -318,7 +316,7 @@ def test_settings_that_xla_refuses_are_not_offered(monkeypatch):
     monkeypatch.setattr(planning.memory, "compiled_memory", compiled_memory)
     found = fastest(config(), slice_, compiled=2)
     assert len(asked) == 4 and found[0].plan.source == "compiled"
-    assert found[0].plan.peak_bytes_per_device == 50 * GIB
+    assert found[0].plan.memory.peak == 50 * GIB
     assert {setting.plan.source for setting in found[1:]} == {"analytic"}
 
 
@@ -327,7 +325,7 @@ def test_expected_steps_are_near_what_others_measured(run):
     """Within 15% wherever the run computes what the plan counts; constants are few and shared."""
     slice_ = topology(run.where)
     placed_run = placed(run.run(slice_.chips), slice_, run.sequences)
-    expected = plan(placed_run, slice_, compiled=False).expected_step_seconds
+    expected = plan(placed_run, slice_, compiled=False).expected.step_seconds
     tokens = placed_run.tokens_per_step / expected / slice_.chips
     assert abs(tokens / run.tokens_per_second - 1) <= (0.15 if run.same else 0.3)
 
@@ -335,8 +333,8 @@ def test_expected_steps_are_near_what_others_measured(run):
 def test_slices_over_the_network_wait_for_it():
     one, two = (planned(where=where, sequences=1) for where in ("v5p-128", "2*v5p-128"))
     assert (two.chips, two.topology) == (128, "2*v5p:4x4x4")
-    assert one.network_seconds == 0 < two.network_seconds
-    assert two.expected_step_seconds > one.expected_step_seconds / 2
+    assert one.roofline.network_seconds == 0 < two.roofline.network_seconds
+    assert two.expected.step_seconds > one.expected.step_seconds / 2
 
 
 def test_every_chip_and_kind_of_model_has_settings(monkeypatch):

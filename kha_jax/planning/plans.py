@@ -1,6 +1,6 @@
 """Plans of runs on slices."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kha_jax.config import ConfigError, under
 from kha_jax.planning import memory, times
@@ -9,29 +9,26 @@ from kha_jax.sharding import axis_size_of
 from kha_jax.training.run_config import RunConfig
 
 
-class Plan(NamedTuple):
-    """Sizes are bytes per device, times seconds of one optimiser step, `moved` bytes per device and
-    step by kind of collective. `step_seconds` and what follows from it are the roofline,
-    `expected_...` what `kha_jax.planning.times` expects. kernels: of each attention, by its field;
-    compiler_options: of libtpu, both by `kha_jax.hardware.tpu`."""
+class Memory(NamedTuple):
+    """Bytes of one device. activation: saved for the backward pass, part of `temporary`. hbm: that
+    there are."""
 
-    topology: str
-    chips: int
-    remat: str
-    batch_size: int
-    sequences_per_device: int
-    accumulation: int
-    params_total: int
-    params_active: int
-    params_bytes_per_device: float
-    optimizer_bytes_per_device: float
-    activation_bytes_per_device: float
-    temporary_bytes_per_device: float
-    peak_bytes_per_device: float
-    hbm_bytes_per_device: float
-    fits: bool
-    flops_per_step: float
-    moved: dict[str, float]
+    params: float
+    optimizer: float
+    activation: float
+    temporary: float
+    peak: float
+    hbm: float
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.hbm
+
+
+class Roofline(NamedTuple):
+    """Seconds that each part of the hardware takes for one optimiser step; the step takes those of
+    the longest, `bound`, and the rest follows from it."""
+
     compute_seconds: float
     hbm_seconds: float
     link_seconds: float
@@ -42,14 +39,55 @@ class Plan(NamedTuple):
     tokens_per_second: float
     days: float
     chip_hours: float
-    expected_products: dict[str, float]
-    expected_step_seconds: float
-    expected_mfu: float
-    expected_chip_hours: float
+
+
+class Expected(NamedTuple):
+    """What `kha_jax.planning.times` expects. products: seconds of a step by kind of product."""
+
+    products: dict[str, float]
+    step_seconds: float
+    mfu: float
+    chip_hours: float
+
+
+class Plan(NamedTuple):
+    """moved: bytes per device and step by kind of collective. kernels: of each attention, by its
+    field; compiler_options: of libtpu, both by `kha_jax.hardware.tpu`. source: of the memory,
+    `compiled` or `analytic`."""
+
+    topology: str
+    chips: int
+    remat: str
+    batch_size: int
+    sequences_per_device: int
+    accumulation: int
+    params_total: int
+    params_active: int
+    memory: Memory
+    flops_per_step: float
+    moved: dict[str, float]
+    roofline: Roofline
+    expected: Expected
     kernels: dict[str, str]
     compiler_options: dict[str, str]
     compile_seconds: float
     source: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures beside one another, for JSON."""
+        sizes = self.memory._asdict().items()
+        groups = {
+            "memory": {
+                **{f"{name}_bytes_per_device": size for name, size in sizes},
+                "fits": self.memory.fits,
+            },
+            "roofline": self.roofline._asdict(),
+            "expected": {f"expected_{k}": v for k, v in self.expected._asdict().items()},
+        }
+        out: dict[str, Any] = {}
+        for name, value in self._asdict().items():
+            out |= groups.get(name, {name: value})
+        return out
 
 
 def placed(config: RunConfig, slice_: Topology, sequences: int | None) -> RunConfig:
@@ -85,66 +123,88 @@ def placed(config: RunConfig, slice_: Topology, sequences: int | None) -> RunCon
 def plan(config: RunConfig, slice_: Topology, compiled: bool) -> Plan:
     """Plans a run that `placed` has put on the slice. compiled: memory from XLA; otherwise
     estimated from the sizes."""
-    chips, chip, tokens = slice_.chips, slice_.chip, config.tokens_per_step
     config, settings = config.tuned(slice_.kind)
-    cost = config.cost()
-    layout = memory.layout(config, chips)
-    params_bytes = memory.held_bytes(layout.state.params)
-    optimizer_bytes = memory.held_bytes((layout.state.optimizer, layout.state.balance))
-    seconds = 0.0
-    if compiled:
-        peak, temporaries, seconds = memory.compiled_memory(config, slice_)
-    else:
-        gradients = (2 if config.accumulation > 1 else 1) * params_bytes  # their sum besides
-        temporaries = gradients + memory.estimated_temporaries(config, layout)
-        peak = params_bytes + optimizer_bytes + temporaries
+    cost, layout = config.cost(), memory.layout(config, slice_.chips)
+    held, seconds = _memory(config, slice_, layout, compiled)
     moved = times.collectives(config, layout.state.params, layout.sizes)
     work = times.work(config, layout, cost.forward_flops)
-    network = times.network_seconds(slice_, moved)
-    roofline = {
+    state = held.params + held.optimizer
+    parts = {
         "compute": times.compute_seconds(config, slice_, work),
-        "HBM": times.hbm_seconds(config, slice_, layout, params_bytes + optimizer_bytes, work),
-        "links": sum(moved.values()) / chip.link_bandwidth,
-    } | ({"network": network} if network else {})
-    bound = max(roofline, key=roofline.get)
-    step = roofline[bound]
+        "HBM": times.hbm_seconds(config, slice_, layout, state, work),
+        "links": sum(moved.values()) / slice_.chip.link_bandwidth,
+        "network": times.network_seconds(slice_, moved),
+    }
+    flops = cost.training_flops * config.tokens_per_step
+    ideal = flops / slice_.chips / slice_.chip.flops  # seconds of a step at the chips' peak
+    roofline = _roofline(config, slice_, parts, ideal)
     products = times.product_seconds(config, slice_, layout, work)
-    expected = times.expected_seconds(products, roofline["HBM"], roofline["links"], network)
-    ideal = cost.training_flops * tokens / chips / chip.flops
     return Plan(
         topology=slice_.name if slice_.slices == 1 else f"{slice_.slices}*{slice_.name}",
-        chips=chips,
+        chips=slice_.chips,
         remat=config.model.remat,
         batch_size=config.batch_size,
         sequences_per_device=config.batch_size // config.accumulation // layout.batch_ways,
         accumulation=config.accumulation,
         params_total=cost.parameters,
         params_active=cost.active,
-        params_bytes_per_device=params_bytes,
-        optimizer_bytes_per_device=optimizer_bytes,
-        activation_bytes_per_device=memory.activation_bytes(config, layout),
-        temporary_bytes_per_device=temporaries,
-        peak_bytes_per_device=peak,
-        hbm_bytes_per_device=chip.hbm_bytes,
-        fits=peak <= chip.hbm_bytes,
-        flops_per_step=cost.training_flops * tokens,
+        memory=held,
+        flops_per_step=flops,
         moved=moved,
-        compute_seconds=roofline["compute"],
-        hbm_seconds=roofline["HBM"],
-        link_seconds=roofline["links"],
-        network_seconds=network,
-        step_seconds=step,
-        bound=bound,
-        mfu=ideal / step,
-        tokens_per_second=tokens / step,
-        days=step * config.steps / 86400,
-        chip_hours=step * config.steps / 3600 * chips,
-        expected_products=products,
-        expected_step_seconds=expected,
-        expected_mfu=ideal / expected,
-        expected_chip_hours=expected * config.steps / 3600 * chips,
+        roofline=roofline,
+        expected=_expected(config, slice_, products, roofline, ideal),
         kernels=config.kernels("tpu"),
         compiler_options=settings.options,
         compile_seconds=seconds,
         source="compiled" if compiled else "analytic",
     )
+
+
+def _memory(
+    config: RunConfig, slice_: Topology, layout: memory.Layout, compiled: bool
+) -> tuple[Memory, float]:
+    """What a device holds, and the seconds that its compilation took."""
+    params = memory.held_bytes(layout.state.params)
+    optimizer = memory.held_bytes((layout.state.optimizer, layout.state.balance))
+    seconds = 0.0
+    if compiled:
+        peak, temporary, seconds = memory.compiled_memory(config, slice_)
+    else:
+        gradients = (2 if config.accumulation > 1 else 1) * params  # their sum besides
+        temporary = gradients + memory.estimated_temporaries(config, layout)
+        peak = params + optimizer + temporary
+    activation = memory.activation_bytes(config, layout)
+    return Memory(params, optimizer, activation, temporary, peak, slice_.chip.hbm_bytes), seconds
+
+
+def _roofline(
+    config: RunConfig, slice_: Topology, parts: dict[str, float], ideal: float
+) -> Roofline:
+    bound = max(parts, key=parts.get)
+    step = parts[bound]
+    return Roofline(
+        *parts.values(),
+        step_seconds=step,
+        bound=bound,
+        mfu=ideal / step,
+        tokens_per_second=config.tokens_per_step / step,
+        days=step * config.steps / 86400,
+        chip_hours=_chip_hours(config, slice_, step),
+    )
+
+
+def _expected(
+    config: RunConfig,
+    slice_: Topology,
+    products: dict[str, float],
+    roofline: Roofline,
+    ideal: float,
+) -> Expected:
+    step = times.expected_seconds(
+        products, roofline.hbm_seconds, roofline.link_seconds, roofline.network_seconds
+    )
+    return Expected(products, step, ideal / step, _chip_hours(config, slice_, step))
+
+
+def _chip_hours(config: RunConfig, slice_: Topology, step: float) -> float:
+    return step * config.steps / 3600 * slice_.chips

@@ -69,7 +69,7 @@ def _moved(config: RunConfig, name: str, policies: list[str]) -> Iterator[Remedy
 
 
 def _may_fit(estimated: Plan) -> bool:
-    return estimated.peak_bytes_per_device <= estimated.hbm_bytes_per_device * (1 + MARGIN)
+    return estimated.memory.peak <= estimated.memory.hbm * (1 + MARGIN)
 
 
 class Setting(NamedTuple):
@@ -126,7 +126,7 @@ def _worthwhile(found: list[Setting]) -> list[Setting]:
     out, least = [], {}
     for setting in found:
         apart = tuple((k, v) for k, v in setting.changes.items() if k != "model.remat")
-        peak = setting.plan.peak_bytes_per_device
+        peak = setting.plan.memory.peak
         if peak < least.get(apart, math.inf):
             least[apart] = peak
             out.append(setting)
@@ -135,8 +135,8 @@ def _worthwhile(found: list[Setting]) -> list[Setting]:
 
 def _order(setting: Setting) -> tuple[float, float]:
     # less than about a thousandth of a step is no reason to take more memory
-    per_token = setting.plan.expected_step_seconds / setting.config.tokens_per_step
-    return float(f"{per_token:.3g}"), setting.plan.peak_bytes_per_device
+    per_token = setting.plan.expected.step_seconds / setting.config.tokens_per_step
+    return float(f"{per_token:.3g}"), setting.plan.memory.peak
 
 
 def _meshes(config: RunConfig, slice_: Topology) -> list[Any]:
@@ -177,7 +177,7 @@ def fastest(
     room = slice_.chip.hbm_bytes
     found = _worthwhile(settings(config, slice_, sequences, meshes, remat))
     if not compiled:
-        return [s for s in found if s.plan.peak_bytes_per_device <= room * (1 - MARGIN)]
+        return [s for s in found if s.plan.memory.peak <= room * (1 - MARGIN)]
     worth = [s for s in found if _may_fit(s.plan)]
     known: list[Setting] = []
     tried = 0
@@ -185,9 +185,9 @@ def fastest(
         setting = worth[tried]
         tried += 1
         truth = plan(setting.config, slice_, compiled=True)
-        if truth.fits:
+        if truth.memory.fits:
             known.append(setting._replace(plan=truth))
-    sure = [s for s in worth[tried:] if s.plan.peak_bytes_per_device <= room * (1 - MARGIN)]
+    sure = [s for s in worth[tried:] if s.plan.memory.peak <= room * (1 - MARGIN)]
     return known + (sure if known else [])
 
 
@@ -196,8 +196,8 @@ def faster(config: RunConfig, slice_: Topology, than: Plan) -> Setting | None:
     with MARGIN to spare, and is expected to take less of the time by a hundredth or more; None:
     there is none."""
     found = fastest(config, slice_, compiled=0)
-    now = than.expected_step_seconds / config.tokens_per_step
+    now = than.expected.step_seconds / config.tokens_per_step
     if not found:
         return None
-    best = found[0].plan.expected_step_seconds / found[0].config.tokens_per_step
+    best = found[0].plan.expected.step_seconds / found[0].config.tokens_per_step
     return found[0] if best < 0.99 * now else None
