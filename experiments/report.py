@@ -36,8 +36,8 @@ VALUES = flags.DEFINE_list("values", list(spikes.SPIKING), "What --spikes looks 
 OUT = flags.DEFINE_string(
     "out",
     "curves.png",
-    "The figure to write, as NAME.png, NAME_dark.png (for dark pages) and NAME.svg (for both); "
-    "with --sweep the folder.",
+    "The figure to write, as NAME.png (300 dpi), NAME_dark.png (for dark pages), NAME.pdf and "
+    "NAME.svg; with --sweep the folder.",
 )
 STABILITY_ROWS = 12  # of a sweep, in the figure of spikes
 
@@ -52,8 +52,8 @@ def draw_runs() -> None:
     """The figure of --workdirs."""
     folders = [stored.local_folder("workdirs", name) for name in WORKDIRS.value]
     out = stored.local_folder("out", OUT.value)
-    if out.suffix not in (".png", ".svg"):
-        raise UsageError(f"--out={out}: must end in .png or .svg; both are written")
+    if out.suffix not in style.SUFFIXES:
+        raise UsageError(f"--out={out}: must end in {', '.join(style.SUFFIXES)}; all are written")
     try:
         runs = {_name(folder, folders): analysis.read_metrics(folder) for folder in folders}
         style.save(lambda: curves.training(runs), out.with_suffix(""))

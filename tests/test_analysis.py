@@ -14,7 +14,7 @@ import pytest
 import tensorstore
 
 from kha_jax import accounting, analysis, sharding
-from kha_jax.analysis import curves, measures
+from kha_jax.analysis import curves, measures, style
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import UnsharedLinear
 from kha_jax.config import from_dict, to_dict
@@ -406,6 +406,33 @@ def test_streams_are_those_that_the_model_makes(run):
     np.testing.assert_allclose(streams["value"].after[0], expected, rtol=1e-3, atol=1e-2)
 
 
+# ---------------------------------------------------------------- figures
+
+
+@pytest.fixture
+def pyplot():
+    """matplotlib in the project's style; figures are closed at the end."""
+    pytest.importorskip("matplotlib")
+    with style.using() as plots:
+        yield plots
+        plots.close("all")
+
+
+def test_a_figure_is_saved_for_papers_and_for_pages(pyplot, tmp_path):
+    def draw():
+        figure, axes = pyplot.subplots(figsize=(2, 1))
+        axes.set_title("$T_q$")
+        return figure
+
+    svg = style.save(draw, tmp_path / "one")
+    ends = ("_dark.png", *style.SUFFIXES)
+    assert {path.name for path in tmp_path.iterdir()} == {f"one{end}" for end in ends}
+    assert pyplot.imread(tmp_path / "one.png").shape[:2] == (300, 600)
+    pdf = (tmp_path / "one.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf
+    assert style.THEMES["light"][0] not in svg and "currentColor" in svg
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -439,7 +466,7 @@ def test_the_command_writes_one_page_that_loads_nothing(run, tmp_path):
     assert external(page) == [] and page.count("<svg") == page.count("<figure>") == 12
     names = "training stability depth heat_maps clipped diagonals spectra blocks gates history"
     for name in (*names.split(), "subspaces", "similarity"):
-        for end in (".svg", ".png", "_dark.png"):
+        for end in ("_dark.png", *style.SUFFIXES):
             assert (tmp_path / f"{name}{end}").stat().st_size > 5000, name
     assert external((tmp_path / "depth.svg").read_text()) == []
     assert external("<img src='http://a/b.png'> url(x.css) <script>") != []
