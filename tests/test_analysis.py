@@ -14,7 +14,7 @@ import pytest
 import tensorstore
 
 from kha_jax import accounting, analysis, sharding
-from kha_jax.analysis import curves, measures, style
+from kha_jax.analysis import curves, figures, measures, style
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import UnsharedLinear
 from kha_jax.config import from_dict, to_dict
@@ -416,6 +416,17 @@ def pyplot():
     with style.using() as plots:
         yield plots
         plots.close("all")
+
+
+def test_places_are_written_as_in_a_paper():
+    written = {
+        "query/kernel": "$T_{q}$",
+        "key/residual": "$T_{k}$",
+        "value/up": r"$W_{v}^{\mathrm{up}}$",
+        "value/kernel/10": "$T_{v}$, head 10",
+        "layers_2/logits/kernel": r"layers_2: $T_{\mathrm{logits}}$",
+    }
+    assert {place: figures.symbol(place) for place in written} == written
 
 
 def test_a_figure_is_saved_for_papers_and_for_pages(pyplot, tmp_path):

@@ -5,15 +5,28 @@ Legend: L layers, N heads, H head width.
 """
 
 import math
+import re
 from typing import Any
 
 import numpy as np
 
 from kha_jax.analysis import measures, style
-from kha_jax.analysis.reading import Stack
+from kha_jax.analysis.reading import STREAMS, Stack
 
 COLUMNS = 12  # panels in a row at most
 Stacks = dict[str, Stack]
+PLACE = re.compile(r"(?:(.+)/)?([^/]+)/([^/\d][^/]*)(?:/(\d+))?")  # [SEGMENT/]SLOT/MATRIX[/HEAD]
+
+
+def symbol(place: str) -> str:
+    """A place of `reading.Run.matrices` as a paper writes it, in mathtext: T_v for `value/kernel`,
+    W_v^up for `value/up`."""
+    segment, slot, matrix, head = PLACE.fullmatch(place).groups()
+    stream = slot[0] if slot in STREAMS else rf"\mathrm{{{slot}}}"
+    of_mlp = matrix not in ("kernel", "residual")
+    written = rf"$W_{{{stream}}}^{{\mathrm{{{matrix}}}}}$" if of_mlp else rf"$T_{{{stream}}}$"
+    before, after = f"{segment}: " if segment else "", f", head {head}" if head else ""
+    return before + written + after
 
 
 def scale_of(stacks: Stacks) -> float:
@@ -109,7 +122,7 @@ def _panels(stacks: Stacks) -> tuple[Any, list[list[Any]]]:
 
 def _say_place(row: list[Any], place: str, stack: Stack) -> None:
     n, m = stack.T.shape[1:]
-    row[0].set_ylabel(f"{place}\n{n} x {m} {stack.axis}s", fontsize=8)
+    row[0].set_ylabel(f"{symbol(place)}\n{n} x {m} {stack.axis}s", fontsize=8)
 
 
 def diagonal_profiles(stacks: Stacks, scale: float | None = None) -> Any:
@@ -130,7 +143,7 @@ def diagonal_profiles(stacks: Stacks, scale: float | None = None) -> Any:
             extent=(0, 1, layers[-1] + 0.5, layers[0] - 0.5),
         )
         axes.grid(False)
-        axes.set(title=place, xlabel="share of features, sorted", ylabel="layer")
+        axes.set(title=symbol(place), xlabel="share of features, sorted", ylabel="layer")
         axes.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=grid, label="diagonal less its start", fraction=0.04)
     return figure
@@ -144,7 +157,7 @@ def depth(runs: dict[str, Stacks]) -> Any:
     kinds = list(dict.fromkeys(place for _, place, _ in lines))
     for run, place, stack in lines:
         line = style.line(kinds.index(place), marker=style.MARKERS[list(runs).index(run) % 6])
-        label = place if len(runs) == 1 else f"{run}: {place}"
+        label = symbol(place) if len(runs) == 1 else f"{run}: {symbol(place)}"
         values = (
             measures.distance(stack.T, stack.start),
             measures.diagonal_mean(stack.change),
@@ -181,7 +194,7 @@ def history(trace: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> Any:
             steps, values = logged[measure]
             for layer, value in enumerate(values.T):
                 axes.plot(steps, value, color=style.of_layer(layer, layers), linestyle="-")
-        row[0].set_ylabel(place)
+        row[0].set_ylabel(symbol(place))
     for axes, name in zip(grid[0], names):
         axes.set_title(name)
     for axes in grid[-1]:
@@ -200,7 +213,7 @@ def spectra(stacks: Stacks) -> Any:
         for layer, line in zip(stack.layers, values):
             share = (np.arange(line.size) + 0.5) / line.size
             axes.plot(share, line, color=style.of_layer(layer, layers), linestyle="-")
-        axes.set(title=place, xlabel="share of singular directions", ylim=(0, None))
+        axes.set(title=symbol(place), xlabel="share of singular directions", ylim=(0, None))
     grid[0].set_ylabel("singular value")
     style.layer_bar(figure, grid, layers)
     return figure
@@ -231,8 +244,7 @@ def gates(stacks: Stacks, reach: float = 3.0) -> Any:
         for line in (first, last):
             axes.plot(scales, line, color=style.KINDS[0], linestyle="-", linewidth=1)
         axes.axhline(1, color=style.KINDS[1], linewidth=0.8, linestyle="--")
-        slot = place.rpartition("/")[0]
-        axes.set_title(f"{slot}, layer {stack.layers[index]}", fontsize=8)
+        axes.set_title(f"{symbol(place)}, layer {stack.layers[index]}", fontsize=8)
     for unused in grid.ravel()[len(panels) :]:
         unused.set_visible(False)
     grid[0, 0].set(ylim=(0, 2), yticks=[0, 1, 2])
