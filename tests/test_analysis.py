@@ -14,7 +14,7 @@ import pytest
 import tensorstore
 
 from kha_jax import accounting, analysis, sharding
-from kha_jax.analysis import curves, figures, measures, style
+from kha_jax.analysis import curves, figures, measures, reading, style
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import UnsharedLinear
 from kha_jax.config import from_dict, to_dict
@@ -239,6 +239,7 @@ def test_matrices_are_found_by_their_place(run):
         np.testing.assert_allclose(stack.T, expected, rtol=1e-6)
         assert (stack.layers, stack.axis) == ((0, 1, 2), "feature")
         assert stack.start.any() == (name != "gate")
+        assert stack.rotary == ((0, 8) if slot == "query" else (0, 0))
     transforms = run.transforms()
     np.testing.assert_allclose(
         transforms["value"].T, stacks["value/up"].T @ stacks["value/down"].T, rtol=1e-6
@@ -427,6 +428,19 @@ def test_places_are_written_as_in_a_paper():
         "layers_2/logits/kernel": r"layers_2: $T_{\mathrm{logits}}$",
     }
     assert {place: figures.symbol(place) for place in written} == written
+
+
+def test_heat_maps_name_features_and_mark_the_rotary_halves(pyplot):
+    T = np.stack([np.eye(16), np.ones((16, 16))]).astype(np.float32)
+    query = reading.Stack(T, (0, 1), T[0], "feature", rotary=(8, 16))
+    value = query._replace(rotary=(0, 0))
+    figure = figures.heat_maps({"query/kernel": query, "value/kernel": value})
+    first, _, last, *_ = figure.axes
+    assert first.get_ylabel() == "$T_{q}$\n16 x 16 features"
+    assert [int(tick) for tick in first.get_xticks()] == [0, 4, 8, 12]
+    upright = {line.get_xdata()[0] for line in first.lines} - {0}  # horizontal ones begin at 0
+    assert upright == {7.5, 11.5} and not last.lines
+    assert [text.get_text() for text in figure.legends[0].texts] == [figures.HALVES]
 
 
 def test_a_figure_is_saved_for_papers_and_for_pages(pyplot, tmp_path):

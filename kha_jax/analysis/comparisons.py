@@ -33,7 +33,7 @@ def differences(summary: Summary) -> Any:
     axes.axvline(0, color="grey", linewidth=1, linestyle="-")
     axes.set_yticks(range(len(rows)), [one.row.name for one in rows])
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"difference to the baseline, {_unit(summary)}")
-    _legend(figure, axes)
+    style.legend_below(figure, [axes])
     return figure
 
 
@@ -111,11 +111,3 @@ def _band(axes: Any, steps: np.ndarray, values: np.ndarray, colour: str, stroke:
 
 def _unit(summary: Summary) -> str:
     return f"nats ({LOSSES[summary.loss].split(',')[0]})"
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    """Each kind of mark once, below."""
-    handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles))
-    if once:
-        figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once))

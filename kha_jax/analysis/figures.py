@@ -15,6 +15,7 @@ from kha_jax.analysis.reading import STREAMS, Stack
 
 COLUMNS = 12  # panels in a row at most
 Stacks = dict[str, Stack]
+HALVES = "rotary halves: feature i turns with the one in its place in the other half"
 PLACE = re.compile(r"(?:(.+)/)?([^/]+)/([^/\d][^/]*)(?:/(\d+))?")  # [SEGMENT/]SLOT/MATRIX[/HEAD]
 
 
@@ -41,7 +42,7 @@ def heat_maps(stacks: Stacks, clip: bool = False, scale: float | None = None) ->
     What is shown is the change since the start (the identity; zeros for a gate): white is
     untouched. clip: the entries themselves cut to [0, 1], as figure 3 of the paper has them, which
     hides negative entries and diagonals above 1. scale: what the strongest colour means, to compare
-    runs; `scale_of` by default.
+    runs; `scale_of` by default. Dashed lines are where the halves of rotated features begin.
     """
     scale = scale or scale_of(stacks)
     look = {"cmap": style.SIGNED, "vmin": -scale, "vmax": scale}
@@ -54,10 +55,25 @@ def heat_maps(stacks: Stacks, clip: bool = False, scale: float | None = None) ->
         for layer, T, axes in zip(stack.layers, shown, row):
             image = axes.imshow(T, **look)
             axes.set_title(f"layer {layer}" if layer == stack.layers[0] else layer)
+            _mark_features(axes, stack)
         _say_place(row, place, stack)
+        row[0].tick_params(labelleft=True, labelbottom=True)
     extend = "neither" if clip else "both"
     figure.colorbar(image, ax=figure.axes, label=label, extend=extend, fraction=0.03, aspect=30)
+    style.legend_below(figure, figure.axes)
     return figure
+
+
+def _mark_features(axes: Any, stack: Stack) -> None:
+    """Four ticks at most on each side, and lines where rotary halves begin."""
+    for ticks, size in ((axes.set_xticks, stack.T.shape[2]), (axes.set_yticks, stack.T.shape[1])):
+        ticks(range(0, size, math.ceil(size / 4)))
+    axes.tick_params(length=2, labelsize=6, labelleft=False, labelbottom=False)
+    first, last = stack.rotary
+    look = {"color": "#222222", "linewidth": 0.6, "linestyle": "--"}
+    for edge in {first, (first + last) // 2} - {0}:
+        axes.axvline(edge - 0.5, label=HALVES, **look)
+        axes.axhline(edge - 0.5, **look)
 
 
 def blocks_of(stacks: Stacks) -> dict[str, list[measures.Blocks]]:
@@ -176,7 +192,7 @@ def depth(runs: dict[str, Stacks]) -> Any:
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in (grid[0], grid[2]):
         axes.set_ylim(bottom=0)
-    style.legend_below(figure, grid[0])
+    style.legend_below(figure, grid)
     return figure
 
 

@@ -149,10 +149,15 @@ def layer_bar(figure: Any, axes: Any, layers: int) -> None:
     figure.colorbar(shown, ax=axes, label="layer", ticks=ticks, fraction=0.04, aspect=30)
 
 
-def legend_below(figure: Any, axes: Any) -> None:
-    """One legend for all panels, below them."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+def legend_below(figure: Any, panels: list[Any]) -> None:
+    """One legend for all panels, below them: each label once."""
+    marks = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        marks |= dict(zip(labels, handles))
+    if marks:
+        columns = min(len(marks), 6)
+        figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=columns)
 
 
 def save(draw: Callable[[], Any], path: Path) -> str:
