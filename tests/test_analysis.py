@@ -443,6 +443,14 @@ def test_heat_maps_name_features_and_mark_the_rotary_halves(pyplot):
     assert [text.get_text() for text in figure.legends[0].texts] == [figures.HALVES]
 
 
+def test_gates_have_a_legend(pyplot):
+    W = RNG.normal(size=(2, 8, 8)).astype(np.float32)
+    figure = figures.gates({"value/gate": reading.Stack(W, (0, 1), 0 * W[0], "feature")})
+    assert figure.axes[1].get_title() == r"$W_{v}^{\mathrm{gate}}$, layer 1"
+    said = [text.get_text() for text in figure.legends[0].texts]
+    assert said == ["all features", "the middle half of them", "does nothing"]
+
+
 def test_a_figure_is_saved_for_papers_and_for_pages(pyplot, tmp_path):
     def draw():
         figure, axes = pyplot.subplots(figsize=(2, 1))

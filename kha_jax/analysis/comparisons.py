@@ -33,7 +33,7 @@ def differences(summary: Summary) -> Any:
     axes.axvline(0, color="grey", linewidth=1, linestyle="-")
     axes.set_yticks(range(len(rows)), [one.row.name for one in rows])
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"difference to the baseline, {_unit(summary)}")
-    style.legend_below(figure, [axes])
+    style.shared_legend(figure, [axes])
     return figure
 
 

@@ -60,7 +60,7 @@ def heat_maps(stacks: Stacks, clip: bool = False, scale: float | None = None) ->
         row[0].tick_params(labelleft=True, labelbottom=True)
     extend = "neither" if clip else "both"
     figure.colorbar(image, ax=figure.axes, label=label, extend=extend, fraction=0.03, aspect=30)
-    style.legend_below(figure, figure.axes)
+    style.shared_legend(figure, figure.axes)
     return figure
 
 
@@ -70,7 +70,7 @@ def _mark_features(axes: Any, stack: Stack) -> None:
         ticks(range(0, size, math.ceil(size / 4)))
     axes.tick_params(length=2, labelsize=6, labelleft=False, labelbottom=False)
     first, last = stack.rotary
-    look = {"color": "#222222", "linewidth": 0.6, "linestyle": "--"}
+    look = {"color": "grey", "linewidth": 0.8, "linestyle": "--"}
     for edge in {first, (first + last) // 2} - {0}:
         axes.axvline(edge - 0.5, label=HALVES, **look)
         axes.axhline(edge - 0.5, **look)
@@ -192,7 +192,7 @@ def depth(runs: dict[str, Stacks]) -> Any:
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in (grid[0], grid[2]):
         axes.set_ylim(bottom=0)
-    style.legend_below(figure, grid)
+    style.shared_legend(figure, grid)
     return figure
 
 
@@ -237,7 +237,7 @@ def spectra(stacks: Stacks) -> Any:
 
 def gates(stacks: Stacks, reach: float = 3.0) -> Any:
     """The response of every gate as z moves along the direction in which it reacts most: the factor
-    on each feature, the band holding all of them and the lines the middle half. 1 does nothing."""
+    on the features, a light band holding all of them and a dark one the middle half."""
     plots = style.pyplot()
     panels = [(p, s, i) for p, s in stacks.items() for i in range(len(s.T))]
     columns = min(9, len(panels))
@@ -256,14 +256,15 @@ def gates(stacks: Stacks, reach: float = 3.0) -> Any:
         W = stack.T[index].astype(np.float64)
         factors = measures.gate_response(W, measures.steepest(W)[0], scales)
         low, first, last, high = np.quantile(factors, (0, 0.25, 0.75, 1), axis=1)
-        axes.fill_between(scales, low, high, color=style.KINDS[0], alpha=0.25, linewidth=0)
-        for line in (first, last):
-            axes.plot(scales, line, color=style.KINDS[0], linestyle="-", linewidth=1)
-        axes.axhline(1, color=style.KINDS[1], linewidth=0.8, linestyle="--")
+        band = {"color": style.KINDS[0], "linewidth": 0}
+        axes.fill_between(scales, low, high, alpha=0.2, label="all features", **band)
+        axes.fill_between(scales, first, last, alpha=0.5, label="the middle half of them", **band)
+        axes.axhline(1, color=style.KINDS[1], linewidth=1, linestyle="--", label="does nothing")
         axes.set_title(f"{symbol(place)}, layer {stack.layers[index]}", fontsize=8)
     for unused in grid.ravel()[len(panels) :]:
         unused.set_visible(False)
     grid[0, 0].set(ylim=(0, 2), yticks=[0, 1, 2])
     figure.supxlabel("z along the gate's steepest direction", fontsize=9)
     figure.supylabel("factor on the features", fontsize=9)
+    style.shared_legend(figure, [grid[0, 0]], "upper")
     return figure

@@ -149,15 +149,16 @@ def layer_bar(figure: Any, axes: Any, layers: int) -> None:
     figure.colorbar(shown, ax=axes, label="layer", ticks=ticks, fraction=0.04, aspect=30)
 
 
-def legend_below(figure: Any, panels: list[Any]) -> None:
-    """One legend for all panels, below them: each label once."""
+def shared_legend(figure: Any, panels: list[Any], side: str = "lower") -> None:
+    """One legend for all panels, below them (or above: `upper`, where a figure has a label of its
+    own below): each label once."""
     marks = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         marks |= dict(zip(labels, handles))
     if marks:
         columns = min(len(marks), 6)
-        figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=columns)
+        figure.legend(marks.values(), marks.keys(), loc=f"outside {side} center", ncols=columns)
 
 
 def save(draw: Callable[[], Any], path: Path) -> str:
