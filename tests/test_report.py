@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.sweeps import report as sweep_report
-from kha_jax.analysis import sweeps
+from kha_jax.analysis import comparisons, style, sweeps
 from tests.commands import run_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,6 +166,27 @@ def test_a_damaged_sweep_is_named(tmp_path, damage, said):
     with pytest.raises(sweeps.SweepError) as error:
         sweeps.load(tmp_path)
     assert said in str(error.value)
+
+
+def test_figures_say_over_how_many_seeds(tmp_path):
+    """A row without an interval has one too."""
+    pytest.importorskip("matplotlib")
+    lines = [finished("baseline", s, 2.5 + s) for s in (0, 1)]
+    lines += [finished("mlp_v", s, 2.4 + 1.01 * s) for s in (0, 1)] + [finished("gate_v", 0, 2.6)]
+    rows = [row("baseline", 1.856), row("mlp_v", 1.832), row("gate_v")]
+    sweep = sweeps.load(write_sweep(tmp_path, rows, lines))
+    summary = sweeps.summarise(sweep)
+    lines = {name: sweeps.curves(sweep, one, "val_loss") for name, one in summary.results.items()}
+    with style.using() as plots:
+        (axes,) = comparisons.differences(summary).axes
+        losses, gaps = (
+            [panel.get_title() for panel in draw(summary, lines).axes if panel.get_title()]
+            for draw in (comparisons.losses, comparisons.gaps)
+        )
+        plots.close("all")
+    assert [text.get_text() for text in axes.texts] == ["n = 2", "n = 1"]
+    assert losses[1:] == ["mlp_v: 2.905 (n = 2)", "gate_v: 2.600 (n = 1)"]
+    assert gaps == ["mlp_v: -0.095 (n = 2)", "gate_v: +0.100 (n = 1)"]
 
 
 # ---------------------------------------------------------------- the command
