@@ -443,6 +443,21 @@ def test_heat_maps_name_features_and_mark_the_rotary_halves(pyplot):
     assert [text.get_text() for text in figure.legends[0].texts] == [figures.HALVES]
 
 
+def test_runs_are_compared_with_the_first_at_the_steps_that_both_have(pyplot):
+    def rows(extra, steps):
+        losses = [{"step": step, "loss": 3 + extra} for step in range(40)]
+        return losses + [{"step": step, "val_loss": 2 + extra / step} for step in steps]
+
+    runs = {"first": rows(0, (10, 20)), "other": rows(0.5, (10, 15, 20))}
+    *_, loss, validation = curves.training(runs).axes
+    assert loss.get_title() == validation.get_title() == "the same less that of first"
+    np.testing.assert_allclose(loss.lines[1].get_ydata(), 0.5)
+    np.testing.assert_array_equal(validation.lines[1].get_xdata(), (10, 20))
+    np.testing.assert_allclose(validation.lines[1].get_ydata(), (0.05, 0.025))
+    assert validation.get_legend().texts[0].get_text() == "other: +0.025"
+    assert len(curves.training({"alone": runs["first"]}).axes) == 2
+
+
 def test_gates_have_a_legend(pyplot):
     W = RNG.normal(size=(2, 8, 8)).astype(np.float32)
     figure = figures.gates({"value/gate": reading.Stack(W, (0, 1), 0 * W[0], "feature")})
