@@ -144,13 +144,12 @@ def list_spikes(console: Console) -> None:
         if not there:
             raise UsageError(f"--values={','.join(absent)}: {missing}")
         console.print(f"not looked at: {', '.join(absent)}; {missing}", soft_wrap=True)
-    table, found = Table(), []
+    table, found = Table(), spikes.spikes_in(rows, list(there))
     for name in ("step", "value", "peak", "over the centre", "times", "spreads", "recovery, steps"):
         table.add_column(name, justify="right")
-    for name, (steps, values) in there.items():
-        found += spikes.find_spikes(steps, values, name)
+    for name, (_, values) in there.items():
         console.print(f"{name}: {spikes.spike_rule(len(values)).describe()}")
-    for one in sorted(found, key=lambda spike: spike.step):
+    for one in found:
         numbers = [f"{z:.4g}" for z in (one.peak, one.size, one.times, one.spreads)]
         back = "none" if one.recovery is None else str(one.recovery)
         table.add_row(str(one.step), one.name, *numbers, back)

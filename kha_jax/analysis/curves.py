@@ -9,7 +9,7 @@ from kha_jax.analysis import style
 from kha_jax.analysis.models import Variant
 from kha_jax.attention.attention import LARGEST
 from kha_jax.metrics import column
-from kha_jax.spikes import SPIKING, find_spikes
+from kha_jax.spikes import Spike, spikes_in
 
 Rows = list[dict[str, Any]]
 VALIDATION = {
@@ -22,6 +22,7 @@ STABILITY = {
     "grad_norm": "gradient norm",
     LARGEST: "largest logit",
 }
+WHERE = {"loss": "in the loss", "grad_norm": "in the gradient norm"}  # of spikes.SPIKING
 
 
 def smoothed(values: np.ndarray, over: int = 11) -> np.ndarray:
@@ -94,9 +95,9 @@ def _less_the_first(axes: Any, runs: dict[str, Rows], key: str) -> None:
 
 
 def stability(runs: dict[str, Rows], across: int = 4) -> Any:
-    """The loss of every step and the gradient norm with their spikes (`spikes.find_spikes`)
-    marked, and the largest attention logit of any layer where it was logged; a column for each run,
-    `across` of them side by side, on one scale (the paper's figures 1, right, and 2)."""
+    """The loss of every step and the gradient norm with their spikes (`spikes.spikes_in`) marked
+    and counted, and the largest attention logit of any layer where it was logged; a column for each
+    run, `across` of them side by side, on one scale (the paper's figures 1, right, and 2)."""
     shown = [
         name for name in STABILITY if any(name in row for rows in runs.values() for row in rows)
     ]
@@ -111,8 +112,12 @@ def stability(runs: dict[str, Rows], across: int = 4) -> Any:
     for index, (name, rows) in enumerate(runs.items()):
         block, at = divmod(index, columns)
         panels = grid[block * len(shown) : (block + 1) * len(shown), at]
-        counts = [_spiky(panel, rows, key, index) for panel, key in zip(panels, shown)]
-        panels[0].set_title(f"{name}: {counts[0]} spike{'' if counts[0] == 1 else 's'}")
+        spikes = spikes_in(rows)
+        found = {key: [spike for spike in spikes if spike.name == key] for key in shown}
+        for panel, key in zip(panels, shown):
+            _spiky(panel, rows, key, index, found[key])
+        counts = (f"{len(found[key])} {WHERE[key]}" for key in shown if key in WHERE)
+        panels[0].set_title(f"{name}\nspikes: {', '.join(counts)}")
     for row, key in enumerate(shown):
         for panel in grid[row :: len(shown)].ravel():
             panel.sharey(grid[row, 0])
@@ -128,17 +133,15 @@ def stability(runs: dict[str, Rows], across: int = 4) -> Any:
     return figure
 
 
-def _spiky(axes: Any, rows: Rows, key: str, index: int) -> int:
-    """Draws a series with its spikes, and returns how many there are."""
+def _spiky(axes: Any, rows: Rows, key: str, index: int, found: list[Spike]) -> None:
+    """Draws a series with its spikes."""
     steps, values = column(rows, key)
     colour = style.KINDS[index % 4]
-    found = find_spikes(steps, values) if key in SPIKING else []
     axes.plot(steps, values, color=colour, linewidth=0.8, linestyle="-")
     # what is not finite is marked where it left
     heights = [one.centre if math.isnan(one.peak) else one.peak for one in found]
     at = [one.step for one in found]
     axes.plot(at, heights, linestyle="none", marker="v", color=style.KINDS[4])
-    return len(found)
 
 
 def cost_against_loss(rows: list[Variant]) -> Any:
