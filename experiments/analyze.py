@@ -4,9 +4,9 @@
     python -m experiments.analyze --workdir=runs/linear,runs/kha_tiny --watch=30
 
 Reads the mixer matrices of the newest checkpoint (not the rest of it), prints a table, and writes
-each figure as SVG and PNG and all of them as one page, OUT/index.html, that needs nothing else.
---workdir=a,b,c compares runs side by side; a bare checkpoint will do. --watch=30 goes on while
-training runs. What checkpoints hold is listed by experiments.checkpoints.
+each figure as SVG, PDF and PNG (300 dpi), and all of them as one page, OUT/index.html, that needs
+nothing else. --workdir=a,b,c compares runs side by side; a bare checkpoint will do. --watch=30 goes
+on while training runs. What checkpoints hold is listed by experiments.checkpoints.
 """
 
 import functools

@@ -36,8 +36,8 @@ VALUES = flags.DEFINE_list("values", list(spikes.SPIKING), "What --spikes looks 
 OUT = flags.DEFINE_string(
     "out",
     "curves.png",
-    "The figure to write, as NAME.png, NAME_dark.png (for dark pages) and NAME.svg (for both); "
-    "with --sweep the folder.",
+    "The figure to write, as NAME.png (300 dpi), NAME_dark.png (for dark pages), NAME.pdf and "
+    "NAME.svg; with --sweep the folder.",
 )
 STABILITY_ROWS = 12  # of a sweep, in the figure of spikes
 
@@ -52,8 +52,8 @@ def draw_runs() -> None:
     """The figure of --workdirs."""
     folders = [stored.local_folder("workdirs", name) for name in WORKDIRS.value]
     out = stored.local_folder("out", OUT.value)
-    if out.suffix not in (".png", ".svg"):
-        raise UsageError(f"--out={out}: must end in .png or .svg; both are written")
+    if out.suffix not in style.SUFFIXES:
+        raise UsageError(f"--out={out}: must end in {', '.join(style.SUFFIXES)}; all are written")
     try:
         runs = {_name(folder, folders): analysis.read_metrics(folder) for folder in folders}
         style.save(lambda: curves.training(runs), out.with_suffix(""))
@@ -144,13 +144,12 @@ def list_spikes(console: Console) -> None:
         if not there:
             raise UsageError(f"--values={','.join(absent)}: {missing}")
         console.print(f"not looked at: {', '.join(absent)}; {missing}", soft_wrap=True)
-    table, found = Table(), []
+    table, found = Table(), spikes.spikes_in(rows, list(there))
     for name in ("step", "value", "peak", "over the centre", "times", "spreads", "recovery, steps"):
         table.add_column(name, justify="right")
-    for name, (steps, values) in there.items():
-        found += spikes.find_spikes(steps, values, name)
+    for name, (_, values) in there.items():
         console.print(f"{name}: {spikes.spike_rule(len(values)).describe()}")
-    for one in sorted(found, key=lambda spike: spike.step):
+    for one in found:
         numbers = [f"{z:.4g}" for z in (one.peak, one.size, one.times, one.spreads)]
         back = "none" if one.recovery is None else str(one.recovery)
         table.add_row(str(one.step), one.name, *numbers, back)

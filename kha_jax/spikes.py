@@ -148,6 +148,13 @@ def find_spikes(
     return found
 
 
+def spikes_in(rows: Sequence[dict[str, Any]], names: Sequence[str] = SPIKING) -> list[Spike]:
+    """The spikes of the named series of a log, each series by itself, first to last; see
+    `spike_score` for rows."""
+    found = [find_spikes(*column(rows, name), name) for name in names]
+    return sorted(sum(found, []), key=lambda spike: spike.step)
+
+
 def spike_score(rows: Iterable[dict[str, Any]], names: Sequence[str] = SPIKING) -> float:
     """Share of steps at which one of the named series is a spike (`spike_rule` of its length), of
     the steps with enough history; NaN where there are none.

@@ -14,7 +14,7 @@ import pytest
 import tensorstore
 
 from kha_jax import accounting, analysis, sharding
-from kha_jax.analysis import curves, measures
+from kha_jax.analysis import curves, figures, measures, reading, style
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import UnsharedLinear
 from kha_jax.config import from_dict, to_dict
@@ -239,6 +239,7 @@ def test_matrices_are_found_by_their_place(run):
         np.testing.assert_allclose(stack.T, expected, rtol=1e-6)
         assert (stack.layers, stack.axis) == ((0, 1, 2), "feature")
         assert stack.start.any() == (name != "gate")
+        assert stack.rotary == ((0, 8) if slot == "query" else (0, 0))
     transforms = run.transforms()
     np.testing.assert_allclose(
         transforms["value"].T, stacks["value/up"].T @ stacks["value/down"].T, rtol=1e-6
@@ -406,6 +407,80 @@ def test_streams_are_those_that_the_model_makes(run):
     np.testing.assert_allclose(streams["value"].after[0], expected, rtol=1e-3, atol=1e-2)
 
 
+# ---------------------------------------------------------------- figures
+
+
+@pytest.fixture
+def pyplot():
+    """matplotlib in the project's style; figures are closed at the end."""
+    pytest.importorskip("matplotlib")
+    with style.using() as plots:
+        yield plots
+        plots.close("all")
+
+
+def test_places_are_written_as_in_a_paper():
+    written = {
+        "query/kernel": "$T_{q}$",
+        "key/residual": "$T_{k}$",
+        "value/up": r"$W_{v}^{\mathrm{up}}$",
+        "value/kernel/10": "$T_{v}$, head 10",
+        "layers_2/logits/kernel": r"layers_2: $T_{\mathrm{logits}}$",
+    }
+    assert {place: figures.symbol(place) for place in written} == written
+
+
+def test_heat_maps_name_features_and_mark_the_rotary_halves(pyplot):
+    T = np.stack([np.eye(16), np.ones((16, 16))]).astype(np.float32)
+    query = reading.Stack(T, (0, 1), T[0], "feature", rotary=(8, 16))
+    value = query._replace(rotary=(0, 0))
+    figure = figures.heat_maps({"query/kernel": query, "value/kernel": value})
+    first, _, last, *_ = figure.axes
+    assert first.get_ylabel() == "$T_{q}$\n16 x 16 features"
+    assert [int(tick) for tick in first.get_xticks()] == [0, 4, 8, 12]
+    upright = {line.get_xdata()[0] for line in first.lines} - {0}  # horizontal ones begin at 0
+    assert upright == {7.5, 11.5} and not last.lines
+    assert [text.get_text() for text in figure.legends[0].texts] == [figures.HALVES]
+
+
+def test_runs_are_compared_with_the_first_at_the_steps_that_both_have(pyplot):
+    def rows(extra, steps):
+        losses = [{"step": step, "loss": 3 + extra} for step in range(40)]
+        return losses + [{"step": step, "val_loss": 2 + extra / step} for step in steps]
+
+    runs = {"first": rows(0, (10, 20)), "other": rows(0.5, (10, 15, 20))}
+    *_, loss, validation = curves.training(runs).axes
+    assert loss.get_title() == validation.get_title() == "the same less that of first"
+    np.testing.assert_allclose(loss.lines[1].get_ydata(), 0.5)
+    np.testing.assert_array_equal(validation.lines[1].get_xdata(), (10, 20))
+    np.testing.assert_allclose(validation.lines[1].get_ydata(), (0.05, 0.025))
+    assert validation.get_legend().texts[0].get_text() == "other: +0.025"
+    assert len(curves.training({"alone": runs["first"]}).axes) == 2
+
+
+def test_gates_have_a_legend(pyplot):
+    W = RNG.normal(size=(2, 8, 8)).astype(np.float32)
+    figure = figures.gates({"value/gate": reading.Stack(W, (0, 1), 0 * W[0], "feature")})
+    assert figure.axes[1].get_title() == r"$W_{v}^{\mathrm{gate}}$, layer 1"
+    said = [text.get_text() for text in figure.legends[0].texts]
+    assert said == ["all features", "the middle half of them", "does nothing"]
+
+
+def test_a_figure_is_saved_for_papers_and_for_pages(pyplot, tmp_path):
+    def draw():
+        figure, axes = pyplot.subplots(figsize=(2, 1))
+        axes.set_title("$T_q$")
+        return figure
+
+    svg = style.save(draw, tmp_path / "one")
+    ends = ("_dark.png", *style.SUFFIXES)
+    assert {path.name for path in tmp_path.iterdir()} == {f"one{end}" for end in ends}
+    assert pyplot.imread(tmp_path / "one.png").shape[:2] == (300, 600)
+    pdf = (tmp_path / "one.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf
+    assert style.THEMES["light"][0] not in svg and "currentColor" in svg
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -439,7 +514,7 @@ def test_the_command_writes_one_page_that_loads_nothing(run, tmp_path):
     assert external(page) == [] and page.count("<svg") == page.count("<figure>") == 12
     names = "training stability depth heat_maps clipped diagonals spectra blocks gates history"
     for name in (*names.split(), "subspaces", "similarity"):
-        for end in (".svg", ".png", "_dark.png"):
+        for end in ("_dark.png", *style.SUFFIXES):
             assert (tmp_path / f"{name}{end}").stat().st_size > 5000, name
     assert external((tmp_path / "depth.svg").read_text()) == []
     assert external("<img src='http://a/b.png'> url(x.css) <script>") != []

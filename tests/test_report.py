@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.sweeps import report as sweep_report
-from kha_jax.analysis import sweeps
+from kha_jax.analysis import comparisons, curves, style, sweeps
 from kha_jax.errors import SweepError
 from kha_jax.runs.results import RunResult, read_results, write_results
 from tests.commands import run_all
@@ -171,6 +171,40 @@ def test_a_damaged_sweep_is_named(tmp_path, damage, said):
     assert said in str(error.value)
 
 
+def test_figures_say_over_how_many_seeds(tmp_path):
+    """A row without an interval has one too."""
+    pytest.importorskip("matplotlib")
+    lines = [finished("baseline", s, 2.5 + s) for s in (0, 1)]
+    lines += [finished("mlp_v", s, 2.4 + 1.01 * s) for s in (0, 1)] + [finished("gate_v", 0, 2.6)]
+    rows = [row("baseline", 1.856), row("mlp_v", 1.832), row("gate_v")]
+    sweep = sweeps.load(write_sweep(tmp_path, rows, lines))
+    summary = sweeps.summarise(sweep)
+    lines = {name: sweeps.curves(sweep, one, "val_loss") for name, one in summary.results.items()}
+    with style.using() as plots:
+        (axes,) = comparisons.differences(summary).axes
+        losses, gaps = (
+            [panel.get_title() for panel in draw(summary, lines).axes if panel.get_title()]
+            for draw in (comparisons.losses, comparisons.gaps)
+        )
+        plots.close("all")
+    assert [text.get_text() for text in axes.texts] == ["n = 2", "n = 1"]
+    assert losses[1:] == ["mlp_v: 2.905 (n = 2)", "gate_v: 2.600 (n = 1)"]
+    assert gaps == ["mlp_v: -0.095 (n = 2)", "gate_v: +0.100 (n = 1)"]
+
+
+def test_the_title_counts_the_spikes_that_are_marked():
+    """Of a loss that has none and a gradient that has two, one of them not finite."""
+    pytest.importorskip("matplotlib")
+    lines = [{**line, "loss": 2.0} for line in log(0, (150,))]
+    lines[219]["grad_norm"] = math.nan
+    with style.using() as plots:
+        loss, gradient = curves.stability({"baseline": lines}).axes
+        plots.close("all")
+    assert loss.get_title() == "baseline\nspikes: 0 in the loss, 2 in the gradient norm"
+    marks = [[list(line.get_xdata()) for line in axes.lines[1:]] for axes in (loss, gradient)]
+    assert marks == [[[]], [[150, 220]]]
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -207,7 +241,8 @@ def test_a_partial_sweep_is_reported(tmp_path):
     page = (out / "report.html").read_text()
     assert page.count("<svg") == page.count("<figure>") == 4
     assert "http-equiv" not in page and "<link" not in page and "<script" not in page
-    assert "baseline, seed 0: 2 spikes" in (out / "stability.svg").read_text() + page
+    said = "spikes: 2 in the loss, 2 in the gradient norm"
+    assert said in (out / "stability.svg").read_text()
 
 
 def test_spikes_of_a_log_are_listed(tmp_path):

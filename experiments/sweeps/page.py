@@ -35,8 +35,8 @@ SAYS = {
     "blocks": """The same matrices, features that mix put together. Above each its modularity, in
         brackets that of the same entries shuffled: no more than that is no structure.""",
     "gates": """What the gate multiplies features by as z moves along its steepest direction: the
-        band holds all features, the lines the middle half. A flat 1 is a gate that has learnt
-        nothing.""",
+        light band holds all features, the dark one the middle half. A flat 1 is a gate that has
+        learnt nothing.""",
     "history": """What training logged of the matrices, layers by colour. Curves that still move
         have not settled.""",
     "subspaces": """By the weights: how far T turns the main directions of each head, and whether

@@ -81,7 +81,7 @@ def run(config: RunConfig, lengths: list[str], rounds: int, out: Path) -> dict[s
         raise UsageError(f"--out={out} cannot be written: {error.strerror}") from None
     except style.PlotsMissing as error:
         raise UsageError(str(error)) from None
-    print(f"wrote {out / 'scaling.png'}, .svg and .json")
+    print(f"wrote {out / 'scaling.png'}, .pdf, .svg and .json")
     return as_json
 
 

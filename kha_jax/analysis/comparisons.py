@@ -12,8 +12,8 @@ SHOWN = 0.75  # share of training, its end, that decides the range of the losses
 
 
 def differences(summary: Summary) -> Any:
-    """Every row's difference to its baseline with its interval over seeds (each a tick), and the
-    paper's printed one; left of 0 is better."""
+    """Every row's difference to its baseline with its interval over seeds (each a tick, their
+    number on the right), and the paper's printed one; left of 0 is better."""
     rows = [one for one in summary.results.values() if one.differences]
     figure, axes = style.pyplot().subplots(figsize=(7.2, 1.3 + 0.42 * max(len(rows), 2)))
     measured, printed = style.KINDS[0], style.KINDS[1]
@@ -25,33 +25,38 @@ def differences(summary: Summary) -> Any:
         dots = list(one.differences.values())
         axes.plot(dots, [y] * len(dots), marker="|", markersize=9, label="a seed", **look)
         if np.isfinite(low):
-            label = "mean, 95% over seeds"
+            label = "mean, 95% interval over n seeds"
             axes.plot(one.difference.mean, y, marker="o", markersize=6, label=label, **look)
+        axes.text(
+            1.01, y, _count(one.differences), transform=axes.get_yaxis_transform(), va="center"
+        )
         if one.printed_difference is not None:
             look = {"linestyle": "none", "color": printed, "markerfacecolor": "none"}
             axes.plot(one.printed_difference, y, marker="D", markersize=6, label="paper", **look)
     axes.axvline(0, color="grey", linewidth=1, linestyle="-")
     axes.set_yticks(range(len(rows)), [one.row.name for one in rows])
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"difference to the baseline, {_unit(summary)}")
-    _legend(figure, axes)
+    style.shared_legend(figure, [axes])
     return figure
 
 
 def losses(summary: Summary, curves: Curves) -> Any:
     """The loss of every row over training beside that of its baseline (grey, dashed); bands are
-    from the lowest to the highest seed."""
+    from the lowest to the highest of its n seeds."""
     rows = [one for name, one in summary.results.items() if curves.get(name)]
     figure, axes = style.row_of(len(rows), 2.0, 2.6, sharex=True, sharey=True)
     ends = []
     for each, one in zip(axes, rows):
-        for name, ink in ((one.row.baseline, "grey"), (one.row.name, style.KINDS[0])):
+        own = "the row: mean and range of n seeds"
+        inks = (one.row.baseline, "grey", "its baseline"), (one.row.name, style.KINDS[0], own)
+        for name, ink, label in inks:
             if not curves.get(name) or (ink == "grey" and name == one.row.name):
                 continue
             steps, values = band(list(curves[name].values()))
-            _band(each, steps, values, ink, "--" if ink == "grey" else "-")
+            _band(each, steps, values, ink, "--" if ink == "grey" else "-", label)
             late = steps >= (1 - SHOWN) * steps.max(initial=0)
             ends.extend(values[:, late].ravel())
-        each.set_title(f"{one.row.name}: {one.loss:.3f}")
+        each.set_title(f"{one.row.name}: {one.loss:.3f} ({_count(one.losses)})")
     low, high = min(ends), max(ends)
     margin = 0.05 * (high - low) or 0.1
     axes[0].set_ylim(low - margin, high + margin)
@@ -59,6 +64,7 @@ def losses(summary: Summary, curves: Curves) -> Any:
         LOSSES[summary.loss].replace(" of the last tenth of the steps", ""), fontsize="medium"
     )
     figure.supxlabel("step", fontsize="medium")
+    style.shared_legend(figure, axes, "upper")
     return figure
 
 
@@ -70,21 +76,22 @@ def gaps(summary: Summary, curves: Curves) -> Any:
     ends = [0.0]
     for each, one in zip(axes, rows):
         steps, values = _gap(one, curves)
-        _band(each, steps, values, style.KINDS[0], "-")
+        _band(each, steps, values, style.KINDS[0], "-", "mean of n seeds")
         if len(values) > 1:
-            each.plot(
-                steps, values.T, color=style.KINDS[0], linewidth=0.5, linestyle="-", alpha=0.6
-            )
+            look = {"color": style.KINDS[0], "linewidth": 0.5, "linestyle": "-", "alpha": 0.6}
+            each.plot(steps, values.T, label="a seed", **look)
         each.axhline(0, color="grey", linewidth=1, linestyle="-")
         if one.printed_difference is not None:
-            each.axhline(one.printed_difference, color=style.KINDS[1], linestyle=":")
+            look = {"color": style.KINDS[1], "linestyle": ":"}
+            each.axhline(one.printed_difference, label="paper, at its end", **look)
             ends.append(one.printed_difference)
         ends.extend(values[:, steps >= (1 - SHOWN) * steps.max()].ravel())
-        each.set_title(f"{one.row.name}: {one.difference.mean:+.3f}")
+        each.set_title(f"{one.row.name}: {one.difference.mean:+.3f} ({_count(one.differences)})")
     margin = 0.08 * (max(ends) - min(ends)) or 0.1
     axes[0].set_ylim(min(ends) - margin, max(ends) + margin)
     figure.supylabel("less the baseline, nats", fontsize="medium")
     figure.supxlabel("step", fontsize="medium")
+    style.shared_legend(figure, axes, "upper")
     return figure
 
 
@@ -102,20 +109,16 @@ def _gap(one: Result, curves: Curves) -> tuple[np.ndarray, np.ndarray]:
     return steps, both[: len(seeds)] - both[len(seeds) :]
 
 
-def _band(axes: Any, steps: np.ndarray, values: np.ndarray, colour: str, stroke: str) -> None:
-    marker = "." if len(steps) < 3 else ""
-    axes.plot(steps, values.mean(0), color=colour, linestyle=stroke, marker=marker)
+def _band(axes: Any, steps: np.ndarray, values: np.ndarray, colour: str, stroke: str, label: str):
+    look = {"color": colour, "linestyle": stroke, "marker": "." if len(steps) < 3 else ""}
+    axes.plot(steps, values.mean(0), label=label, **look)
     if len(values) > 1:
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
 
 
+def _count(by_seed: dict[int, float]) -> str:
+    return f"n = {len(by_seed)}"
+
+
 def _unit(summary: Summary) -> str:
     return f"nats ({LOSSES[summary.loss].split(',')[0]})"
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    """Each kind of mark once, below."""
-    handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles))
-    if once:
-        figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once))

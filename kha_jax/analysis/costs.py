@@ -41,7 +41,7 @@ def scaling(found: dict[int, dict[str, Cost]]) -> Any:
         axes.minorticks_off()
         style.plain_log(axes)
         axes.axhline(1, color="grey", linewidth=0.8, linestyle="-")
-    style.legend_below(figure, times)
+    style.shared_legend(figure, [times])
     return figure
 
 

@@ -9,18 +9,20 @@ from kha_jax.analysis import style
 from kha_jax.analysis.models import Variant
 from kha_jax.attention.attention import LARGEST
 from kha_jax.metrics import column
-from kha_jax.spikes import SPIKING, find_spikes
+from kha_jax.spikes import Spike, spikes_in
 
 Rows = list[dict[str, Any]]
 VALIDATION = {
     "val_bits_per_byte": "validation bits per byte",
     "val_loss": "validation loss, nats per token",
 }
+BALANCE = "max_violation"
 STABILITY = {
     "loss": "training loss, nats",
     "grad_norm": "gradient norm",
     LARGEST: "largest logit",
 }
+WHERE = {"loss": "in the loss", "grad_norm": "in the gradient norm"}  # of spikes.SPIKING
 
 
 def smoothed(values: np.ndarray, over: int = 11) -> np.ndarray:
@@ -36,38 +38,66 @@ def smoothed(values: np.ndarray, over: int = 11) -> np.ndarray:
 
 def training(runs: dict[str, Rows]) -> Any:
     """Training loss, smoothed; validation bits per byte (or loss, for data without bytes) with its
-    last value; for mixtures the worst layer's MaxVio."""
-    balanced = any("max_violation" in row for rows in runs.values() for row in rows)
-    count = 3 if balanced else 2
-    figure, axes = style.pyplot().subplots(1, count, figsize=(4.2 * count, 3.3))
-    left, right = axes[:2]
-    texts = any("val_bits_per_byte" in row for rows in runs.values() for row in rows)
+    last value; for mixtures the worst layer's MaxVio. Below the losses, which lie on one another,
+    those of each further run less those of the first, at the steps that both have."""
+    every = [row for rows in runs.values() for row in rows]
+    texts = any("val_bits_per_byte" in row for row in every)
     key = "val_bits_per_byte" if texts else "val_loss"
+    balance = [BALANCE] if any(BALANCE in row for row in every) else []
+    layout = [["loss", key, *balance], ["loss less", f"{key} less", *balance]]
+    layout, heights = (layout, (3, 2)) if len(runs) > 1 else (layout[:1], (3,))
+    figure, panels = style.pyplot().subplot_mosaic(
+        layout, figsize=(4.2 * len(layout[0]), 0.3 + sum(heights)), height_ratios=heights
+    )
     for index, (name, rows) in enumerate(runs.items()):
+        plain, marked = style.line(index, marker=""), style.line(index)
         steps, losses = column(rows, "loss")
-        left.plot(steps, smoothed(losses), label=name)
+        panels["loss"].plot(steps, smoothed(losses), label=name, **plain)
         steps, values = column(rows, key)
         last = f"{name}: {values[-1]:.3f}" if values.size else name
-        right.plot(steps, values, marker=style.MARKERS[index % 6], label=last)
-        if balanced:
-            steps, worst = column(rows, "max_violation")
-            axes[2].plot(steps, smoothed(worst), label=name)
-    left.set_title("training loss, nats per token")
-    right.set_title(VALIDATION[key])
-    if balanced:
-        axes[2].axhline(0.2, color="grey", linewidth=0.8, linestyle=":")
-        axes[2].set_title("MaxVio of the worst layer")
-        style.plain_log(axes[2])
-    for each in axes:
-        each.set_xlabel("step")
+        panels[key].plot(steps, values, label=last, **marked)
+        if balance:
+            steps, worst = column(rows, BALANCE)
+            panels[BALANCE].plot(steps, smoothed(worst), label=name, **plain)
+    panels["loss"].set_title("training loss, nats per token")
+    panels[key].set_title(VALIDATION[key])
+    if balance:
+        panels[BALANCE].axhline(0.2, color="grey", linewidth=0.8, linestyle=":")
+        panels[BALANCE].set_title("MaxVio of the worst layer")
+        style.plain_log(panels[BALANCE])
+    if len(runs) > 1:
+        _less_the_first(panels["loss less"], runs, "loss")
+        _less_the_first(panels[f"{key} less"], runs, key)
+    for each in panels.values():
         each.legend()
+    for name in layout[-1]:
+        panels[name].set_xlabel("step")
     return figure
 
 
+def _less_the_first(axes: Any, runs: dict[str, Rows], key: str) -> None:
+    """A series of every run but the first, less that of the first: the loss smoothed, what is
+    evaluated with its last value. The last three quarters of training decide the range."""
+    (first, base), *others = runs.items()
+    ends, each_step = [0.0], key == "loss"
+    axes.axhline(0, color="grey", linewidth=1, linestyle="-")
+    axes.set_title(f"the same less that of {first}")
+    for index, (name, rows) in enumerate(others, 1):
+        (steps, values), (steps_of_base, of_base) = column(rows, key), column(base, key)
+        steps, at, there = np.intersect1d(steps, steps_of_base, return_indices=True)
+        less = values[at] - of_base[there]
+        label = f"{name}: {less[-1]:+.3f}" if less.size and not each_step else name
+        less, look = (smoothed(less), {"marker": ""}) if each_step else (less, {})
+        axes.plot(steps, less, label=label, **style.line(index, **look))
+        ends.extend(less[(steps >= 0.25 * steps.max(initial=0)) & np.isfinite(less)])
+    margin = 0.1 * (max(ends) - min(ends)) or 0.1
+    axes.set_ylim(min(ends) - margin, max(ends) + margin)
+
+
 def stability(runs: dict[str, Rows], across: int = 4) -> Any:
-    """The loss of every step and the gradient norm with their spikes (`spikes.find_spikes`)
-    marked, and the largest attention logit of any layer where it was logged; a column for each run,
-    `across` of them side by side, on one scale (the paper's figures 1, right, and 2)."""
+    """The loss of every step and the gradient norm with their spikes (`spikes.spikes_in`) marked
+    and counted, and the largest attention logit of any layer where it was logged; a column for each
+    run, `across` of them side by side, on one scale (the paper's figures 1, right, and 2)."""
     shown = [
         name for name in STABILITY if any(name in row for rows in runs.values() for row in rows)
     ]
@@ -82,8 +112,12 @@ def stability(runs: dict[str, Rows], across: int = 4) -> Any:
     for index, (name, rows) in enumerate(runs.items()):
         block, at = divmod(index, columns)
         panels = grid[block * len(shown) : (block + 1) * len(shown), at]
-        counts = [_spiky(panel, rows, key, index) for panel, key in zip(panels, shown)]
-        panels[0].set_title(f"{name}: {counts[0]} spike{'' if counts[0] == 1 else 's'}")
+        spikes = spikes_in(rows)
+        found = {key: [spike for spike in spikes if spike.name == key] for key in shown}
+        for panel, key in zip(panels, shown):
+            _spiky(panel, rows, key, index, found[key])
+        counts = (f"{len(found[key])} {WHERE[key]}" for key in shown if key in WHERE)
+        panels[0].set_title(f"{name}\nspikes: {', '.join(counts)}")
     for row, key in enumerate(shown):
         for panel in grid[row :: len(shown)].ravel():
             panel.sharey(grid[row, 0])
@@ -99,17 +133,15 @@ def stability(runs: dict[str, Rows], across: int = 4) -> Any:
     return figure
 
 
-def _spiky(axes: Any, rows: Rows, key: str, index: int) -> int:
-    """Draws a series with its spikes, and returns how many there are."""
+def _spiky(axes: Any, rows: Rows, key: str, index: int, found: list[Spike]) -> None:
+    """Draws a series with its spikes."""
     steps, values = column(rows, key)
     colour = style.KINDS[index % 4]
-    found = find_spikes(steps, values) if key in SPIKING else []
     axes.plot(steps, values, color=colour, linewidth=0.8, linestyle="-")
     # what is not finite is marked where it left
     heights = [one.centre if math.isnan(one.peak) else one.peak for one in found]
     at = [one.step for one in found]
     axes.plot(at, heights, linestyle="none", marker="v", color=style.KINDS[4])
-    return len(found)
 
 
 def cost_against_loss(rows: list[Variant]) -> Any:

@@ -5,15 +5,29 @@ Legend: L layers, N heads, H head width.
 """
 
 import math
+import re
 from typing import Any
 
 import numpy as np
 
 from kha_jax.analysis import measures, style
-from kha_jax.analysis.reading import Stack
+from kha_jax.analysis.reading import STREAMS, Stack
 
 COLUMNS = 12  # panels in a row at most
 Stacks = dict[str, Stack]
+HALVES = "rotary halves: feature i turns with the one in its place in the other half"
+PLACE = re.compile(r"(?:(.+)/)?([^/]+)/([^/\d][^/]*)(?:/(\d+))?")  # [SEGMENT/]SLOT/MATRIX[/HEAD]
+
+
+def symbol(place: str) -> str:
+    """A place of `reading.Run.matrices` as a paper writes it, in mathtext: T_v for `value/kernel`,
+    W_v^up for `value/up`."""
+    segment, slot, matrix, head = PLACE.fullmatch(place).groups()
+    stream = slot[0] if slot in STREAMS else rf"\mathrm{{{slot}}}"
+    of_mlp = matrix not in ("kernel", "residual")
+    written = rf"$W_{{{stream}}}^{{\mathrm{{{matrix}}}}}$" if of_mlp else rf"$T_{{{stream}}}$"
+    before, after = f"{segment}: " if segment else "", f", head {head}" if head else ""
+    return before + written + after
 
 
 def scale_of(stacks: Stacks) -> float:
@@ -28,7 +42,7 @@ def heat_maps(stacks: Stacks, clip: bool = False, scale: float | None = None) ->
     What is shown is the change since the start (the identity; zeros for a gate): white is
     untouched. clip: the entries themselves cut to [0, 1], as figure 3 of the paper has them, which
     hides negative entries and diagonals above 1. scale: what the strongest colour means, to compare
-    runs; `scale_of` by default.
+    runs; `scale_of` by default. Dashed lines are where the halves of rotated features begin.
     """
     scale = scale or scale_of(stacks)
     look = {"cmap": style.SIGNED, "vmin": -scale, "vmax": scale}
@@ -41,10 +55,25 @@ def heat_maps(stacks: Stacks, clip: bool = False, scale: float | None = None) ->
         for layer, T, axes in zip(stack.layers, shown, row):
             image = axes.imshow(T, **look)
             axes.set_title(f"layer {layer}" if layer == stack.layers[0] else layer)
+            _mark_features(axes, stack)
         _say_place(row, place, stack)
+        row[0].tick_params(labelleft=True, labelbottom=True)
     extend = "neither" if clip else "both"
     figure.colorbar(image, ax=figure.axes, label=label, extend=extend, fraction=0.03, aspect=30)
+    style.shared_legend(figure, figure.axes)
     return figure
+
+
+def _mark_features(axes: Any, stack: Stack) -> None:
+    """Four ticks at most on each side, and lines where rotary halves begin."""
+    for ticks, size in ((axes.set_xticks, stack.T.shape[2]), (axes.set_yticks, stack.T.shape[1])):
+        ticks(range(0, size, math.ceil(size / 4)))
+    axes.tick_params(length=2, labelsize=6, labelleft=False, labelbottom=False)
+    first, last = stack.rotary
+    look = {"color": "grey", "linewidth": 0.8, "linestyle": "--"}
+    for edge in {first, (first + last) // 2} - {0}:
+        axes.axvline(edge - 0.5, label=HALVES, **look)
+        axes.axhline(edge - 0.5, **look)
 
 
 def blocks_of(stacks: Stacks) -> dict[str, list[measures.Blocks]]:
@@ -109,7 +138,7 @@ def _panels(stacks: Stacks) -> tuple[Any, list[list[Any]]]:
 
 def _say_place(row: list[Any], place: str, stack: Stack) -> None:
     n, m = stack.T.shape[1:]
-    row[0].set_ylabel(f"{place}\n{n} x {m} {stack.axis}s", fontsize=8)
+    row[0].set_ylabel(f"{symbol(place)}\n{n} x {m} {stack.axis}s", fontsize=8)
 
 
 def diagonal_profiles(stacks: Stacks, scale: float | None = None) -> Any:
@@ -130,7 +159,7 @@ def diagonal_profiles(stacks: Stacks, scale: float | None = None) -> Any:
             extent=(0, 1, layers[-1] + 0.5, layers[0] - 0.5),
         )
         axes.grid(False)
-        axes.set(title=place, xlabel="share of features, sorted", ylabel="layer")
+        axes.set(title=symbol(place), xlabel="share of features, sorted", ylabel="layer")
         axes.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=grid, label="diagonal less its start", fraction=0.04)
     return figure
@@ -144,7 +173,7 @@ def depth(runs: dict[str, Stacks]) -> Any:
     kinds = list(dict.fromkeys(place for _, place, _ in lines))
     for run, place, stack in lines:
         line = style.line(kinds.index(place), marker=style.MARKERS[list(runs).index(run) % 6])
-        label = place if len(runs) == 1 else f"{run}: {place}"
+        label = symbol(place) if len(runs) == 1 else f"{run}: {symbol(place)}"
         values = (
             measures.distance(stack.T, stack.start),
             measures.diagonal_mean(stack.change),
@@ -163,7 +192,7 @@ def depth(runs: dict[str, Stacks]) -> Any:
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in (grid[0], grid[2]):
         axes.set_ylim(bottom=0)
-    style.legend_below(figure, grid[0])
+    style.shared_legend(figure, grid)
     return figure
 
 
@@ -181,7 +210,7 @@ def history(trace: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> Any:
             steps, values = logged[measure]
             for layer, value in enumerate(values.T):
                 axes.plot(steps, value, color=style.of_layer(layer, layers), linestyle="-")
-        row[0].set_ylabel(place)
+        row[0].set_ylabel(symbol(place))
     for axes, name in zip(grid[0], names):
         axes.set_title(name)
     for axes in grid[-1]:
@@ -200,7 +229,7 @@ def spectra(stacks: Stacks) -> Any:
         for layer, line in zip(stack.layers, values):
             share = (np.arange(line.size) + 0.5) / line.size
             axes.plot(share, line, color=style.of_layer(layer, layers), linestyle="-")
-        axes.set(title=place, xlabel="share of singular directions", ylim=(0, None))
+        axes.set(title=symbol(place), xlabel="share of singular directions", ylim=(0, None))
     grid[0].set_ylabel("singular value")
     style.layer_bar(figure, grid, layers)
     return figure
@@ -208,7 +237,7 @@ def spectra(stacks: Stacks) -> Any:
 
 def gates(stacks: Stacks, reach: float = 3.0) -> Any:
     """The response of every gate as z moves along the direction in which it reacts most: the factor
-    on each feature, the band holding all of them and the lines the middle half. 1 does nothing."""
+    on the features, a light band holding all of them and a dark one the middle half."""
     plots = style.pyplot()
     panels = [(p, s, i) for p, s in stacks.items() for i in range(len(s.T))]
     columns = min(9, len(panels))
@@ -227,15 +256,15 @@ def gates(stacks: Stacks, reach: float = 3.0) -> Any:
         W = stack.T[index].astype(np.float64)
         factors = measures.gate_response(W, measures.steepest(W)[0], scales)
         low, first, last, high = np.quantile(factors, (0, 0.25, 0.75, 1), axis=1)
-        axes.fill_between(scales, low, high, color=style.KINDS[0], alpha=0.25, linewidth=0)
-        for line in (first, last):
-            axes.plot(scales, line, color=style.KINDS[0], linestyle="-", linewidth=1)
-        axes.axhline(1, color=style.KINDS[1], linewidth=0.8, linestyle="--")
-        slot = place.rpartition("/")[0]
-        axes.set_title(f"{slot}, layer {stack.layers[index]}", fontsize=8)
+        band = {"color": style.KINDS[0], "linewidth": 0}
+        axes.fill_between(scales, low, high, alpha=0.2, label="all features", **band)
+        axes.fill_between(scales, first, last, alpha=0.5, label="the middle half of them", **band)
+        axes.axhline(1, color=style.KINDS[1], linewidth=1, linestyle="--", label="does nothing")
+        axes.set_title(f"{symbol(place)}, layer {stack.layers[index]}", fontsize=8)
     for unused in grid.ravel()[len(panels) :]:
         unused.set_visible(False)
     grid[0, 0].set(ylim=(0, 2), yticks=[0, 1, 2])
     figure.supxlabel("z along the gate's steepest direction", fontsize=9)
     figure.supylabel("factor on the features", fontsize=9)
+    style.shared_legend(figure, [grid[0, 0]], "upper")
     return figure

@@ -113,4 +113,4 @@ def _finish(figure: Any, grid: list[Any]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
     grid[1].plot([], [], color="grey", marker="o", markerfacecolor="none", label="before T")
     grid[1].plot([], [], color="grey", marker="o", linestyle="-", label="after T")
-    style.legend_below(figure, grid[1])
+    style.shared_legend(figure, grid[1:])

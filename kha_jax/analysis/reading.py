@@ -50,13 +50,15 @@ class Stack(NamedTuple):
 
     T: [L, n, m], float32. layers: their numbers, from 0. start: [L, n, m] that training began with,
     by the run's config and seed; for a bare checkpoint zeros for a gate, heads repeated where their
-    number changes, and the identity otherwise. axis: what it mixes, `feature` or `head`.
+    number changes, and the identity otherwise. axis: what it mixes, `feature` or `head`. rotary:
+    the features that are rotated after it, from and to; none for a bare checkpoint.
     """
 
     T: np.ndarray
     layers: tuple[int, ...]
     start: np.ndarray
     axis: str
+    rotary: tuple[int, int] = (0, 0)
 
     @property
     def change(self) -> np.ndarray:
@@ -129,6 +131,8 @@ class Run:
                 heads = {f"/{head}": (slice(None), head) for head in range(T.shape[1])}
                 for head, at in ({"": ()} if T.ndim == 3 else heads).items():
                     stack = Stack(T[at], layers, starts[name][at], mixer.axis)
+                    if mixer.axis == "feature":
+                        stack = stack._replace(rotary=self._rotary(layers[0], slot, T.shape[-1]))
                     found[segment, f"{slot}/{name}{head}"] = stack
         return _joined(found)
 
@@ -205,6 +209,12 @@ class Run:
         later = model.later
         return later.attention if layer >= getattr(later, "layer", math.inf) else model.attention
 
+    def _rotary(self, layer: int, slot: str, width: int) -> tuple[int, int]:
+        if self.config is None:
+            return 0, 0
+        first, last = self._attention(layer).projection.rotary.get(slot, (0, 0))
+        return int(first * width), int(last * width)
+
     def stream_weights(
         self, slot: str, widest: float = math.inf
     ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -257,7 +267,7 @@ def _joined(found: dict[tuple[str, str], Stack]) -> dict[str, Stack]:
         first = next(iter(stacks.values()))
         T = np.concatenate([stack.T for stack in stacks.values()])
         start = np.concatenate([stack.start for stack in stacks.values()])
-        out[place] = Stack(T, layers, start, first.axis)
+        out[place] = first._replace(T=T, layers=layers, start=start)
     return out
 
 

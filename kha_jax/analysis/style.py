@@ -17,7 +17,8 @@ MARKERS = "osD^vP"
 SIGNED, POSITIVE, ORDERED = "RdBu_r", "cividis", "viridis"
 # ink, page. The light ink is also what an SVG turns into the colour of the page around it.
 THEMES = {"light": ("#1f2329", "#ffffff"), "dark": ("#e6e9ee", "#0d1117")}
-DPI = 130
+SUFFIXES = (".png", ".pdf", ".svg")
+PRINT, SCREEN = 300, 130  # dots per inch: what journals ask for, and what pages load quickly
 
 
 class PlotsMissing(ImportError):
@@ -69,6 +70,7 @@ def settings(theme: str = "light") -> dict[str, Any]:
         "legend.frameon": False,
         "lines.linewidth": 1.4,
         "lines.markersize": 4,
+        "pdf.fonttype": 42,  # TrueType, which journals take
         "svg.hashsalt": "kha_jax",
         "xtick.labelsize": 8,
         "ytick.labelsize": 8,
@@ -147,27 +149,36 @@ def layer_bar(figure: Any, axes: Any, layers: int) -> None:
     figure.colorbar(shown, ax=axes, label="layer", ticks=ticks, fraction=0.04, aspect=30)
 
 
-def legend_below(figure: Any, axes: Any) -> None:
-    """One legend for all panels, below them."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+def shared_legend(figure: Any, panels: list[Any], side: str = "lower") -> None:
+    """One legend for all panels, below them (or above: `upper`, where a figure has a label of its
+    own below): each label once."""
+    marks = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        marks |= dict(zip(labels, handles))
+    if marks:
+        columns = min(len(marks), 6)
+        figure.legend(marks.values(), marks.keys(), loc=f"outside {side} center", ncols=columns)
 
 
 def save(draw: Callable[[], Any], path: Path) -> str:
-    """Draws a figure as `path`.svg, `path`.png and `path`_dark.png; returns the SVG's text
-    for a page.
+    """Draws a figure as `path`.svg, .pdf, .png (for print) and _dark.png (for screens); returns the
+    SVG's text for a page.
 
-    draw: makes the figure anew under each theme. The SVG has no background, and its ink is the text
-    colour of the page around it; as a file it follows what the reader's system prefers.
+    draw: makes the figure anew under each theme. SVG and PDF have no background. The SVG's ink is
+    the text colour of the page around it; as a file it follows what the reader's system prefers.
     """
-    for theme, end in (("dark", "_dark.png"), ("light", ".png")):
-        with using(theme) as plots:
-            figure = draw()
-            figure.savefig(f"{path}{end}", dpi=DPI)
-            if theme == "light":
-                nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-                figure.savefig(f"{path}.svg", transparent=True, metadata=nothing)
-            plots.close(figure)
+    with using("dark") as plots:
+        figure = draw()
+        figure.savefig(f"{path}_dark.png", dpi=SCREEN)
+        plots.close(figure)
+    with using("light") as plots:
+        figure = draw()
+        figure.savefig(f"{path}.png", dpi=PRINT)
+        figure.savefig(f"{path}.pdf", transparent=True, metadata={"CreationDate": None})
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(f"{path}.svg", transparent=True, metadata=nothing)
+        plots.close(figure)
     text = _inked_by_the_page(Path(f"{path}.svg").read_text())
     light, dark = (ink for ink, _ in THEMES.values())
     alone = f"<style>svg{{color:{light}}}@media(prefers-color-scheme:dark){{svg{{color:{dark}}}}}"

@@ -35,6 +35,8 @@ class Projection(ModuleConfig):
     """Entries of the state that no values are read from, cached with their slots last."""
     mixes_heads: ClassVar[bool] = False
     """Whether heads share what tells them apart."""
+    rotary: ClassVar[dict[str, tuple[float, float]]] = {}
+    """Of a mixed stream the features that are rotated, from and to, as shares of its width."""
 
     def streams(self, width: int) -> dict[str, tuple[int, int, int]]:
         """(heads, head width, rows of the weights that make it) of each mixable stream, for a model

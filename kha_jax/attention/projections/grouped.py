@@ -32,6 +32,7 @@ class GroupedQuery(Projection):
 
     stream_weights = {"query": "query", "key": "key", "value": "value"}
     cache_fields = ("kv_heads", "head_dim")
+    rotary = {"query": (0, 1), "key": (0, 1)}
     keys_only = ("key", "key_factor")
     query_heads: int = 8
     """Query heads, N."""
@@ -154,6 +155,7 @@ class GroupedTied(Projection):
     stream_weights = {"query": "query", "value": "state"}
     cache_fields = ("kv_heads", "head_dim")
     keys_only = ("rotary_key",)
+    rotary = {"query": (1 / 2, 1)}
     query_heads: int = 8
     """Query heads, N."""
     kv_heads: int = 4
