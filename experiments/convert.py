@@ -25,10 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import identity, stored
 from experiments.run_folders.identity import config_hash
@@ -232,7 +231,7 @@ def show_profiles(profiles: dict[str, dict[int, np.ndarray]], heads: int) -> Non
             around = range(max(heads - 1, 1), min(heads + 1, len(of[layer])) + 1)
             cells.append(", ".join(f"{n}: {of[layer][n - 1]:.3f}" for n in around))
         table.add_row(str(layer), *cells)
-    Console(soft_wrap=True, highlight=False).print(table)
+    terminal.show(table)
 
 
 COMMANDS = {"fold": fold, "compress": compress}

@@ -18,10 +18,9 @@ from typing import Any, Callable
 
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import stored
 from experiments.sweeps import report as sweep_report
@@ -88,7 +87,7 @@ def sweep_figures(sweep: sweeps.Sweep, summary: sweeps.Summary) -> dict[str, Cal
     return draws
 
 
-def report_sweep(console: Console) -> None:
+def report_sweep() -> None:
     """The report of --sweep."""
     folder = stored.local_folder("sweep", SWEEP.value)
     if not flags.FLAGS["out"].present:
@@ -120,13 +119,13 @@ def report_sweep(console: Console) -> None:
         raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror or error}") from None
-    console.print(sweep_report.table(summary))
+    terminal.show(sweep_report.table(summary))
     for text in sweep_report.findings(sweep, summary):
-        console.print(text)
+        terminal.say(text)
     print(f"wrote {out / 'report.md'}, report.html, report.csv, runs.csv, {len(sections)} figures")
 
 
-def list_spikes(console: Console) -> None:
+def list_spikes() -> None:
     """The spikes of --spikes, and the score."""
     path = stored.local_folder("spikes", SPIKES.value)
     path = path / "metrics.jsonl" if path.is_dir() else path
@@ -143,36 +142,33 @@ def list_spikes(console: Console) -> None:
         missing = f"no line of {path} with a step has a number of that name; it has {held}"
         if not there:
             raise UsageError(f"--values={','.join(absent)}: {missing}")
-        console.print(f"not looked at: {', '.join(absent)}; {missing}", soft_wrap=True)
+        terminal.say(f"not looked at: {', '.join(absent)}; {missing}")
     table, found = Table(), []
     for name in ("step", "value", "peak", "over the centre", "times", "spreads", "recovery, steps"):
         table.add_column(name, justify="right")
     for name, (steps, values) in there.items():
         found += spikes.find_spikes(steps, values, name)
-        console.print(f"{name}: {spikes.spike_rule(len(values)).describe()}")
+        terminal.say(f"{name}: {spikes.spike_rule(len(values)).describe()}")
     for one in sorted(found, key=lambda spike: spike.step):
         numbers = [f"{z:.4g}" for z in (one.peak, one.size, one.times, one.spreads)]
         back = "none" if one.recovery is None else str(one.recovery)
         table.add_row(str(one.step), one.name, *numbers, back)
     if found:
-        console.print(table)
+        terminal.show(table)
     score = spikes.spike_score(rows, list(there))
     share = "not known: the log is too short" if math.isnan(score) else f"{score:.4%} of steps"
-    console.print(f"spikes: {len(found)}; spike score {share}")
+    terminal.say(f"spikes: {len(found)}; spike score {share}")
 
 
 def main() -> None:
     """See the module's docstring."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 200
     given = [bool(WORKDIRS.value), SWEEP.value is not None, SPIKES.value is not None]
     if sum(given) > 1:
         raise UsageError("--workdirs, --sweep and --spikes: are three reports; name one of them")
     if SWEEP.value is not None:
-        return report_sweep(console)
+        return report_sweep()
     if SPIKES.value is not None:
-        return list_spikes(console)
+        return list_spikes()
     if not WORKDIRS.value:
         raise UsageError("--workdirs: name at least one run folder")
     draw_runs()

@@ -26,6 +26,7 @@ from absl import flags
 
 from experiments.cli import command_line
 from experiments.cli.command_line import UsageError
+from experiments.cli.terminal import say
 from experiments.run_folders import stored
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
 from experiments.train_loop import replay
@@ -211,7 +212,7 @@ def main() -> int:
     with contextlib.closing(folder), watchdog, checkpoints, one_fate:
         first_step = checkpoints.newest_good() or 0
         if first_step >= config.steps:
-            print(
+            say(
                 f"{folder.path} already has its {config.steps} steps; train again with another "
                 "--workdir, or remove the folder"
             )
@@ -231,7 +232,7 @@ def main() -> int:
         finally:
             watchdog.allow("the last checkpoint")
     if code == command_line.DONE and jax.process_index() == 0:
-        print(farewell(folder.path))
+        say(farewell(folder.path, text=config.data.tokenizer() is not None))
     return code
 
 
@@ -296,7 +297,15 @@ def train(run: Run, state: TrainState) -> int:
         step_function, source = trainer.evaluation_step, run.validation_source
         reporter.now(step, evaluate(step_function, state, source, config, run.mesh))
 
-    reporter = Reporter(config, run.mesh, workdir, first_step, run.windows, TENSORBOARD.value)
+    reporter = Reporter(
+        config,
+        run.mesh,
+        workdir,
+        first_step,
+        len(run.train_source),
+        run.windows,
+        TENSORBOARD.value,
+    )
     profile = Profile(config, workdir / "profile")
     with contextlib.closing(reporter):
         evaluated = processes.from_leader(

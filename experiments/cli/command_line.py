@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict
 
 from experiments.cli import c_library, help_text
-from experiments.cli.terminal import Terminal
+from experiments.cli.terminal import Log, Terminal
 from kha_jax.config import ConfigError, from_dict, near
 
 DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
@@ -284,7 +284,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     log = logging.getLogger("kha_jax")
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.addHandler(logging.StreamHandler(sys.stderr))
+    log.addHandler(Log())
     # pages of tracebacks for a full disk, of which our one line tells
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     sys.unraisablehook = _report
