@@ -29,7 +29,9 @@ from kha_jax.analysis import curves, figures, heads, measures, style
 from kha_jax.analysis.reading import STREAMS, Run, Stack, saved_steps
 from kha_jax.errors import CheckpointError
 
-WORKDIR = flags.DEFINE_list("workdir", [], "Run folders or checkpoints, shown in this order.")
+WORKDIR = flags.DEFINE_list(
+    "workdir", [], "Required: run folders or checkpoints, shown in this order."
+)
 OUT = flags.DEFINE_string("out", "figures", "Folder to write.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest by default.")
 CLIP = flags.DEFINE_bool("clip", False, "Also heat maps cut to [0, 1], as in the paper's figure 3.")

@@ -33,7 +33,7 @@ from kha_jax.runs.checkpoint import Checkpoints, leaves
 from kha_jax.runs.manifest import MANIFEST, verify
 from kha_jax.training.run_config import RunConfig
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder.")
 VERIFY = flags.DEFINE_bool("verify", False, "Read every file and compare it with its checksum.")
 PRUNE = flags.DEFINE_list("prune", [], "Steps whose checkpoints are removed.")
 DIFF = flags.DEFINE_list("diff", [], "Two steps whose leaves are compared.")

@@ -46,8 +46,8 @@ from kha_jax.storage import writable, write_json
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.step import TrainState, make_trainer
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
-OUT = flags.DEFINE_string("out", None, "Run folder to write; must not hold checkpoints.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder to read.")
+OUT = flags.DEFINE_string("out", None, "Required: run folder to write; must not hold checkpoints.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
 TOLERANCE = flags.DEFINE_float(
     "tolerance",
@@ -56,7 +56,9 @@ TOLERANCE = flags.DEFINE_float(
     "any in compress.",
     lower_bound=0,
 )
-KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Heads that compress leaves in the cache.")
+KV_HEADS = flags.DEFINE_integer(
+    "kv_heads", None, "Required by compress: heads that it leaves in the cache."
+)
 LAYERS = flags.DEFINE_string("layers", "0-", "N-: compress the layers from number N on.")
 
 FOLDED = 1e-3  # of the largest logit, that folding may change

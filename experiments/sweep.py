@@ -36,11 +36,13 @@ from kha_jax.accounting import account
 from kha_jax.config import near
 from kha_jax.training.run_config import RunConfig
 
-TABLE = flags.DEFINE_string("table", None, f"Rows of a table: {', '.join(TABLES)}.")
+TABLE = flags.DEFINE_string(
+    "table", None, f"Required, or --configs: rows of a table, {', '.join(TABLES)}."
+)
 SCALE = flags.DEFINE_enum("scale", "tiny", ["paper", *SCALES], "Size of the table's runs.")
 ROWS = flags.DEFINE_list("rows", [], "Some of the table's rows; all by default.")
 FILES = flags.DEFINE_list(
-    "configs", [], "Instead of a table: configs, FILE.py[:VARIANT]; the first is the baseline."
+    "configs", [], "Instead of a table: FILE.py[:VARIANT],... of which the first is the baseline."
 )
 SET = flags.DEFINE_multi_string(
     "set",

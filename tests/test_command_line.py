@@ -89,12 +89,14 @@ def test_help_on_a_config_shows_every_field_with_what_it_takes_and_means():
             if isinstance(value, dict):
                 yield from leaves(value, f"{path}.{name}")
             else:
-                yield f"--{path}.{name}={value}"
+                alone = isinstance(value, tuple) and len(value) == 1
+                yield f"--{path}.{name}={value[0] if alone else value}"
 
     shown = re.findall(r"^  (--\S+)", text, re.M)
     assert sorted(shown) == sorted(leaves(to_dict(config), "config"))
     assert "--config.steps=1000  [int; default 1000]\n        Optimiser steps.\n" in text
     assert "kind=none  [one of none, talking;" in text and max(map(len, text.splitlines())) <= 80
+    assert text.count("(NoMixer)\n    z: the baseline.\n") == 1 and "(NoMixer, as above)" in text
 
 
 def test_libtpu_is_quiet_where_there_is_no_tpu():
