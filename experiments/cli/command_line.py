@@ -1,6 +1,7 @@
 """What all commands share: the config flag, one-line errors, exit codes, logging."""
 
 import contextlib
+import difflib
 import faulthandler
 import logging
 import os
@@ -10,7 +11,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 from absl import flags
 from ml_collections import config_flags
@@ -61,14 +62,27 @@ def _check_config_arguments(arguments: list[str], default: str) -> None:
     path, _, variant = _named_config(arguments, default).partition(":")
     if not path.strip():
         raise UsageError("--config: names no file; write --config=FILE.py or --config=FILE.py:NAME")
-    if not Path(path).is_file():
-        raise UsageError(f"--config: no file {path}; configs are in {REPOSITORY / 'configs'}")
+    check_config_file(path)
     sys.path.insert(0, str(REPOSITORY))  # config files share pieces through the package configs
     config = run_config_file(path, variant)
     for argument in arguments:
         match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)(?:=(.*))?$", argument)
         if match:
             check_override(config, match[1], match[2])
+
+
+def check_config_file(path: str, flag: str = "--config") -> None:
+    """Raises UsageError where there is no such file, with the one of configs/ that has the name."""
+    if Path(path).is_file():
+        return
+    configs = REPOSITORY / "configs"
+    known = [file.stem for file in configs.glob("[a-z]*.py")]
+    close = difflib.get_close_matches(Path(path).stem, known, n=1, cutoff=0.7)
+    if close:
+        hint = f"did you mean {os.path.relpath(configs)}/{close[0]}.py?"
+    else:
+        hint = f"configs are in {configs}"
+    raise UsageError(f"{flag}: no file {path}; {hint}")
 
 
 def _named_config(arguments: list[str], default: str) -> str:
@@ -120,7 +134,9 @@ def check_override(config: Any, path: str, text: str | None) -> None:
         if not hasattr(node, "keys"):
             raise UsageError(f"{walked}.{name}: {walked} is a single value, not a group of fields")
         if name not in node:
-            raise UsageError(f"{walked}.{name}: is not a known field; {near(name, node.keys())}")
+            meant = nested(config, path)
+            hint = f"did you mean {meant}?" if meant else near(name, node.keys())
+            raise UsageError(f"{walked}.{name}: is not a known field; {hint}")
         holder, node, walked = node, node[name], f"{walked}.{name}"
     kind = holder.get_type(name)
     if hasattr(node, "keys"):
@@ -130,6 +146,37 @@ def check_override(config: Any, path: str, text: str | None) -> None:
             kind(text)
         except ValueError:
             raise UsageError(f"{walked}: expected {kind.__name__}, found {text!r}") from None
+
+
+def nested(config: Any, path: str) -> str:
+    """The field that a path means which leaves groups out, or takes only the initials of its last
+    name: config.optimizer.learning_rate for lr. The least deep one of that very name, and the least
+    deep one of nearly that name; nothing where there is neither."""
+    *groups, last = path.split(".")
+    found: dict[bool, str] = {}
+    for field in sorted(_fields(config), key=lambda field: field.count(".")):
+        *above, name = field.split(".")
+        passed = iter(above)  # `in` goes on where it has found the one before
+        if _alike(last, name) and all(group in passed for group in groups):
+            found.setdefault(last == name, f"config.{field}")
+    return " or ".join(found.values())
+
+
+def _alike(typed: str, name: str) -> bool:
+    """Whether a name is meant, but for a slip, or by its initials."""
+    initials = "".join(word[0] for word in name.split("_"))
+    close = difflib.SequenceMatcher(None, typed, name).ratio() > 0.85
+    return close or (typed == initials and len(initials) > 1)
+
+
+def _fields(node: Any) -> Iterator[str]:
+    """The dotted path of every single value below."""
+    for name in node.keys():
+        inner = node[name]
+        if hasattr(inner, "keys"):
+            yield from (f"{name}.{below}" for below in _fields(inner))
+        else:
+            yield name
 
 
 def config_of(cls: type, arguments: Sequence[str]) -> Any:
@@ -186,8 +233,7 @@ def load_variant(cls: type, path: str, variant: str, flag: str = "--config") -> 
     Raises:
         UsageError: there is no such file, or it does not know the variant.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"{flag}: no file {path}; write {flag}=FILE.py or {flag}=FILE.py:NAME")
+    check_config_file(path, flag)
     try:
         return from_dict(cls, run_config_file(path, variant, flag))
     except ConfigError as error:
@@ -202,15 +248,23 @@ def _parse_flags(argv: list[str], words: int) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        known = [flag.name for flag in own_flags()]
-        raise UsageError(
-            f"--{error.flagname} is not a known flag; {near(error.flagname, known)}"
-        ) from None
+        hint = _meant_flag(error.flagname, argv)
+        raise UsageError(f"--{error.flagname} is not a known flag; {hint}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from None
     if len(rest) > words + 1:
         raise UsageError(f"{rest[words + 1]!r} is not understood; flags have the form --name=value")
     return rest[1:]
+
+
+def _meant_flag(name: str, argv: list[str]) -> str:
+    """A hint for a flag that is not known: a field of the config is called so, or a flag nearly."""
+    known = [flag.name for flag in own_flags()]
+    if "config" in known and not difflib.get_close_matches(name, known, cutoff=0.8):
+        path, _, variant = _named_config(argv[1:], DEFAULT_CONFIG).partition(":")
+        if meant := nested(run_config_file(path, variant), name):
+            return f"did you mean --{meant.replace(' or ', ' or --')}?"
+    return near(name, known)
 
 
 def give_up(message: str, code: int = HANG, stacks: bool = False) -> None:
