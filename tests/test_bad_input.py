@@ -281,42 +281,42 @@ INPUTS = {
         2,
         "no good check",
     ),
-    "report of nothing": (no_damage, ("report",), 2, "--workdirs: name at least one"),
-    "report of no run": (no_damage, ("report", "--workdirs={here}/none"), 2, "metrics.jsonl: "),
-    "report of a bucket": (no_damage, ("report", "--workdirs=gs://b"), 2, "object stores"),
+    "report of nothing": (no_damage, ("report",), 2, "--workdir: name at least one"),
+    "report of no run": (no_damage, ("report", "--workdir={here}/none"), 2, "metrics.jsonl: "),
+    "report of a bucket": (no_damage, ("report", "--workdir=gs://b"), 2, "object stores"),
     "empty metrics": (
         write("metrics.jsonl", ""),
-        ("report", "--workdirs={run}"),
+        ("report", "--workdir={run}"),
         2,
         "holds no loss",
     ),
     "cut metrics": (
         write("metrics.jsonl", '{"step": 1, "lo'),
-        ("report", "--workdirs={run}"),
+        ("report", "--workdir={run}"),
         2,
         "holds no loss",
     ),
     "metrics of the wrong kind": (
         write("metrics.jsonl", '[1]\n{"step": 1, "loss": "low"}\n'),
-        ("report", "--workdirs={run}"),
+        ("report", "--workdir={run}"),
         2,
         "holds no loss",
     ),
     "an unknown figure": (
         no_damage,
-        ("report", "--workdirs={run}", "--out={run}/a.xyz"),
+        ("report", "--workdir={run}", "--out={run}/a.xyz"),
         2,
         "must end",
     ),
     "a figure in a file": (
         no_damage,
-        ("report", "--workdirs={run}", "--out={here}/text/a.png"),
+        ("report", "--workdir={run}", "--out={here}/text/a.png"),
         2,
         "cannot be written",
     ),
     "three reports": (
         no_damage,
-        ("report", "--workdirs={run}", "--spikes={run}"),
+        ("report", "--workdir={run}", "--spikes={run}"),
         2,
         "name one of them",
     ),
@@ -489,7 +489,7 @@ def test_odd_prompts_and_unevaluated_runs_are_no_errors(trained):
     here, cache = trained
     prompts = "--prompt=a\\n\\tb", "--prompt=a\\\\n", "--prompt=\udcff", "--prompt=knöcking"
     cases = [("generate", [f"--workdir={here / 'run'}", "--tokens=2", *prompts])]
-    cases += [("report", [f"--workdirs={here / 'run'}", f"--out={here / 'figure.png'}"])]
+    cases += [("report", [f"--workdir={here / 'run'}", f"--out={here / 'figure.png'}"])]
     told, drawn = run_all(cases, cache)
     assert told.code == 0 and "Traceback" not in told.err, told.err
     for shown in (r"--- 'a\n\tb'", r"--- 'a\\n'", "--- '\ufffd'", "--- 'knöcking'"):
