@@ -16,6 +16,7 @@ import importlib.util
 import json
 import logging
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -29,7 +30,7 @@ from experiments.cli.command_line import UsageError
 from experiments.cli.terminal import say
 from experiments.run_folders import stored
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
-from experiments.train_loop import replay
+from experiments.train_loop import data_check, replay
 from experiments.train_loop.progress import farewell
 from experiments.train_loop.reporter import Profile, Reporter
 from experiments.train_loop.stop import Stop
@@ -185,6 +186,7 @@ def main() -> int:
         return command_line.DONE
 
     # ---------------------------------------------------------------- processes, devices, data
+    data_check.check_vocabulary(config, sys.argv[1:])
     join_processes(config.hang_timeout)
     use_compilation_cache()
     with processes.together("set-up", WAIT.value):
@@ -206,6 +208,7 @@ def main() -> int:
     if config.data.vocabulary_size() < config.model.vocabulary_size:
         found = f"{config.data.vocabulary_size()} < {config.model.vocabulary_size}"
         log.warning("config.model.vocabulary_size: the data uses fewer ids (%s)", found)
+    data_check.warn_of_epochs(config, len(train_source))
 
     # ---------------------------------------------------------------- the state, new or restored
     one_fate = processes.one_fate(command_line.code_of, command_line.give_up)

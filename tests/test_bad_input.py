@@ -77,6 +77,7 @@ FLAGS = {
     f"{MOE} --config.model.feed_forward.top_k=99": "feed_forward.top_k: must",
     "--config.mesh.data=3": "does not make 1 devices",
     "--config.mesh.preset=nowhere": "config.mesh.preset: 'nowhere' is not known",
+    "--config=configs/kha_moe_6b.py": "157,184 ids for data that has 264, in a run of 999,998M",
     "--config=kha_tiny": "no file kha_tiny; did you mean configs/kha_tiny.py?",
     "--steps=100": "--steps is not a known flag; did you mean --config.steps?",
     "--config.lr=1": "config.lr: is not a known field; did you mean config.optimizer.learning_rate",

@@ -11,13 +11,13 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
 from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict
 
-from experiments.cli import c_library, help_text
+from experiments.cli import c_library, help_text, hints
 from experiments.cli.terminal import Log, Terminal
 from kha_jax.config import ConfigError, from_dict, near
 
@@ -73,16 +73,9 @@ def _check_config_arguments(arguments: list[str], default: str) -> None:
 
 def check_config_file(path: str, flag: str = "--config") -> None:
     """Raises UsageError where there is no such file, with the one of configs/ that has the name."""
-    if Path(path).is_file():
-        return
-    configs = REPOSITORY / "configs"
-    known = [file.stem for file in configs.glob("[a-z]*.py")]
-    close = difflib.get_close_matches(Path(path).stem, known, n=1, cutoff=0.7)
-    if close:
-        hint = f"did you mean {os.path.relpath(configs)}/{close[0]}.py?"
-    else:
-        hint = f"configs are in {configs}"
-    raise UsageError(f"{flag}: no file {path}; {hint}")
+    if not Path(path).is_file():
+        hint = hints.config_file(path, REPOSITORY / "configs")
+        raise UsageError(f"{flag}: no file {path}; {hint}")
 
 
 def _named_config(arguments: list[str], default: str) -> str:
@@ -134,7 +127,7 @@ def check_override(config: Any, path: str, text: str | None) -> None:
         if not hasattr(node, "keys"):
             raise UsageError(f"{walked}.{name}: {walked} is a single value, not a group of fields")
         if name not in node:
-            meant = nested(config, path)
+            meant = hints.nested(config, path)
             hint = f"did you mean {meant}?" if meant else near(name, node.keys())
             raise UsageError(f"{walked}.{name}: is not a known field; {hint}")
         holder, node, walked = node, node[name], f"{walked}.{name}"
@@ -146,37 +139,6 @@ def check_override(config: Any, path: str, text: str | None) -> None:
             kind(text)
         except ValueError:
             raise UsageError(f"{walked}: expected {kind.__name__}, found {text!r}") from None
-
-
-def nested(config: Any, path: str) -> str:
-    """The field that a path means which leaves groups out, or takes only the initials of its last
-    name: config.optimizer.learning_rate for lr. The least deep one of that very name, and the least
-    deep one of nearly that name; nothing where there is neither."""
-    *groups, last = path.split(".")
-    found: dict[bool, str] = {}
-    for field in sorted(_fields(config), key=lambda field: field.count(".")):
-        *above, name = field.split(".")
-        passed = iter(above)  # `in` goes on where it has found the one before
-        if _alike(last, name) and all(group in passed for group in groups):
-            found.setdefault(last == name, f"config.{field}")
-    return " or ".join(found.values())
-
-
-def _alike(typed: str, name: str) -> bool:
-    """Whether a name is meant, but for a slip, or by its initials."""
-    initials = "".join(word[0] for word in name.split("_"))
-    close = difflib.SequenceMatcher(None, typed, name).ratio() > 0.85
-    return close or (typed == initials and len(initials) > 1)
-
-
-def _fields(node: Any) -> Iterator[str]:
-    """The dotted path of every single value below."""
-    for name in node.keys():
-        inner = node[name]
-        if hasattr(inner, "keys"):
-            yield from (f"{name}.{below}" for below in _fields(inner))
-        else:
-            yield name
 
 
 def config_of(cls: type, arguments: Sequence[str]) -> Any:
@@ -262,7 +224,7 @@ def _meant_flag(name: str, argv: list[str]) -> str:
     known = [flag.name for flag in own_flags()]
     if "config" in known and not difflib.get_close_matches(name, known, cutoff=0.8):
         path, _, variant = _named_config(argv[1:], DEFAULT_CONFIG).partition(":")
-        if meant := nested(run_config_file(path, variant), name):
+        if meant := hints.nested(run_config_file(path, variant), name):
             return f"did you mean --{meant.replace(' or ', ' or --')}?"
     return near(name, known)
 

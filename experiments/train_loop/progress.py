@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from experiments.cli.terminal import CONSOLE, LINE, say
+from experiments.train_loop.data_check import epochs
 from kha_jax.accounting import Accounting
 from kha_jax.training.run_config import RunConfig
 
@@ -144,11 +145,6 @@ class Progress:
         """Stops the live line."""
         if self.task is not None:
             self.bar.stop()
-
-
-def epochs(config: RunConfig, examples: int) -> float:
-    """How often a run reads all of its data."""
-    return config.steps * config.batch_size / examples
 
 
 def in_millions(tokens: int) -> str:
