@@ -104,7 +104,7 @@ def layout(config: RunConfig, chips: int) -> Layout:
     plain = config.replace(model=model, batch_size=chips, accumulation=1)
     state, batch_shards = _abstract(plain, tuple(sizes.items())), axis_size_of(sizes, "batch")
     leaves = jax.tree.leaves(state.params)
-    weights = sum(held(leaf) * sharding.gathered_ways(leaf.sharding) for leaf in leaves)
+    weights = sum(held(leaf) * sharding.gathered_axis_size(leaf.sharding) for leaf in leaves)
     tokens = config.tokens_per_step / config.accumulation / batch_shards
     split = axis_size_of(sizes, "heads"), axis_size_of(sizes, "experts")
     return Layout(state, sizes, batch_shards, *split, tokens, weights)
