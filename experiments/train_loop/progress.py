@@ -101,7 +101,9 @@ class Progress:
         say(f"{config.steps} steps of {batch}, {origin}")
         planned = in_millions(config.steps * config.tokens_per_step)
         there = in_millions(examples * config.seq_len)
-        say(f"{planned} tokens of data that has {there}: {epochs(config, examples):,.2f} epochs")
+        times = epochs(config, examples)
+        read = f"{times:,.1f}" if times > 1 else f"{times:.2g}"
+        say(f"{planned} tokens of data that has {there}: {read} epochs")
         if CONSOLE.is_interactive:
             self.bar.start()
             self.task = self.bar.add_task(
@@ -148,7 +150,7 @@ class Progress:
 
 
 def in_millions(tokens: int) -> str:
-    return f"{tokens / 1e6:,.1f}M"
+    return f"{tokens / 1e6:,.2f}M"
 
 
 def farewell(workdir: Path, text: bool) -> str:
