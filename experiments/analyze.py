@@ -19,10 +19,9 @@ from typing import Any, Callable
 from absl import flags
 from etils import epath
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.sweeps import page
 from kha_jax import analysis
@@ -30,7 +29,9 @@ from kha_jax.analysis import curves, figures, heads, measures, style
 from kha_jax.analysis.reading import STREAMS, Run, Stack, saved_steps
 from kha_jax.errors import CheckpointError
 
-WORKDIR = flags.DEFINE_list("workdir", [], "Run folders or checkpoints, shown in this order.")
+WORKDIR = flags.DEFINE_list(
+    "workdir", [], "Required: run folders or checkpoints, shown in this order."
+)
 OUT = flags.DEFINE_string("out", "figures", "Folder to write.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest by default.")
 CLIP = flags.DEFINE_bool("clip", False, "Also heat maps cut to [0, 1], as in the paper's figure 3.")
@@ -156,7 +157,7 @@ def summary(runs: list[Run], stacks: dict[str, dict[str, Stack]]) -> Table:
     return table
 
 
-def write(out: Path, console: Console) -> list[Run]:
+def write(out: Path) -> list[Run]:
     """Reads the runs and writes their figures and the page; returns the runs.
 
     Raises:
@@ -166,8 +167,8 @@ def write(out: Path, console: Console) -> list[Run]:
     stacks = {run.name: run.matrices() for run in runs}
     if len(stacks) < len(runs):
         raise UsageError("--workdir: two runs have one name; rename one of the folders")
-    console.print("distance |T - start| / |I|: mean and most over layers; off: off-diagonal share")
-    console.print(table := summary(runs, stacks))
+    terminal.say("distance |T - start| / |I|: mean and most over layers; off: off-diagonal share")
+    terminal.show(table := summary(runs, stacks))
     try:
         out.mkdir(parents=True, exist_ok=True)
         sections = {
@@ -191,7 +192,7 @@ def write(out: Path, console: Console) -> list[Run]:
     return runs
 
 
-def watch(out: Path, console: Console) -> None:
+def watch(out: Path) -> None:
     """Writes again whenever a run has come further, until all are done; Ctrl-C ends it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     seen = said = None
@@ -200,7 +201,7 @@ def watch(out: Path, console: Console) -> None:
             try:
                 now = [(analysis.read_metrics(p)[-1:], saved_steps(p)) for p in WORKDIR.value]
                 if now != seen:
-                    runs, seen = write(out, console), now
+                    runs, seen = write(out), now
                     if all(run.step >= run.config["steps"] for run in runs):
                         return
             except CheckpointError as error:
@@ -214,12 +215,9 @@ def watch(out: Path, console: Console) -> None:
 
 def main() -> None:
     """See the module's docstring."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
     if WATCH.value:
-        return watch(Path(OUT.value), console)
-    write(Path(OUT.value), console)
+        return watch(Path(OUT.value))
+    write(Path(OUT.value))
 
 
 if __name__ == "__main__":

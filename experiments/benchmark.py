@@ -23,14 +23,12 @@ Nothing here is a test; the figures go into docs/performance.md with the machine
 import json
 import os
 import statistics
-import sys
 from typing import IO, Any
 
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.timing import peers, turns
 
@@ -54,7 +52,6 @@ JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 LEVELLED = 30  # steps after which a mixture's experts have nearly equal loads; 13% slower at first
 VARIANTS = {"baseline": "baseline", "KHA-MLP on v": "mlp", "KHA-Linear on q, k, v": "linear"}
-CONSOLE = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
 def dense(mixture: bool = False) -> dict[str, Any]:
@@ -108,7 +105,7 @@ def dense(mixture: bool = False) -> dict[str, Any]:
             f"{row['matmul_share']:.0%}",
             f"{row['ratio']:.3f}",
         )
-    CONSOLE.print(table)
+    terminal.show(table)
     return {"matmul_gflops": rate / 1e9, **results}
 
 
@@ -135,7 +132,7 @@ def expert_kernels() -> dict[str, Any]:
             f"{E}, {K}", *times, *ratios, f"{slow['ragged']['median'] / base['median']:.0f}"
         )
         out[f"{E}, {K}"] = {**rows, **slow}
-    CONSOLE.print(table)
+    terminal.show(table)
     return out
 
 
@@ -167,7 +164,7 @@ def decode() -> dict[str, Any]:
             )
             ratio = f"{min(theirs) / row['median']:.2f}" if theirs else "?"
             table.add_row(name, f"{row['tokens_per_second']:.0f}", f"{best:.0f}", ratio)
-        CONSOLE.print(table)
+        terminal.show(table)
         out[f"batch {batch}"] = results
     return {**out, "cache": cache_lengths()}
 
@@ -209,7 +206,7 @@ def cache_lengths(
     for name, projection in projections.items():
         floats = AttentionConfig(projection=projection).cache_floats()
         table.add_row(name, str(floats), *[f"{ms:.2f}" for ms in out[name]])
-    CONSOLE.print(table)
+    terminal.show(table)
     return out
 
 
@@ -233,7 +230,7 @@ def startup() -> dict[str, Any]:
 
     seconds = {}
     for run, seconds[run] in waits.first_steps():
-        CONSOLE.print(f"{run}: first step {seconds[run]:.1f} s after the command, {machine()}")
+        terminal.say(f"{run}: first step {seconds[run]:.1f} s after the command, {machine()}")
     return seconds
 
 
@@ -244,7 +241,7 @@ def saving() -> dict[str, Any]:
     out = waits.saves(ROUNDS.value, SAVE_TO.value)
     names = "call", "step", "total", "checksums"
     call, step, total, checksums = (statistics.median(out[name]) for name in names)
-    CONSOLE.print(
+    terminal.say(
         f"a save of {out['bytes'] / 1e9:.1f} GB takes {total:.2f} s, median of {ROUNDS.value}, "
         f"{machine()}: training waits {call:.2f} s for the call ({call / total:.1%}) and "
         f"{step:.2f} s more in the step after it ({step / total:.1%}); checksums take "
@@ -259,7 +256,7 @@ def variants() -> dict[str, Any]:
 
     tables, out = costs.tables()
     for table in tables:
-        CONSOLE.print(table)
+        terminal.show(table)
     return out
 
 

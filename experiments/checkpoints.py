@@ -21,10 +21,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import stored
 from experiments.run_folders.identity import read_lineage
@@ -34,7 +33,7 @@ from kha_jax.runs.checkpoint import Checkpoints, leaves
 from kha_jax.runs.manifest import MANIFEST, verify
 from kha_jax.training.run_config import RunConfig
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder.")
 VERIFY = flags.DEFINE_bool("verify", False, "Read every file and compare it with its checksum.")
 PRUNE = flags.DEFINE_list("prune", [], "Steps whose checkpoints are removed.")
 DIFF = flags.DEFINE_list("diff", [], "Two steps whose leaves are compared.")
@@ -76,9 +75,7 @@ def show(folders: list[Path], accepts: list[dict], thorough: bool) -> bool:
             config = "?"
         row = (str(int(folder.name)), "no" if wrong[folder] else "yes", f"{size / 1e6:,.1f}")
         table.add_row(*row, f"{hours:,.1f} h", config)
-    Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 100).print(
-        table
-    )
+    terminal.show(table)
     for reason in filter(None, wrong.values()):
         print(reason, file=sys.stderr)
     return not any(wrong.values())
@@ -131,9 +128,7 @@ def show_leaves(folder: Path) -> None:
         leaf = state.leaves[name]
         shape = " x ".join(map(str, leaf.shape)) or "scalar"
         table.add_row(name, shape, leaf.dtype, f"{norms[name]:.6g}")
-    Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160).print(
-        table
-    )
+    terminal.show(table)
 
 
 def main() -> int:

@@ -25,10 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import identity, stored
 from experiments.run_folders.identity import config_hash
@@ -47,8 +46,8 @@ from kha_jax.storage import writable, write_json
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.step import TrainState, make_trainer
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
-OUT = flags.DEFINE_string("out", None, "Run folder to write; must not hold checkpoints.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder to read.")
+OUT = flags.DEFINE_string("out", None, "Required: run folder to write; must not hold checkpoints.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
 TOLERANCE = flags.DEFINE_float(
     "tolerance",
@@ -57,7 +56,9 @@ TOLERANCE = flags.DEFINE_float(
     "any in compress.",
     lower_bound=0,
 )
-KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Heads that compress leaves in the cache.")
+KV_HEADS = flags.DEFINE_integer(
+    "kv_heads", None, "Required by compress: heads that it leaves in the cache."
+)
 LAYERS = flags.DEFINE_string("layers", "0-", "N-: compress the layers from number N on.")
 
 FOLDED = 1e-3  # of the largest logit, that folding may change
@@ -232,7 +233,7 @@ def show_profiles(profiles: dict[str, dict[int, np.ndarray]], heads: int) -> Non
             around = range(max(heads - 1, 1), min(heads + 1, len(of[layer])) + 1)
             cells.append(", ".join(f"{n}: {of[layer][n - 1]:.3f}" for n in around))
         table.add_row(str(layer), *cells)
-    Console(soft_wrap=True, highlight=False).print(table)
+    terminal.show(table)
 
 
 COMMANDS = {"fold": fold, "compress": compress}

@@ -26,10 +26,12 @@ from kha_jax.inference.folding import fold_if_linear
 from kha_jax.inference.sampling import Sampling
 from kha_jax.training.run_config import RunConfig
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder to read.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder to read.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
 PROMPT = flags.DEFINE_multi_string(
-    "prompt", [], "Text to continue, where \\n, \\t and \\\\ are understood"
+    "prompt",
+    [],
+    "Required: text to continue, where \\n, \\t and \\\\ are understood; may be repeated.",
 )
 TOKENS = flags.DEFINE_integer("tokens", 200, "New tokens at most.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")

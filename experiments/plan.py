@@ -18,10 +18,9 @@ from typing import Iterable
 
 import jax
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from kha_jax import planning
 from kha_jax.config import ConfigError, under
@@ -238,9 +237,7 @@ def show(found: dict[str, Plan]) -> None:
         table.add_column(name, justify="right")
     for label, cell in rows.items():
         table.add_row(label, *[cell(plan) for plan in found.values()])
-    Console(
-        soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 60 + 44 * len(found)
-    ).print(table)
+    terminal.show(table)
 
 
 def show_settings(found: Iterable[Plan]) -> None:
@@ -267,9 +264,7 @@ def show_ranking(found: list[Setting]) -> None:
             f"{p.expected.mfu:.1%}",
             f"{p.expected.chip_hours:,.0f}",
         )
-    Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160).print(
-        table
-    )
+    terminal.show(table)
     if any(setting.plan.source != "compiled" for setting in found):
         print(f"~ estimated from the sizes, with {MARGIN:.0%} of the memory to spare")
 

@@ -1,16 +1,19 @@
-"""Draws the curves of runs, and reports what a sweep says (extra: plots).
+"""Draws the curves of runs, and reports what a run or a sweep says (extra: plots).
 
-    python -m experiments.report --workdirs=runs/kha_tiny,runs/baseline --out=curves.png
+    python -m experiments.report --workdir=runs/kha_tiny --out=kha_tiny.png
+    python -m experiments.report --workdir=runs/kha_tiny,runs/baseline --out=curves.png
     python -m experiments.report --sweep=runs/table2 --out=results/table2_tiny
     python -m experiments.report --spikes=runs/kha_tiny/metrics.jsonl
 
-The first draws training loss, smoothed; validation bits per byte (or loss, for data without bytes);
-for mixtures the worst layer's MaxVio. The second compares the rows of a sweep, finished or not:
-report.md, report.csv, report.html, the runs' CSV and figures. The third lists the spikes of any
-JSONL log whose lines have a `step` and the values that --values names.
+The first is the card of a run: what it is, its cost, curve, spikes and, of a small model of text,
+samples, as OUT.html too. The second draws training loss, smoothed; validation bits per byte (or
+loss, for data without bytes); for mixtures the worst layer's MaxVio. The third compares the rows of
+a sweep, finished or not: report.md, report.csv, report.html, the runs' CSV and figures. The last
+lists the spikes of any JSONL log whose lines have a `step` and the values that --values names.
 """
 
 import functools
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -18,18 +21,19 @@ from typing import Any, Callable
 
 import numpy as np
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import stored
+from experiments.sweeps import card, page
 from experiments.sweeps import report as sweep_report
 from kha_jax import analysis, metrics, spikes
 from kha_jax.analysis import comparisons, curves, style, sweeps
 from kha_jax.errors import CheckpointError
+from kha_jax.training.run_config import RunConfig
 
-WORKDIRS = flags.DEFINE_list("workdirs", [], "Run folders, drawn in this order.")
+WORKDIR = flags.DEFINE_list("workdir", [], "Run folders, drawn in this order; a card of one.")
 SWEEP = flags.DEFINE_string("sweep", None, "Folder of a sweep, to report in the folder --out.")
 SPIKES = flags.DEFINE_string("spikes", None, "JSONL log, or folder of a run, to list spikes of.")
 VALUES = flags.DEFINE_list("values", list(spikes.SPIKING), "What --spikes looks at.")
@@ -39,6 +43,7 @@ OUT = flags.DEFINE_string(
     "The figure to write, as NAME.png (300 dpi), NAME_dark.png (for dark pages), NAME.pdf and "
     "NAME.svg; with --sweep the folder.",
 )
+log = logging.getLogger("kha_jax")
 STABILITY_ROWS = 12  # of a sweep, in the figure of spikes
 
 
@@ -49,21 +54,46 @@ def _name(folder: Path, folders: list[Path]) -> str:
 
 
 def draw_runs() -> None:
-    """The figure of --workdirs."""
-    folders = [stored.local_folder("workdirs", name) for name in WORKDIRS.value]
+    """The figure of --workdir, and the card of a run that is alone."""
+    folders = [stored.local_folder("workdir", name) for name in WORKDIR.value]
     out = stored.local_folder("out", OUT.value)
     if out.suffix not in style.SUFFIXES:
         raise UsageError(f"--out={out}: must end in {', '.join(style.SUFFIXES)}; all are written")
     try:
         runs = {_name(folder, folders): analysis.read_metrics(folder) for folder in folders}
+        if len(folders) == 1 and (folders[0] / "config.json").is_file():
+            return write_card(folders[0], *runs.values(), out.with_suffix(""))
         style.save(lambda: curves.training(runs), out.with_suffix(""))
     except CheckpointError as error:
-        raise UsageError(f"--workdirs: {error}") from None
+        raise UsageError(f"--workdir: {error}") from None
     except style.PlotsMissing as error:
         raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror or error}") from None
     print(f"wrote {OUT.value}")
+
+
+def write_card(folder: Path, rows: list[dict[str, Any]], out: Path) -> None:
+    """The card of a run, in the terminal and as a page."""
+    config = stored.read_config(folder / "config.json", RunConfig)
+    terminal.show(table := card.table(folder, config, rows))
+    draws = {
+        "training": (curves.training, out),
+        "stability": (curves.stability, out.with_name(f"{out.name}_stability")),
+    }
+    sections = {}
+    try:
+        for name, (draw, path) in draws.items():
+            of_run = functools.partial(draw, {folder.name: rows})
+            sections[name] = [("", style.save(of_run, path))]
+    except style.PlotsMissing as error:
+        log.info("no curves: %s", error)
+    written = list(card.samples(folder, config))
+    for text in written:
+        terminal.say(text)
+    html = out.with_suffix(".html")
+    html.write_text(page.render(f"The run {folder.name}", written, table, sections))
+    print(f"wrote {html} and {len(sections)} figures")
 
 
 def sweep_figures(sweep: sweeps.Sweep, summary: sweeps.Summary) -> dict[str, Callable[[], Any]]:
@@ -88,7 +118,7 @@ def sweep_figures(sweep: sweeps.Sweep, summary: sweeps.Summary) -> dict[str, Cal
     return draws
 
 
-def report_sweep(console: Console) -> None:
+def report_sweep() -> None:
     """The report of --sweep."""
     folder = stored.local_folder("sweep", SWEEP.value)
     if not flags.FLAGS["out"].present:
@@ -120,13 +150,13 @@ def report_sweep(console: Console) -> None:
         raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror or error}") from None
-    console.print(sweep_report.table(summary))
+    terminal.show(sweep_report.table(summary))
     for text in sweep_report.findings(sweep, summary):
-        console.print(text)
+        terminal.say(text)
     print(f"wrote {out / 'report.md'}, report.html, report.csv, runs.csv, {len(sections)} figures")
 
 
-def list_spikes(console: Console) -> None:
+def list_spikes() -> None:
     """The spikes of --spikes, and the score."""
     path = stored.local_folder("spikes", SPIKES.value)
     path = path / "metrics.jsonl" if path.is_dir() else path
@@ -143,37 +173,34 @@ def list_spikes(console: Console) -> None:
         missing = f"no line of {path} with a step has a number of that name; it has {held}"
         if not there:
             raise UsageError(f"--values={','.join(absent)}: {missing}")
-        console.print(f"not looked at: {', '.join(absent)}; {missing}", soft_wrap=True)
+        terminal.say(f"not looked at: {', '.join(absent)}; {missing}")
     table, found = Table(), spikes.spikes_in(rows, list(there))
     for name in ("step", "value", "peak", "over the centre", "times", "spreads", "recovery, steps"):
         table.add_column(name, justify="right")
     for name, (_, values) in there.items():
-        console.print(f"{name}: {spikes.spike_rule(len(values)).describe()}")
+        terminal.say(f"{name}: {spikes.spike_rule(len(values)).describe()}")
     for one in found:
         numbers = [f"{z:.4g}" for z in (one.peak, one.size, one.times, one.spreads)]
         back = "none" if one.recovery is None else str(one.recovery)
         table.add_row(str(one.step), one.name, *numbers, back)
     if found:
-        console.print(table)
+        terminal.show(table)
     score = spikes.spike_score(rows, list(there))
     share = "not known: the log is too short" if math.isnan(score) else f"{score:.4%} of steps"
-    console.print(f"spikes: {len(found)}; spike score {share}")
+    terminal.say(f"spikes: {len(found)}; spike score {share}")
 
 
 def main() -> None:
     """See the module's docstring."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 200
-    given = [bool(WORKDIRS.value), SWEEP.value is not None, SPIKES.value is not None]
+    given = [bool(WORKDIR.value), SWEEP.value is not None, SPIKES.value is not None]
     if sum(given) > 1:
-        raise UsageError("--workdirs, --sweep and --spikes: are three reports; name one of them")
+        raise UsageError("--workdir, --sweep and --spikes: are three reports; name one of them")
     if SWEEP.value is not None:
-        return report_sweep(console)
+        return report_sweep()
     if SPIKES.value is not None:
-        return list_spikes(console)
-    if not WORKDIRS.value:
-        raise UsageError("--workdirs: name at least one run folder")
+        return list_spikes()
+    if not WORKDIR.value:
+        raise UsageError("--workdir: name at least one run folder")
     draw_runs()
 
 

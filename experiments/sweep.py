@@ -23,12 +23,11 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from rich import box
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from configs.tables import SCALES, TABLES, load
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import results, stored
 from experiments.sweeps import runner
@@ -37,11 +36,13 @@ from kha_jax.config import near
 from kha_jax.runs.results import RunResult
 from kha_jax.training.run_config import RunConfig
 
-TABLE = flags.DEFINE_string("table", None, f"Rows of a table: {', '.join(TABLES)}.")
+TABLE = flags.DEFINE_string(
+    "table", None, f"Required, or --configs: rows of a table, {', '.join(TABLES)}."
+)
 SCALE = flags.DEFINE_enum("scale", "tiny", ["paper", *SCALES], "Size of the table's runs.")
 ROWS = flags.DEFINE_list("rows", [], "Some of the table's rows; all by default.")
 FILES = flags.DEFINE_list(
-    "configs", [], "Instead of a table: configs, FILE.py[:VARIANT]; the first is the baseline."
+    "configs", [], "Instead of a table: FILE.py[:VARIANT],... of which the first is the baseline."
 )
 SET = flags.DEFINE_multi_string(
     "set",
@@ -136,7 +137,7 @@ def measured_rate(sweep: Sweep) -> tuple[float, str]:
 def list_runs(sweep: Sweep) -> None:
     """--dry_run."""
     rate, source = measured_rate(sweep)
-    known, console = sweep.elsewhere(), Console(width=None if sys.stdout.isatty() else 120)
+    known = sweep.elsewhere()
     done = {**sweep.done(), **known}
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("index", "run", "parameters", "active", "MFLOP/token", "tokens", "minutes", ""):
@@ -156,11 +157,10 @@ def list_runs(sweep: Sweep) -> None:
             f"{seconds / 60:,.1f}",
             "known" if run.name in known else "done" if run.name in done else "",
         )
-    console.print(table)
-    console.print(
+    terminal.show(table)
+    terminal.say(
         f"{len(sweep.runs)} runs, {len(done)} done; about {total / 60:,.0f} minutes of training "
-        f"are left, at {rate / 1e9:,.1f} GFLOP/s ({source})",
-        soft_wrap=True,
+        f"are left, at {rate / 1e9:,.1f} GFLOP/s ({source})"
     )
 
 
@@ -168,10 +168,10 @@ class Board:
     """What a person watches: the rows by seeds on a terminal, a line now and then elsewhere."""
 
     def __init__(self, sweep: Sweep, rows: list[Wanted]):
-        self.sweep, self.rows, self.console = sweep, rows, Console(highlight=False)
-        self.live = None
-        if self.console.is_terminal:
-            self.live = Live(console=self.console, auto_refresh=False)
+        self.sweep, self.rows, self.live = sweep, rows, None
+        if terminal.CONSOLE.is_interactive:
+            kept = sys.stderr.isatty()  # a file is no place on this terminal
+            self.live = Live(console=terminal.CONSOLE, auto_refresh=False, redirect_stderr=kept)
         self.looked, self.spoke, self.began = 0.0, 0.0, time.time()
         self.training: Planned | None = None
 
@@ -185,9 +185,6 @@ class Board:
             self.show()
             self.live.stop()
 
-    def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
-
     def watch(self) -> None:
         """Looks at the run that trains."""
         now = time.time()
@@ -196,7 +193,7 @@ class Board:
             self.show()
         elif not self.live and now - self.spoke > SPOKEN:
             self.spoke = now
-            self.say(f"{self.training.name}: {self.where(self.training)}")
+            terminal.say(f"{self.training.name}: {self.where(self.training)}")
 
     def where(self, run: Planned) -> str:
         """How far a run is."""
@@ -245,18 +242,18 @@ def train(sweep: Sweep, board: Board) -> int:
             taken.add(board.training.name)
             continue
         if code == command_line.PREEMPTED:
-            board.say(f"stopped in {board.training.name}; the same command goes on from there")
+            terminal.say(f"stopped in {board.training.name}; the same command goes on from there")
             return code
         done = sweep.done()
         result = done.get(board.training.name)
         said = f"validation loss {result.val_loss:.4f}" if result else f"failed with {code}"
-        board.say(
+        terminal.say(
             f"{len(done)}/{len(sweep.runs)} {board.training.name}: {said}, "
             f"{time.time() - began:.0f} s"
         )
     for name, code in sweep.failed.items():
         run = next(run for run in sweep.runs if run.name == name)
-        board.say(f"{name} failed with {code}: {sweep.why(run)}")
+        terminal.say(f"{name} failed with {code}: {sweep.why(run)}")
     return next(iter(sweep.failed.values()), command_line.DONE)
 
 

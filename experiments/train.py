@@ -16,6 +16,7 @@ import importlib.util
 import json
 import logging
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -26,9 +27,10 @@ from absl import flags
 
 from experiments.cli import command_line
 from experiments.cli.command_line import UsageError
+from experiments.cli.terminal import say
 from experiments.run_folders import stored
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
-from experiments.train_loop import replay
+from experiments.train_loop import data_check, replay
 from experiments.train_loop.progress import farewell
 from experiments.train_loop.reporter import Profile, Reporter
 from experiments.train_loop.stop import Stop
@@ -184,6 +186,7 @@ def main() -> int:
         return command_line.DONE
 
     # ---------------------------------------------------------------- processes, devices, data
+    data_check.check_vocabulary(config, sys.argv[1:])
     join_processes(config.hang_timeout)
     use_compilation_cache()
     with processes.together("set-up", WAIT.value):
@@ -205,13 +208,14 @@ def main() -> int:
     if config.data.vocabulary_size() < config.model.vocabulary_size:
         found = f"{config.data.vocabulary_size()} < {config.model.vocabulary_size}"
         log.warning("config.model.vocabulary_size: the data uses fewer ids (%s)", found)
+    data_check.warn_of_epochs(config, len(train_source))
 
     # ---------------------------------------------------------------- the state, new or restored
     one_fate = processes.one_fate(command_line.code_of, command_line.give_up)
     with contextlib.closing(folder), watchdog, checkpoints, one_fate:
         first_step = checkpoints.newest_good() or 0
         if first_step >= config.steps:
-            print(
+            say(
                 f"{folder.path} already has its {config.steps} steps; train again with another "
                 "--workdir, or remove the folder"
             )
@@ -231,7 +235,7 @@ def main() -> int:
         finally:
             watchdog.allow("the last checkpoint")
     if code == command_line.DONE and jax.process_index() == 0:
-        print(farewell(folder.path))
+        say(farewell(folder.path, text=config.data.tokenizer() is not None))
     return code
 
 
@@ -296,7 +300,15 @@ def train(run: Run, state: TrainState) -> int:
         step_function, source = trainer.evaluation_step, run.validation_source
         reporter.now(step, evaluate(step_function, state, source, config, run.mesh))
 
-    reporter = Reporter(config, run.mesh, workdir, first_step, run.windows, TENSORBOARD.value)
+    reporter = Reporter(
+        config,
+        run.mesh,
+        workdir,
+        first_step,
+        len(run.train_source),
+        run.windows,
+        TENSORBOARD.value,
+    )
     profile = Profile(config, workdir / "profile")
     with contextlib.closing(reporter):
         evaluated = processes.from_leader(

@@ -21,10 +21,9 @@ from typing import Any
 
 import jax
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import results, stored
 from experiments.run_folders.identity import changed
@@ -195,8 +194,7 @@ def show(rows: dict[str, Row], rate: float | None) -> None:
         table.add_column(name, justify="left" if index < 2 else "right")
     for line in lines:
         table.add_row(*(line.get(name, "") for name in names))
-    width = None if sys.stdout.isatty() else 260
-    Console(soft_wrap=True, highlight=False, width=width).print(table)
+    terminal.show(table)
     far = [name for name, row in rows.items() if max(map(abs, row.errors.values())) > TOLERANCE]
     if far:
         nearest = f"further than {TOLERANCE:.1%} from the budget, the nearest that its size allows"

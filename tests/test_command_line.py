@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import command_line, help_text
+from experiments.cli import command_line, help_text, hints
 from kha_jax.config import dotted, to_dict
 from kha_jax.training.run_config import RunConfig
 
@@ -41,6 +41,8 @@ def test_the_commands_are_listed_and_a_misspelt_one_names_the_nearest():
     assert code == 0 and [line.split()[2] for line in out.splitlines()] == [
         f"experiments.{name}" for name in COMMANDS
     ]
+    code, out, err = run("-S", "-m", "experiments.train")  # without what is installed
+    assert code == 2 and "has no jax; run .venv/bin/python" in err and err.count("\n") == 1
     code, out, err = run("-m", "experiments", "trian")
     assert (code, out, err) == (2, "", "error: trian: is no command; did you mean 'train'?\n")
 
@@ -86,9 +88,25 @@ def test_help_on_a_config_shows_every_field_with_what_it_takes_and_means():
 
     shown = re.findall(r"^  (--\S+)", text, re.M)
     values = dotted(to_dict(config), "config")
-    assert sorted(shown) == sorted(f"--{field}={value}" for field, value in values.items())
+
+    def typed(value):
+        return value[0] if isinstance(value, tuple) and len(value) == 1 else value
+
+    assert sorted(shown) == sorted(f"--{field}={typed(value)}" for field, value in values.items())
     assert "--config.steps=1000  [int; default 1000]\n        Optimiser steps.\n" in text
     assert "kind=none  [one of none, talking;" in text and max(map(len, text.splitlines())) <= 80
+    assert text.count("(NoMixer)\n    z: the baseline.\n") == 1 and "(NoMixer, as above)" in text
+
+
+def test_a_field_is_found_by_what_one_types_of_it():
+    """The group may be left out, the name be its initials or a slip; nothing is made up."""
+    config = command_line.run_config_file(command_line.DEFAULT_CONFIG)
+    found = {typed: hints.nested(config, typed) for typed in ("wd", "layer", "dropout")}
+    assert found == {
+        "wd": "config.optimizer.weight_decay",
+        "layer": "config.model.layers or config.model.later.layer",
+        "dropout": "",
+    }
 
 
 def test_libtpu_is_quiet_where_there_is_no_tpu():

@@ -1,12 +1,17 @@
 """Sinks: what JSON cannot say, lines that were cut, and failures that must not stop a run."""
 
+import io
 import json
 import math
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.table import Table
 
+from experiments.cli import terminal
 from experiments.cli.terminal import Terminal
+from experiments.train_loop import progress
 from kha_jax import metrics, spikes
 from kha_jax.analysis.reading import read_metrics
 from kha_jax.errors import CheckpointError
@@ -107,6 +112,44 @@ def test_a_terminal_that_is_gone_counts_what_nobody_saw(tmp_path):
         print("a line", file=terminal, flush=True)
     assert terminal.gone and terminal.lost == 2
     terminal.stream.close()
+
+
+def test_a_table_is_shown_in_parts_that_fit():
+    """Each no wider than the terminal, no number broken, no cell lost, for any width."""
+    table = Table(title="what it is of")
+    names = ("flags", *(f"number {i}" for i in range(9)))
+    rows = [("--a=1 --bcd=23", *(f"{i * 10**j:,}" for j in range(9))) for i in (1, 2)]
+    for name in names:
+        table.add_column(name, justify="left" if name == "flags" else "right")
+    for row in rows:
+        table.add_row(*row)
+    assert terminal.parts(table, 300) == [table]
+    for width in (30, 60, 80):
+        screen = Console(width=width, file=io.StringIO())
+        parts = terminal.parts(table, width)
+        assert len(parts) > 1
+        for part in parts:
+            screen.print(part)
+        text = screen.file.getvalue()
+        assert max(map(len, text.splitlines())) <= width
+        words = text.replace("│", " ").split()
+        assert all(words.count(cell) == 1 for row in rows for cell in row[1:])
+
+
+def test_progress_counts_no_compilation_and_evaluations_fit_a_terminal(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    steps = 238_418
+    shown = progress.Progress(first_step=10, steps=steps, enabled=True)
+    for step, seconds in ((11, 5000), (12, 2), (22, 20)):  # two seconds a step
+        now[0] += seconds
+        rates = {"tokens_per_second": 12_345_678.0, "model_flops_utilization": 0.4}
+        shown.update(step, {"loss": 12.345, "grad_norm": 1.0, "max_violation": [1.0, 2], **rates})
+    shown.update(22, {"val_loss": 1.234, "val_bits_per_byte": 1.234, "val_accuracy": 0.1234})
+    first, later, evaluation = capsys.readouterr().out.splitlines()
+    left = "132:27 left"
+    assert "left" not in first and later.endswith(left) and evaluation.endswith(left)
+    assert "MaxVio 2.00" in later and "accuracy 12.3%" in evaluation and len(evaluation) <= 80
 
 
 @pytest.mark.parametrize("length", [300, 1500])

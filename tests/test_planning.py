@@ -127,6 +127,9 @@ def test_names_and_batches_that_do_not_work_are_refused():
     for bad in ("v7:2x2", "v5p", "v5p:4x", "v5p-12"):
         with pytest.raises(SliceError, match=bad):
             topology(bad)
+    for bad, meant in (("v5p-32", "v5p:2x2x4"), ("v5e-32", "v5e:4x8"), ("v6e-16", "v6e:4x4")):
+        with pytest.raises(SliceError, match=f"; {meant} is the slice of that size"):
+            topology(bad)
     with pytest.raises(
         ConfigError,
         match="^batch_size: must be a multiple of 192, 3 on each of 64 devices, found 512",

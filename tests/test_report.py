@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.sweeps import card
 from experiments.sweeps import report as sweep_report
+from kha_jax.accounting import account
 from kha_jax.analysis import comparisons, curves, style, sweeps
 from kha_jax.errors import SweepError
 from kha_jax.runs.results import RunResult, read_results, write_results
+from kha_jax.training.run_config import RunConfig
 from tests.commands import run_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +82,25 @@ def log(seed, spikes=()):
             loss, norm = loss + 2, norm * 20
         lines.append({"step": step, "loss": loss, "grad_norm": norm})
     return lines
+
+
+# ---------------------------------------------------------------- the card of a run
+
+
+def test_a_card_says_what_a_run_is_what_it_cost_and_its_spikes(tmp_path):
+    """Of an unfinished run without a checkpoint, so nothing is written."""
+    config = RunConfig()
+    own = account(config.model, config.seq_len)
+    rows = [{**line, "tokens_per_second": 1000.0} for line in log(0, spikes=(250,))]
+    rows[199] |= {"val_loss": 2.125, "val_bits_per_byte": 3.0, "val_accuracy": 0.4}
+    names, said = (list(column.cells) for column in card.table(tmp_path, config, rows).columns)
+    told = dict(zip(names, said))
+    assert f"{own.parameters:,}" in told["parameters"]
+    assert f"300 of {config.steps} steps" in told["trained"]
+    assert told["validation"].startswith("2.1250 nats a token, 3.0000 bits a byte, 40.0% accuracy")
+    assert told["spikes"].startswith("2, ") and "loss at 250" in told["spikes"]
+    assert told["speed"].startswith("1,000 tokens a second, 0:21 h") and "on" not in told
+    assert list(card.samples(tmp_path, config)) == []
 
 
 # ---------------------------------------------------------------- what is read

@@ -13,8 +13,9 @@ from experiments.cli.command_line import UsageError
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
 from experiments.run_folders.identity import config_hash
 from experiments.train import evaluate, open_sources
+from experiments.train_loop import data_check
 from kha_jax import sharding
-from kha_jax.config import from_dict
+from kha_jax.config import ConfigError, from_dict
 from kha_jax.data import MultiQueryAssociativeRecall, PythonSource
 from kha_jax.errors import CheckpointError, DataError
 from kha_jax.ops.losses import TokenSums
@@ -211,3 +212,25 @@ def test_too_little_data_is_found_before_anything_compiles(cache):
         open_sources(config.replace(batch_size=1, seq_len=2**21))
     unseen = config.evaluation.replace(every=0)
     open_sources(config.replace(batch_size=1, seq_len=2**21, evaluation=unseen))
+
+
+def test_a_large_run_does_not_train_on_what_its_ids_are_not_for(caplog):
+    """Twice the ids and 10^9 tokens are at the limit; whoever types the data means it."""
+    there = RUN.data.vocabulary_size()
+    large = RUN.replace(seq_len=1000, batch_size=1000, steps=1000, accumulation=1)
+
+    def with_ids(run, ids):
+        return run.replace(model=run.model.replace(vocabulary_size=ids))
+
+    for run in (
+        with_ids(large, 2 * there + 1),
+        with_ids(large.replace(steps=1001), 2 * there),
+    ):
+        data_check.check_vocabulary(run, ["--config=a.py", "--config.steps=1001"])
+    beyond = with_ids(large.replace(steps=1001), 2 * there + 1)
+    with pytest.raises(ConfigError, match="or say --config.data.source=python_source"):
+        data_check.check_vocabulary(beyond, ["--config=a.py", "--config.model.layers=2"])
+    data_check.check_vocabulary(beyond, ["--config=a.py", "--config.data.held_out=0.1"])
+    for examples, warnings in ((250_000, 0), (249_999, 1)):
+        data_check.warn_of_epochs(large, examples)
+        assert len(caplog.messages) == warnings

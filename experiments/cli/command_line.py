@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import difflib
 import faulthandler
 import functools
 import logging
@@ -18,8 +19,8 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict
 
-from experiments.cli import c_library, help_text
-from experiments.cli.terminal import Terminal
+from experiments.cli import c_library, help_text, hints
+from experiments.cli.terminal import Log, Terminal
 from kha_jax.config import ConfigError, from_dict, near
 
 DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
@@ -73,14 +74,20 @@ def _check_config_arguments(arguments: list[str], default: str) -> None:
     path, _, variant = _named_config(arguments, default).partition(":")
     if not path.strip():
         raise UsageError("--config: names no file; write --config=FILE.py or --config=FILE.py:NAME")
-    if not Path(path).is_file():
-        raise UsageError(f"--config: no file {path}; configs are in {REPOSITORY / 'configs'}")
+    check_config_file(path)
     sys.path.insert(0, str(REPOSITORY))  # config files share pieces through the package configs
     config = run_config_file(path, variant)
     for argument in arguments:
         match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)(?:=(.*))?$", argument)
         if match:
             check_override(config, match[1], match[2])
+
+
+def check_config_file(path: str, flag: str = "--config") -> None:
+    """Raises UsageError where there is no such file, with the one of configs/ that has the name."""
+    if not Path(path).is_file():
+        hint = hints.config_file(path, REPOSITORY / "configs")
+        raise UsageError(f"{flag}: no file {path}; {hint}")
 
 
 def _named_config(arguments: list[str], default: str) -> str:
@@ -143,7 +150,9 @@ def check_override(config: Any, path: str, text: str | None) -> None:
         if not hasattr(node, "keys"):
             raise UsageError(f"{walked}.{name}: {walked} is a single value, not a group of fields")
         if name not in node:
-            raise UsageError(f"{walked}.{name}: is not a known field; {near(name, node.keys())}")
+            meant = hints.nested(config, path)
+            hint = f"did you mean {meant}?" if meant else near(name, node.keys())
+            raise UsageError(f"{walked}.{name}: is not a known field; {hint}")
         holder, node, walked = node, node[name], f"{walked}.{name}"
     kind = holder.get_type(name)
     if hasattr(node, "keys"):
@@ -207,8 +216,7 @@ def load_variant(cls: type, path: str, variant: str, flag: str = "--config") -> 
     Raises:
         UsageError: there is no such file, or it does not know the variant.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"{flag}: no file {path}; write {flag}=FILE.py or {flag}=FILE.py:NAME")
+    check_config_file(path, flag)
     try:
         return from_dict(cls, run_config_file(path, variant, flag))
     except ConfigError as error:
@@ -229,15 +237,23 @@ def _parse_flags(argv: list[str], words: int) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        known = [flag.name for flag in own_flags()]
-        raise UsageError(
-            f"--{error.flagname} is not a known flag; {near(error.flagname, known)}"
-        ) from None
+        hint = _meant_flag(error.flagname, argv)
+        raise UsageError(f"--{error.flagname} is not a known flag; {hint}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from None
     if len(rest) > words + 1:
         raise UsageError(f"{rest[words + 1]!r} is not understood; flags have the form --name=value")
     return rest[1:]
+
+
+def _meant_flag(name: str, argv: list[str]) -> str:
+    """A hint for a flag that is not known: a field of the config is called so, or a flag nearly."""
+    known = [flag.name for flag in own_flags()]
+    if "config" in known and not difflib.get_close_matches(name, known, cutoff=0.8):
+        path, _, variant = _named_config(argv[1:], DEFAULT_CONFIG).partition(":")
+        if meant := hints.nested(run_config_file(path, variant), name):
+            return f"did you mean --{meant.replace(' or ', ' or --')}?"
+    return near(name, known)
 
 
 def give_up(message: str, code: int = HANG, stacks: bool = False) -> None:
@@ -311,7 +327,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     log = logging.getLogger("kha_jax")
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.addHandler(logging.StreamHandler(sys.stderr))
+    log.addHandler(Log())
     # pages of tracebacks for a full disk, of which our one line tells
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     sys.unraisablehook = _report

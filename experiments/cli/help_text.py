@@ -13,11 +13,17 @@ from absl import flags
 from kha_jax.config import Config, kind_of, meanings, type_hints
 
 
-def of_fields(config: Config, path: str) -> Iterator[str]:
-    """What a config and those in it are, and their fields with values and types."""
-    yield f"{path} ({type(config).__name__})"
-    paragraphs = inspect.getdoc(type(config)).split("\n\n")
-    yield "\n\n".join(_filled(paragraph, "    ", "    ") for paragraph in paragraphs)
+def of_fields(config: Config, path: str, told: set[type] | None = None) -> Iterator[str]:
+    """What a config and those in it are, and their fields with values and types. told: classes that
+    have been described above."""
+    told = set() if told is None else told
+    above = type(config) in told
+    told.add(type(config))
+    yield f"{path} ({type(config).__name__}{', as above' if above else ''})"
+    if not above:
+        paragraphs = inspect.getdoc(type(config)).split("\n\n")
+        yield "\n\n".join(_filled(paragraph, "    ", "    ") for paragraph in paragraphs)
+    says = {} if above else meanings(type(config))
     rows, inner = {}, {}
     for field in dataclasses.fields(config):
         value, where = getattr(config, field.name), f"{path}.{field.name}"
@@ -26,12 +32,19 @@ def of_fields(config: Config, path: str) -> Iterator[str]:
         if "choices" in field.metadata:
             term = f"--{where}.{field.metadata['by']}={kind_of(field, value)}"
         else:
-            term = f"{where}.*" if isinstance(value, Config) else f"--{where}={value}"
-        rows[f"{term}  [{_accepts(config, field)}]"] = meanings(type(config)).get(field.name, "")
+            term = f"{where}.*" if isinstance(value, Config) else f"--{where}={_typed(value)}"
+        rows[f"{term}  [{_accepts(config, field)}]"] = says.get(field.name, "")
     yield from _stacked(rows)
     yield ""
     for where, value in inner.items():
-        yield from of_fields(value, where)
+        yield from of_fields(value, where, told)
+
+
+def _typed(value: Any) -> str:
+    """A value as one types it."""
+    if isinstance(value, tuple):
+        return str(value[0]) if len(value) == 1 else f'"{value}"'
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _accepts(config: Config, field: dataclasses.Field) -> str:
@@ -43,7 +56,7 @@ def _accepts(config: Config, field: dataclasses.Field) -> str:
     if isinstance(field.default, Config):
         return f"{kind}, below"
     required = field.default is dataclasses.MISSING
-    return f"{kind}; {'required' if required else f'default {field.default}'}"
+    return f"{kind}; {'required' if required else f'default {_typed(field.default)}'}"
 
 
 def _type_name(hint: Any) -> str:
@@ -66,13 +79,14 @@ def of_program(about: str, own: list[flags.Flag], home: Path) -> Iterator[str]:
     yield f"{about.strip()}\n\nFlags:"
     rows = {}
     for flag in own:
+        default = flag.default_unparsed
         if flag.boolean:
-            rows[f"--[no]{flag.name}" if flag.default else f"--{flag.name}"] = flag.help
-        elif flag.default_unparsed in (None, []):
-            rows[f"--{flag.name}"] = flag.help
+            term = f"--[no]{flag.name}" if flag.default else f"--{flag.name}"
+        elif default in (None, []):
+            term = f"--{flag.name}=..."
         else:
-            default = str(flag.default_unparsed).removeprefix(f"{home}/")
-            rows[f"--{flag.name}={default}"] = flag.help
+            term = f"--{flag.name}={_typed(default).removeprefix(f'{home}/')}"
+        rows[term] = flag.help.partition(";\n")[0]  # absl goes on there about repeating it
     yield from _columns(rows)
 
 

@@ -52,7 +52,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">{refresh}
 body {{ color: var(--ink); background: var(--page); font: 15px/1.5 system-ui, sans-serif;
         max-width: {width}px; margin: 2rem auto; padding: 0 1.2rem; }}
 h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.05rem; margin: 2.2rem 0 0.2rem; }}
-p {{ max-width: 46rem; margin: 0.2rem 0 0.8rem; }}
+p {{ white-space: pre-wrap; max-width: 46rem; margin: 0.2rem 0 0.8rem; }}
 .runs {{ display: flex; flex-wrap: wrap; gap: 1.5rem; }}
 figure {{ margin: 0; flex: 1 1 {least}px; min-width: 0; }} figcaption {{ font-weight: 600; }}
 svg {{ max-width: 100%; height: auto; }}

@@ -26,6 +26,7 @@ from experiments.cli import command_line
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import results
 from experiments.run_folders.identity import config_hash
+from experiments.train_loop.data_check import check_vocabulary
 from experiments.train_loop.stop import asking
 from kha_jax.config import to_dict
 from kha_jax.errors import CheckpointError
@@ -139,8 +140,11 @@ class Sweep:
         """Makes the folder and writes what was asked for.
 
         Raises:
+            ConfigError: a run would refuse to train on its data.
             UsageError: it cannot be written.
         """
+        for run in self.runs:
+            check_vocabulary(run.config, run.arguments)
         wanted = [
             {
                 "name": run.name,

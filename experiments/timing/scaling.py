@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from configs import base
+from experiments.cli import terminal
 from experiments.cli.command_line import UsageError
 from experiments.timing import turns
 from experiments.timing.steps import TrainingStep
@@ -103,4 +103,4 @@ def show(found: dict[int, dict[str, costs.Cost]], rounds: int) -> None:
         for of in found.values()
     ]
     table.add_row("the baseline's", *absolute)
-    Console(soft_wrap=True, highlight=False, width=None).print(table)
+    terminal.show(table)

@@ -1,25 +1,63 @@
-"""What a person watches: a live line with rates and ETA on a terminal, plain lines elsewhere."""
+"""What a person watches: a live line with rates and what is left on a terminal, plain lines
+elsewhere."""
 
+import math
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
+from experiments.cli.terminal import CONSOLE, LINE, say
+from experiments.train_loop.data_check import epochs
 from kha_jax.accounting import Accounting
 from kha_jax.training.run_config import RunConfig
 
 SECONDS_BETWEEN_LINES = 10
+SHORTEST_BAR = 8
+TRAINING = (
+    ("loss", "loss {:.3f}"),
+    ("grad_norm", "grad {:.2f}"),
+    ("worst_violation", "MaxVio {:.2f}"),
+    ("tokens_per_second", "{:,.0f} tok/s"),
+    ("model_flops_utilization", "MFU {:.1%}"),
+)
+EVALUATION = (
+    ("val_loss", "val loss {:.3f}"),
+    ("val_bits_per_byte", "{:.3f} bits/byte"),
+    ("val_accuracy", "accuracy {:.1%}"),
+)
+
+
+def clock(seconds: float) -> str:
+    """h:mm, begun minutes counted."""
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02d}"
+
+
+def spelt(values: dict[str, Any], forms: tuple[tuple[str, str], ...]) -> list[str]:
+    """Those of the values that have a form."""
+    return [form.format(values[name]) for name, form in forms if name in values]
+
+
+def line(parts: list[str], room: int) -> str:
+    """As many of the parts as there is room for."""
+    while len(said := "  ".join(parts)) > room:
+        parts = parts[:-1]
+    return said
+
+
+class Clock(ProgressColumn):
+    """How long it has compiled, then what is left."""
+
+    def render(self, task: Task) -> Text:
+        since = f"{int(task.elapsed or 0)} s"
+        return Text(task.fields["left"] or since)
 
 
 class Progress:
@@ -27,20 +65,16 @@ class Progress:
 
     def __init__(self, first_step: int, steps: int, enabled: bool):
         self.enabled, self.first_step, self.steps = enabled, first_step, steps
-        self.console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
-        self.started, self.spoke, self.latest = time.time(), 0.0, {}
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(30),
-            TextColumn("{task.description}"),
-        )
+        self.spoke, self.latest = 0.0, {}
+        self.began: tuple[int, float] | None = None  # the step that was compiled, and when it ended
         self.bar = Bar(
-            *columns,
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
+            TextColumn("{task.fields[at]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            Clock(),
+            console=CONSOLE,
+            expand=True,
+            redirect_stderr=sys.stderr.isatty(),  # a file is no place on this terminal
         )
         self.task = None
 
@@ -50,63 +84,64 @@ class Progress:
         config: RunConfig,
         cost: Accounting,
         mesh: jax.sharding.Mesh,
-        first_step: int,
+        examples: int,
     ) -> None:
-        """Two lines that say what runs, where, at what cost."""
+        """A few lines that say what runs, where, on what, at what cost. examples: of the data, each
+        a row of a batch."""
         if not self.enabled:
             return
         device = jax.devices()[0].device_kind
-        sizes = f"{cost.parameters / 1e6:.2f}M parameters ({cost.mixing:,} in mixers), "
-        flops = f"{cost.training_flops / 1e6:.1f} MFLOP per token, "
         axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-        self.console.print(f"{workdir}: {sizes}{flops}{mesh.devices.size} {device} ({axes})")
-        tokens = config.steps * config.tokens_per_step
-        origin = f"resuming after step {first_step}" if first_step else "from scratch"
-        self.console.print(
-            f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens, "
-            f"{tokens / 1e6:.1f}M, {origin}"
-        )
-        if self.console.is_terminal:
+        say(f"{workdir} on {mesh.devices.size} {device} ({axes})")
+        sizes = f"{cost.parameters / 1e6:.2f}M parameters ({cost.mixing:,} in mixers)"
+        say(f"{sizes}, {cost.training_flops / 1e6:.1f} MFLOP per token")
+        first = self.first_step
+        origin = f"resuming after step {first}" if first else "from scratch"
+        batch = f"{config.batch_size} x {config.seq_len} tokens"
+        say(f"{config.steps} steps of {batch}, {origin}")
+        planned = in_millions(config.steps * config.tokens_per_step)
+        there = in_millions(examples * config.seq_len)
+        times = epochs(config, examples)
+        read = f"{times:,.1f}" if times > 1 else f"{times:.2g}"
+        say(f"{planned} tokens of data that has {there}: {read} epochs")
+        if CONSOLE.is_interactive:
             self.bar.start()
-            self.task = self.bar.add_task("compiling", total=self.steps, completed=first_step)
+            self.task = self.bar.add_task(
+                "compiling", total=self.steps, completed=first, at=self._at(first), left=""
+            )
 
     def update(self, step: int, values: dict[str, Any]) -> None:
         """Shows the metrics of a step; evaluations always get a line of their own."""
         if not self.enabled:
             return
+        now = time.monotonic()
+        if self.began is None and step > self.first_step:
+            self.began = step, now
+        at, left = self._at(step), self._left(step, now)
+        if "max_violation" in values:
+            values = {**values, "worst_violation": max(values["max_violation"])}
         self.latest.update(values)
-        evaluated = "val_loss" in values
+        training, evaluation = spelt(self.latest, TRAINING), spelt(values, EVALUATION)
         if self.task is not None:
-            self.bar.update(self.task, completed=step, description=self._line(self.latest))
-        quiet = self.task is not None or time.time() - self.spoke < SECONDS_BETWEEN_LINES
-        if evaluated or not quiet:
-            left = (
-                (time.time() - self.started) / max(step - self.first_step, 1) * (self.steps - step)
+            room = CONSOLE.width - len(at) - SHORTEST_BAR - len(left) - 3
+            self.bar.update(
+                self.task, completed=step, description=line(training, room), at=at, left=left
             )
-            self.console.print(
-                f"step {step:>6}/{self.steps}  {self._line(self.latest)}  {left:.0f} s left"
-            )
-            self.spoke = time.time()
-            self.latest = {
-                name: value for name, value in self.latest.items() if not name.startswith("val_")
-            }
+        elif training and not evaluation and now - self.spoke >= SECONDS_BETWEEN_LINES:
+            say("  ".join([at, *training, *filter(None, [left])]))
+            self.spoke = now
+        if evaluation:
+            room = LINE - len(at) - len(left) - 4
+            say("  ".join([at, line(evaluation, room), *filter(None, [left])]))
 
-    def _line(self, values: dict[str, Any]) -> str:
-        worst = (
-            {"worst_violation": max(values["max_violation"])} if "max_violation" in values else {}
-        )
-        values = {**values, **worst}
-        shown = (
-            ("loss", "loss {:.3f}"),
-            ("grad_norm", "grad {:.2f}"),
-            ("worst_violation", "MaxVio {:.2f}"),
-            ("tokens_per_second", "{:,.0f} tok/s"),
-            ("model_flops_utilization", "MFU {:.1%}"),
-            ("val_loss", "| val loss {:.3f}"),
-            ("val_bits_per_byte", "{:.3f} bits/byte"),
-            ("val_accuracy", "accuracy {:.1%}"),
-        )
-        return "  ".join(form.format(values[name]) for name, form in shown if name in values)
+    def _at(self, step: int) -> str:
+        return f"step {step:>{len(str(self.steps))}}/{self.steps}"
+
+    def _left(self, step: int, now: float) -> str:
+        """What is left of the run at its pace so far, compilation not counted; nothing where that
+        is not known."""
+        done = step - self.began[0] if self.began else 0
+        return f"{clock((now - self.began[1]) / done * (self.steps - step))} left" if done else ""
 
     def close(self) -> None:
         """Stops the live line."""
@@ -114,14 +149,19 @@ class Progress:
             self.bar.stop()
 
 
-def farewell(workdir: Path) -> str:
-    """What to try next."""
-    return (
-        f"done: {workdir} holds metrics.jsonl, config.json and checkpoints. Next, try\n"
-        "  the baseline    python -m experiments.train --config=configs/kha_tiny.py:baseline "
-        "--workdir=runs/baseline\n"
-        "  another place   python -m experiments.train "
-        "--config.model.attention.key.kind=linear --workdir=runs/key_linear\n"
-        "  another task    python -m experiments.train --config=configs/mqar_tiny.py "
-        "--workdir=runs/mqar"
-    )
+def in_millions(tokens: int) -> str:
+    return f"{tokens / 1e6:,.2f}M"
+
+
+def farewell(workdir: Path, text: bool) -> str:
+    """What to try with this run; text: whether that is what it has learnt."""
+    folder = shlex.quote(str(workdir))
+    lines = [
+        f"done: {workdir} holds its metrics and checkpoints. Next, try",
+        f"  its curve  python -m experiments.report --workdir={folder}",
+        f"  its heads  python -m experiments.analyze --workdir={folder}",
+    ]
+    if text:
+        prompt = "--prompt='def main('"
+        lines.append(f"  its text   python -m experiments.generate --workdir={folder} {prompt}")
+    return "\n".join(lines)

@@ -28,8 +28,8 @@ class Reporter:
     """Where metrics go: the terminal, metrics.jsonl and TensorBoard, on process 0 alone. A step is
     reported while the next one runs.
 
-    windows: the numbers of the windows that a step trains on. nonfinite: consecutive steps that
-    were not applied.
+    examples: how many the data has. windows: the numbers of the windows that a step trains on.
+    nonfinite: consecutive steps that were not applied.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Reporter:
         mesh: jax.sharding.Mesh,
         workdir: Path,
         first_step: int,
+        examples: int,
         windows: Callable[[int], list[int]],
         tensorboard: bool,
     ):
@@ -56,7 +57,7 @@ class Reporter:
             make = functools.partial(TensorBoard, workdir / "tensorboard")
             self.sinks.append(Spared("tensorboard", make))
         self.progress = Progress(first_step, config.steps, enabled=leader)
-        self.progress.header(workdir, config, cost, mesh, first_step)
+        self.progress.header(workdir, config, cost, mesh, examples)
 
     def now(self, step: int, values: dict[str, Any]) -> None:
         """Reports values that are there."""

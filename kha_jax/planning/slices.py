@@ -41,7 +41,19 @@ def topology(name: str) -> Topology:
     full = SLICES.get(name, name)
     kind, _, shape = full.partition(":")
     if kind not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise SliceError(
-            f"{name!r} is not KIND:SHAPE with a kind of {', '.join(TPUS)}; {near(name, SLICES)}"
-        )
+        sized = of_size(name)
+        hint = f"{sized} is the slice of that size" if sized else near(name, SLICES)
+        raise SliceError(f"{name!r} is not KIND:SHAPE with a kind of {', '.join(TPUS)}; {hint}")
     return Topology(full, chips.chips(full), TPUS[kind])
+
+
+def of_size(name: str) -> str | None:
+    """The slice of a vendor's name that SLICES lacks, as even as a power of two can be: v5p:2x2x4
+    of v5p-32, where a v5p chip counts twice. None of any other name."""
+    kind, _, size = name.partition("-")
+    count = int(size) // (2 if kind == "v5p" else 1) if size.isdecimal() else 0
+    if kind not in TPUS or count < 1 or count & (count - 1):
+        return None
+    dimensions, doublings = (3 if kind == "v5p" else 2), count.bit_length() - 1
+    sides = sorted(2 ** ((doublings + i) // dimensions) for i in range(dimensions))
+    return f"{kind}:{'x'.join(map(str, sides))}"
