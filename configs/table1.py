@@ -21,7 +21,7 @@ LOSSES = {
 
 
 def row(kv_heads: int, variant: str, loss: float) -> tables.Row:
-    """A variant under so many key/value heads."""
+    """A variant by its number of key/value heads."""
     projection = GroupedQuery(query_heads=32, kv_heads=kv_heads, head_dim=128)
     attention = base.varied(AttentionConfig(projection=projection), variant)
     return tables.Row(

@@ -39,7 +39,7 @@ HEADS = flags.DEFINE_bool(
     "heads", True, "Also read the projections: how heads stand to each other."
 )
 WATCH = flags.DEFINE_integer(
-    "watch", None, "Refresh every so many seconds until training is done.", lower_bound=1
+    "watch", None, "Seconds between refreshes until training is done.", lower_bound=1
 )
 
 log = logging.getLogger("kha_jax")

@@ -223,7 +223,7 @@ def compress() -> None:
 
 
 def show_profiles(profiles: dict[str, dict[int, np.ndarray]], heads: int) -> None:
-    """What each layer loses with so many heads."""
+    """What each layer loses with each number of heads."""
     table = Table(title=f"relative error of the weights of {heads} heads, and of one more and less")
     for name in ("layer", *profiles):
         table.add_column(name, justify="right")

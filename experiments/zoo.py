@@ -45,7 +45,7 @@ MULTIPLE = flags.DEFINE_integer(
 )
 MEASURE = flags.DEFINE_bool("measure", False, "Also time a training step and decoding.")
 ROUNDS = flags.DEFINE_integer("rounds", 8, "Turns of each in what is timed.", lower_bound=1)
-TRAIN = flags.DEFINE_integer("train", None, "Also train each for so many steps.", lower_bound=1)
+TRAIN = flags.DEFINE_integer("train", None, "Steps to also train each for.", lower_bound=1)
 SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each in --train.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print the table as JSON.")
 CSV = flags.DEFINE_string("csv", None, "Also write the table to this file.")

@@ -130,7 +130,7 @@ def _precisions(known: dict[str, Scatter]) -> str:
     )
     return (
         "A paired difference of one seed scatters, in nats, pooled over the rows of a baseline, by "
-        f"(in brackets what is found with probability {POWER:g} at so many seeds): "
+        f"(in brackets what is found with probability {POWER:g} with this number of seeds): "
         f"{', '.join(each)}."
     )
 

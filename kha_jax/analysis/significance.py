@@ -14,7 +14,7 @@ POWER = 0.8  # with which an effect that can be detected is found
 
 @functools.cache
 def student_quantile(probability: float, freedom: int) -> float:
-    """The t below which Student's distribution with so many degrees of freedom has this
+    """The t below which Student's distribution with these degrees of freedom has this
     probability, by bisection of its finite series (Abramowitz and Stegun 26.7.3 and 26.7.4).
 
     Raises:

@@ -217,7 +217,7 @@ class Attention(Module):
         slots: int | None = None,
     ) -> tuple[jax.Array, State]:
         """The attention output [B, T, D] and what a decoder caches, the projection's state, with
-        room for so many tokens, T by default."""
+        room for `slots` tokens, T by default."""
         y_BTD, _, state = self._whole(x_BTD, positions_BT, segment_ids_BT)
         projection, more = self.config.projection, (slots or x_BTD.shape[1]) - x_BTD.shape[1]
 

@@ -41,7 +41,7 @@ class StreamMixer(ModuleConfig):
         return StreamMixerModule
 
     def heads(self, heads: int) -> int:
-        """Heads that attention reads where so many are projected."""
+        """Heads that attention reads where `heads` are projected."""
         return heads
 
     def identity_at_start(self, heads: int) -> bool:
@@ -57,7 +57,7 @@ class StreamMixer(ModuleConfig):
         return False
 
     def why_not(self, heads: int) -> str | None:
-        """Why it cannot act on so many heads, or None."""
+        """Why it cannot act on this number of heads, or None."""
         return None
 
     def why_not_folded(self, heads: int) -> str | None:

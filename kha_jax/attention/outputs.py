@@ -34,7 +34,7 @@ class OutputMixer(ModuleConfig):
         return False
 
     def why_not(self, heads: int, shared: int) -> str | None:
-        """Why it cannot stand behind so many heads, of which `shared` each read one key/value head;
+        """Why it cannot stand behind `heads` heads, of which `shared` each read one key/value head;
         or None."""
         return None
 

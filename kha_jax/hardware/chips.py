@@ -104,7 +104,7 @@ def device_bytes(device: jax.Device) -> float:
 
 
 def hardware() -> str:
-    """What computes: so many accelerators of a kind, or the cores of a processor."""
+    """What computes: accelerators of one kind, or the cores of a processor."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} x {device.device_kind}"

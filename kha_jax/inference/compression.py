@@ -29,7 +29,7 @@ class Basis(NamedTuple):
 
 
 def basis(W_DKH: np.ndarray, heads: int) -> Basis:
-    """The best so many basis heads of W, in float64; the kernel's rows are orthonormal."""
+    """The best `heads` basis heads of W, in float64; the kernel's rows are orthonormal."""
     D, K, H = W_DKH.shape
     flat = np.asarray(W_DKH, np.float64).transpose(1, 0, 2).reshape(K, D * H)
     U, s, V = np.linalg.svd(flat, full_matrices=False)
@@ -42,7 +42,7 @@ def compressed(attention: AttentionConfig, kv_heads: int) -> AttentionConfig:
     """The attention that caches kv_heads and reads as many as before.
 
     Raises:
-        ConfigError: its projection caches no heads, or cannot have so many.
+        ConfigError: its projection caches no heads, or cannot have this number.
     """
     projection = attention.projection
     if not isinstance(projection, (GroupedQuery, GroupedTied)):

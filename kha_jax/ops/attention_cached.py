@@ -116,6 +116,7 @@ def many_queries(
             o_BNTU = o_BNTU * fade + _weigh(e_BNTC, v_BKCU)
         return higher, total, o_BNTU
 
+    # first pass: the largest score, the sum of exp, and the products where heads do not mix
     start = jnp.full((B, N, T, 1), MASKED), jnp.zeros((B, N, T, 1)), jnp.zeros((B, N, T, U))
     blocks = -(-filled // size)
     top, total, o_BNTU = jax.lax.fori_loop(0, blocks, sums, start)
@@ -124,6 +125,7 @@ def many_queries(
         s_BNTC, v_BKCU = block(i)
         return o_BNTU + _weigh(maps.probabilities(jnp.exp(s_BNTC - top) / total), v_BKCU)
 
+    # second pass, where heads mix probabilities: those need the sums of all heads
     if maps.probabilities is None:
         o_BNTU /= total
     else:

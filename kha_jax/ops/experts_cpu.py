@@ -46,9 +46,11 @@ def _plan(chosen_NK: jax.Array, E: int, C: int) -> Plan:
     # Expert and assignment in one number, since sorting pairs takes three times as long.
     key_M = jnp.sort(chosen_M.astype(jnp.uint32) * M + jnp.arange(M, dtype=jnp.uint32))
     order_M = (key_M % M).astype(jnp.int32)
+    # where each expert's range begins, and the rank of each assignment in its own
     bounds = jnp.searchsorted(key_M, jnp.arange(E + 1, dtype=jnp.uint32) * M)
     place_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(order_M.size, dtype=order_M.dtype))
     rank_M = place_M - bounds[jnp.minimum(chosen_M, E)]
+    # the first C of an expert have slots, the others are left to the loop
     slot_M = jnp.where((rank_M < C) & (chosen_M < E), chosen_M * C + rank_M, E * C)
     order_M = jnp.pad(order_M, (0, BLOCK))
     return Plan(order_M, bounds[:-1], bounds[1:] - bounds[:-1], slot_M.reshape(chosen_NK.shape))
@@ -107,6 +109,7 @@ def _forward(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
     E, K = gate_EDF.shape[0], chosen_NK.shape[1]
     C = _slots(chosen_NK.size, E)
     plan = _plan(chosen_NK, E, C)
+    # slots: one batched product over experts
     if C:
         token_EC, _ = _heads(plan, C, weights_NK)
         x_ECD = x_ND[token_EC]
@@ -116,6 +119,7 @@ def _forward(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
         gate_ECF = up_ECF = jnp.zeros((E, 0, gate_EDF.shape[2]), x_ND.dtype)
         y_ND = jnp.zeros_like(x_ND)
 
+    # what exceeds them: a loop over blocks of rows
     def body(e, assignment, counts, y_ND):
         token = assignment // K
         x = x_ND[token]
@@ -130,6 +134,7 @@ def _forward(x_ND, chosen_NK, weights_NK, gate_EDF, up_EDF, down_EFD):
 def _backward(saved, dy_ND):
     x_ND, weights_NK, plan, gate_ECF, up_ECF, gate_EDF, up_EDF, down_EFD = saved
     K, C = weights_NK.shape[1], gate_ECF.shape[1]
+    # slots: by the products that the forward pass kept
     if C:
         token_EC, weight_EC = _heads(plan, C, weights_NK)
         x_ECD, dy_ECD = x_ND[token_EC], dy_ND[token_EC]
@@ -142,6 +147,7 @@ def _backward(saved, dy_ND):
         totals = [jnp.zeros_like(w) for w in (gate_EDF, up_EDF, down_EFD)]
         dx_ND, dw_M = jnp.zeros_like(x_ND), jnp.zeros((weights_NK.size,), weights_NK.dtype)
 
+    # what exceeds them: its products are made again
     def body(e, assignment, counts, carry):
         dx_ND, dw_M, totals = carry
         token, own = assignment // K, [_pick(w, e) for w in (gate_EDF, up_EDF, down_EFD)]

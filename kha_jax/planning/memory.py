@@ -97,7 +97,7 @@ class Layout(NamedTuple):
 
 
 def layout(config: RunConfig, chips: int) -> Layout:
-    """The run's layout on so many chips."""
+    """The run's layout on this number of chips."""
     sizes = config.mesh.sizes(chips)
     # neither the batch nor what is kept for the backward pass changes the state
     model = config.model.replace(remat="none")

@@ -171,7 +171,7 @@ def fastest(
     meshes: bool = False,
     remat: str | None = None,
 ) -> list[Setting]:
-    """Settings that fit, fastest to expect first. compiled: so many are compiled, and as many more
+    """Settings that fit, fastest to expect first. compiled: how many are compiled, and as many more
     as it takes until one of them fits; those that XLA knows not to fit are left out, and those that
     it does not know come after those that it does. 0: none is, and all fit with MARGIN to spare."""
     room = slice_.chip.hbm_bytes

@@ -41,8 +41,8 @@ def join(
 
     silence: seconds after which a process that hangs leaves by itself; only later does the runtime
     abort those that hear nothing of another one.
-    give_up: is called with a message, from another thread, when they have not come together within
-    so many seconds; it must end the process, since nothing else interrupts the runtime's own wait.
+    give_up: is called with a message, from another thread, when they have not come together in
+    time; it must end the process, since nothing else interrupts the runtime's own wait.
 
     Raises:
         ConfigError: process 0 cannot listen at the address.
@@ -124,7 +124,7 @@ def together(name: str, seconds: int) -> Iterator[None]:
 
     Raises:
         PeerError: another process raised; DataError where its data are the reason.
-        WaitError: not every process was at its end within so many seconds.
+        WaitError: not every process was at its end in time.
     """
     problem = None
     try:

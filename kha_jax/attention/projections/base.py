@@ -89,7 +89,7 @@ class Projection(ModuleConfig):
 
 
 def cached_heads(mixer: StreamMixer, heads: int) -> int:
-    """Heads in the cache where so many are projected."""
+    """Heads in the cache where `heads` are projected."""
     return heads if mixer.late(heads) else mixer.heads(heads)
 
 
@@ -130,7 +130,7 @@ class ProjectionModule(Module):
         raise NotImplementedError
 
     def finish(self, o_BTNU: jax.Array, mixers: Mixers) -> jax.Array:
-        """What the heads read, from what the cached scores return."""
+        """The output of attention, from what the cached scores return."""
         return o_BTNU
 
 
