@@ -60,8 +60,9 @@ class Result(NamedTuple):
     """What the runs of a row say.
 
     learning_rate, rates: the best one, and how many there were. runs: finished ones at that rate.
-    losses: of each seed. unfinite: runs without a finite loss, which no other number counts. differences: losses
-    less those of the baseline, seed by seed. difference: their mean; None for baselines.
+    losses: of each seed. unfinite: runs without a finite loss, which no other number counts.
+    differences: losses less those of the baseline, seed by seed. difference: their mean; None for
+    baselines.
     """
 
     row: Row
