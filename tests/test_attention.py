@@ -103,6 +103,20 @@ def test_promises_what_its_row_says(name, projection):
     assert config.mixes_heads == (row.meet or shared)
 
 
+@each_row
+def test_a_linear_map_is_what_the_mixer_does(name, projection):
+    """`effective` is what is traced and drawn: of a linear mixer that heads share, z~ = z T."""
+    config, params = config_of(name, projection), random(config_of(name, projection))
+    for slot, (heads, head_dim, _) in config.projection.streams(D).items():
+        mixer, own = getattr(config, slot), params.get(f"{slot}_mixer")
+        T = mixer.linear_map(own) if own and mixer.linear else None
+        if T is None:
+            continue
+        z = jax.random.normal(jax.random.key(0), (3, heads, head_dim))
+        module = mixer.build(heads=heads, head_dim=head_dim, numerics=EXACT)
+        assert relative_error(module.apply({"params": own}, z), z @ T) < 1e-5
+
+
 @pytest.mark.parametrize(("name", "projection"), CLAIMING, ids=IDS(CLAIMING))
 def test_starts_as_its_projection_alone(name, projection):
     found = finding(properties.start, name, projection)
@@ -429,6 +443,7 @@ def test_the_page_adds_a_variant_of_every_kind(page, kind, seam, projection):
     test_agrees_with_the_oracle(kind, projection)
     test_cached_decoding_agrees_with_the_oracle_at_every_position(kind, projection)
     test_promises_what_its_row_says(kind, projection)
+    test_a_linear_map_is_what_the_mixer_does(kind, projection)
     test_only_heads_that_meet_show_a_permutation(kind, projection)
     test_causal_and_packed(kind, projection)
     test_the_accounting_counts_what_is_there(kind, projection)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kha_jax.attention.attention import SCORES, SLOTS
 from kha_jax.config import under
 from kha_jax.feed_forward import moe
 from kha_jax.hardware.chips import chip_of
@@ -76,10 +77,15 @@ def _is_boxed(leaf: Any) -> bool:
 
 
 def initial_mixers(config: ModelConfig, seed: int) -> Any:
-    """The parameters' tree with the values that the matrices of mixers start from in a run of this
-    seed, and zeros elsewhere; only those are computed."""
+    """The parameters' tree with the values that mixers of streams and scores, and the matrices of
+    other mixers, start from in a run of this seed, and zeros elsewhere; only those are computed."""
     model = any_length(config)
-    keep = jax.tree.map(lambda role: role == "mixer", optimizer.roles(_axes(model)))
+    mixers = {f"{slot}_mixer" for slot in (*SLOTS, *SCORES)}
+
+    def kept(path, role):
+        return role == "mixer" or any(getattr(part, "key", None) in mixers for part in path)
+
+    keep = jax.tree_util.tree_map_with_path(kept, optimizer.roles(_axes(model)))
 
     def take(keep, leaf):
         return leaf if keep else jnp.zeros(())
