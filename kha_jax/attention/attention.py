@@ -367,13 +367,13 @@ class Attention(Module):
         """
         T = q_BTNH.shape[1]
         stride = -(-T // SAMPLE)
-        places = jnp.arange((T - 1) % stride, T, stride)
         q_BTNH, k_BSKH, maps = jax.lax.stop_gradient((q_BTNH, k_BSKH, maps))
         heads = "heads" if keys[2] == "heads" else None
         scale = self.config.projection.scale()
 
         def local(q_BRNH, k_BSKH, ids_BS, maps):
             ids_1S = None if ids_BS is None else ids_BS[:1]
+            places = jnp.arange((T - 1) % stride, T, stride)
             return ops.largest_logit(q_BRNH[:1], k_BSKH[:1], ids_1S, places, scale, maps)
 
         on_each = jax.tree.map(lambda leaf: (None,) * leaf.ndim, maps)
