@@ -26,12 +26,11 @@ from rich.table import Table
 from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import stored
-from experiments.run_folders.identity import read_lineage
 from kha_jax.analysis.leaves import Checkpoint
 from kha_jax.errors import CheckpointError
 from kha_jax.runs.checkpoint import Checkpoints, leaves
 from kha_jax.runs.manifest import MANIFEST, verify
-from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import read_config, read_lineage
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder.")
 VERIFY = flags.DEFINE_bool("verify", False, "Read every file and compare it with its checksum.")
@@ -137,7 +136,7 @@ def main() -> int:
     if len(DIFF.value) not in (0, 2):
         raise UsageError(f"--diff={','.join(DIFF.value)}: name two steps, such as --diff=100,200")
     jax.config.update("jax_platforms", "cpu")
-    accepts = read_lineage(workdir, stored.read_config(workdir / "config.json", RunConfig))
+    accepts = read_lineage(workdir, read_config(workdir))
     with Checkpoints(workdir / "checkpoints", accepts=accepts) as checkpoints:
         folders = checkpoints.folders()
         known = [int(folder.name) for folder in folders]

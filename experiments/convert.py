@@ -30,7 +30,6 @@ from rich.table import Table
 from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import identity, stored
-from experiments.run_folders.identity import config_hash
 from kha_jax import sharding
 from kha_jax.accounting import cache_bytes
 from kha_jax.analysis import costs, style
@@ -44,6 +43,7 @@ from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import folder_name, read_manifest
 from kha_jax.storage import writable, write_json
 from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import config_hash, write_registrations
 from kha_jax.training.step import TrainState, make_trainer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder to read.")
@@ -122,6 +122,7 @@ def write_run(
     state = TrainState(step=jnp.int32(step), optimizer=(*fresh[:-1], schedule), **variables)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        write_registrations(folder, config)
         write_json(folder / "config.json", to_dict(config))
     except OSError as error:
         raise UsageError(f"--out={folder} cannot be written: {error.strerror}") from None

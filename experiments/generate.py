@@ -24,7 +24,7 @@ from kha_jax.config import ConfigError
 from kha_jax.inference.decoding import Decoder
 from kha_jax.inference.folding import fold_if_linear
 from kha_jax.inference.sampling import Sampling
-from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import read_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder to read.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
@@ -65,7 +65,7 @@ def main() -> None:
     if not all(PROMPT.value):
         raise UsageError("--prompt: is empty; give at least one character")
     folder = stored.run_folder("workdir", WORKDIR.value)
-    config = stored.read_config(folder / "config.json", RunConfig)
+    config = read_config(folder)
     tokenizer = config.data.tokenizer()
     if tokenizer is None:
         raise UsageError(

@@ -31,7 +31,7 @@ from experiments.sweeps import report as sweep_report
 from kha_jax import analysis, metrics, spikes
 from kha_jax.analysis import comparisons, curves, style, sweeps
 from kha_jax.errors import CheckpointError
-from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import read_config
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Run folders, drawn in this order; a card of one.")
 SWEEP = flags.DEFINE_string("sweep", None, "Folder of a sweep, to report in the folder --out.")
@@ -75,7 +75,7 @@ def draw_runs() -> None:
 
 def write_card(folder: Path, rows: list[dict[str, Any]], out: Path) -> None:
     """The card of a run, in the terminal and as a page."""
-    config = stored.read_config(folder / "config.json", RunConfig)
+    config = read_config(folder)
     terminal.show(table := card.table(folder, config, rows))
     draws = {
         "training": (curves.training, out),

@@ -33,6 +33,7 @@ from kha_jax.analysis.significance import paired
 from kha_jax.comparing.budget import MEASURES, TOLERANCE
 from kha_jax.config import near
 from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import read_config
 
 command_line.define_config()
 MATCH = flags.DEFINE_list(
@@ -101,7 +102,7 @@ def check_free(folder: Path, run: runner.Planned) -> None:
     path = folder / run.name / "config.json"
     if not path.exists() or not any((path.parent / "checkpoints").glob("*")):
         return
-    old = stored.read_config(path, RunConfig)
+    old = read_config(path.parent)
     for field, (before, after) in changed(old, run.config).items():
         raise UsageError(
             f"--out={folder}: {run.name} there began with config.{field}={before!r}, these flags "

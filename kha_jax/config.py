@@ -18,7 +18,7 @@ import itertools
 import textwrap
 import types
 import typing
-from typing import Any, Callable, ClassVar, Mapping
+from typing import Any, Callable, ClassVar, Iterator, Mapping
 
 from ml_collections import config_dict
 
@@ -39,7 +39,7 @@ class ConfigError(ValueError):
 
 
 @contextlib.contextmanager
-def under(path: str) -> typing.Iterator[None]:
+def under(path: str) -> Iterator[None]:
     """Config errors raised within name their field from `path` downwards."""
     try:
         yield
@@ -243,6 +243,16 @@ def to_config_dict(config: Config) -> config_dict.ConfigDict:
         else:
             out[field.name] = value
     return out
+
+
+def choices_in(config: Config, path: str = "") -> Iterator[tuple[str, str, type]]:
+    """(dotted field, kind, class) of every choice that a config has made, outer ones first."""
+    for field in dataclasses.fields(config):
+        value, where = getattr(config, field.name), f"{path}.{field.name}".lstrip(".")
+        if "choices" in field.metadata:
+            yield where, kind_of(field, value), type(value)
+        if isinstance(value, Config):
+            yield from choices_in(value, where)
 
 
 def _unset(*classes: type, **leading: Any) -> config_dict.ConfigDict:

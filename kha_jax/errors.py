@@ -18,6 +18,10 @@ class SweepError(Exception):
     """A file of a sweep that cannot be read. The message names the file and the field."""
 
 
+class RunError(Exception):
+    """A run folder that cannot be read. The message names it and what to do."""
+
+
 class WaitError(Exception):
     """Processes that did not come together in time. The message names what was waited for."""
 

@@ -364,7 +364,7 @@ def test_one_prompt_streams_and_bad_ones_are_one_line(runs):
     for flags, message in (
         ((f"--workdir={runs / 'linear'}", "--prompt="), "--prompt: is empty"),
         ((f"--workdir={runs / 'none'}", "--prompt=a"), "no run there"),
-        ((f"--workdir={runs / 'linear'}", "--prompt=a", "--step=3"), "--step=3: not kept"),
+        ((f"--workdir={runs / 'linear'}", "--prompt=a", "--step=3"), "step 3 is not kept"),
     ):
         code, out, err = command(runs, "generate", *flags)
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err

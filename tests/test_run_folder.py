@@ -11,15 +11,15 @@ import pytest
 
 from experiments.cli.command_line import UsageError
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
-from experiments.run_folders.identity import config_hash
 from experiments.train import evaluate, open_sources
 from experiments.train_loop import data_check
 from kha_jax import sharding
 from kha_jax.config import ConfigError, from_dict
 from kha_jax.data import MultiQueryAssociativeRecall, PythonSource
-from kha_jax.errors import CheckpointError, DataError
+from kha_jax.errors import CheckpointError, DataError, RunError
 from kha_jax.ops.losses import TokenSums
 from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import config_hash
 from tests.runs import CONFIGS
 
 RUN = RunConfig(batch_size=4, seq_len=64)
@@ -112,7 +112,7 @@ def test_another_tokenizer_is_refused(folder):
 @pytest.mark.parametrize("damage", ["{", "[]x", '{"a": 1}', "[3]", '["text"]'])
 def test_a_damaged_record_is_named(folder, damage):
     (folder / "lineage.json").write_text(damage)
-    with pytest.raises(UsageError, match="lineage.json: is damaged"):
+    with pytest.raises(RunError, match="lineage.json: is damaged"):
         begin(folder)
 
 
@@ -121,7 +121,7 @@ def test_a_damaged_record_is_named(folder, damage):
 )
 def test_a_damaged_config_is_named(folder, damage):
     (folder / "config.json").write_bytes(damage)
-    with pytest.raises(UsageError, match="config.json: is damaged"):
+    with pytest.raises(RunError, match="config.json: is damaged"):
         begin(folder)
 
 

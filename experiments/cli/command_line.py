@@ -273,10 +273,10 @@ def give_up(message: str, code: int = HANG, stacks: bool = False) -> None:
 
 def code_of(error: BaseException) -> int | None:
     """The contract's exit code of an expected error."""
-    from kha_jax.errors import DataError, PeerError, StorageError, SweepError, WaitError
+    from kha_jax.errors import DataError, PeerError, RunError, StorageError, SweepError, WaitError
 
     codes = {
-        (UsageError, ConfigError, SweepError): USAGE,
+        (UsageError, ConfigError, RunError, SweepError): USAGE,
         DataError: DATA,
         (PeerError, WaitError): HANG,
         StorageError: STORAGE,

@@ -2,7 +2,8 @@
 
 `config.json` is the config; `lineage.json` lists what the run has been since it began, one entry
 for each change that was allowed: hashes of the config, the data and the tokenizer, the step from
-which they hold, and the changed fields with both values.
+which they hold, and the changed fields with both values. `registered.json` says
+which modules registered kinds of one's own, where there are any.
 """
 
 import errno
@@ -19,15 +20,7 @@ from typing import Any
 import jax
 
 from experiments.cli.command_line import UsageError
-from experiments.run_folders import stored
-from experiments.run_folders.identity import (
-    COMPUTED,
-    IDENTITY,
-    changed,
-    config_hash,
-    read_lineage,
-    tokenizer_hash,
-)
+from experiments.run_folders.identity import COMPUTED, changed
 from kha_jax import __version__
 from kha_jax.config import dotted, near, to_dict
 from kha_jax.data import Source, batch_hash
@@ -37,6 +30,14 @@ from kha_jax.runs.checkpoint import Checkpoints, state_bytes
 from kha_jax.runs.manifest import read_manifest
 from kha_jax.storage import PROBE, cache_folder, writable, write_json
 from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import (
+    IDENTITY,
+    config_hash,
+    read_config,
+    read_lineage,
+    tokenizer_hash,
+    write_registrations,
+)
 
 log = logging.getLogger("kha_jax")
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -117,7 +118,7 @@ class RunFolder:
         if not path.exists():
             self.lineage = read_lineage(self.path, self.config)
             return
-        old = stored.read_config(path, RunConfig)
+        old = read_config(self.path)
         self.lineage = read_lineage(self.path, old)
         for field, (before, after) in changed(old, self.config).items():
             message = f"config.{field}: this run began with {before!r}, found {after!r}"
@@ -223,6 +224,7 @@ class RunFolder:
                 entries = json.loads(path.read_text()) if path.exists() and self.lineage else []
                 new = {**self.identity, "from_step": step, "changes": self.changes}
                 write_json(path, [*entries, new])
+            write_registrations(self.path, self.config)
             write_json(self.path / "config.json", to_dict(self.config))
         except OSError as error:
             found = f"{path} or config.json could not be written: {error.strerror}"

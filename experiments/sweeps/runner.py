@@ -25,7 +25,6 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 from experiments.cli import command_line
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import results
-from experiments.run_folders.identity import config_hash
 from experiments.train_loop.data_check import check_vocabulary
 from experiments.train_loop.stop import asking
 from kha_jax.config import to_dict
@@ -36,6 +35,7 @@ from kha_jax.runs.results import RunResult, read_results, write_results
 from kha_jax.spikes import spike_score
 from kha_jax.storage import write_json
 from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import config_hash
 
 RESULTS, PLAN, LOG = "runs.csv", "sweep.json", "log.txt"
 LAST = 0.1  # of the steps, over which the training loss is averaged

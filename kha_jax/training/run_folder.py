@@ -1,0 +1,239 @@
+"""What a run folder holds, as whoever reads it needs it: the config, what the run has been, where
+its kinds were registered, and the variables of a checkpoint.
+
+`config.json` is the config; `lineage.json` what the run has been since it began; `registered.json`,
+where the config has kinds of your own, the modules that register them.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple
+
+import jax
+
+from kha_jax import sharding
+from kha_jax.config import Config, choices_in, departures, dotted, from_dict
+from kha_jax.errors import RunError
+from kha_jax.storage import write_json
+from kha_jax.training.run_config import RunConfig, old_name, with_new_names
+
+# Fields that may change on resume: they decide what is recorded, not what is learnt.
+FREE = (
+    "evaluation.",
+    "checkpoint.",
+    "profile.",
+    "mesh.",
+    "max_nonfinite_steps",
+    "hang_timeout",
+    "data.cache_dir",
+    "model.attention.kernel",
+)
+IDENTITY = ("config", "data", "tokenizer")
+REGISTERED = "registered.json"
+
+
+class StoredRun(NamedTuple):
+    """A checkpoint of a run, on one device."""
+
+    config: RunConfig
+    step: int
+    variables: dict[str, Any]
+
+
+def load(folder: str | os.PathLike, step: int | None = None) -> tuple[Any, dict[str, Any], Any]:
+    """(config, variables, tokenizer) of a trained run, by default of its newest good checkpoint.
+
+    config: of the model, which with the variables is what `Decoder` takes. tokenizer: between text
+    and ids; None where the run was not trained on text. Kinds of your own are imported from where
+    the run registered them, which runs that file.
+
+    Raises:
+        RunError: there is no such run or step, or it cannot be read.
+        CheckpointError: the checkpoint is damaged.
+    """
+    run = read_run(Path(folder), step)
+    return run.config.model, run.variables, run.config.data.tokenizer()
+
+
+def read_run(folder: Path, step: int | None = None) -> StoredRun:
+    """A checkpoint of a run, by default the newest good one.
+
+    Raises: see `load`.
+    """
+    # whoever wants the config alone does not wait for what trains
+    from kha_jax.runs.checkpoint import Checkpoints
+    from kha_jax.runs.manifest import verify
+    from kha_jax.training.step import make_trainer, variables
+
+    config = read_config(folder)
+    accepts = read_lineage(folder, config)
+    config = config.replace(mesh=sharding.MeshConfig())
+    with Checkpoints(folder / "checkpoints", accepts=accepts) as checkpoints:
+        if step is None:
+            step = checkpoints.newest_good(set_aside=False)
+        elif step not in checkpoints.steps():
+            raise RunError(f"{folder}: step {step} is not kept; it has {checkpoints.steps()}")
+        else:
+            verify(checkpoints.path(step), accepts)
+        if step is None:
+            raise RunError(f"{folder}: holds no checkpoint yet")
+        state = make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1])).abstract
+        return StoredRun(config, step, checkpoints.restore_part(step, variables(state)))
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The config of a run folder, whose own kinds are registered again.
+
+    Raises:
+        RunError: there is none, it is damaged, or a kind of it is not to be had.
+    """
+    path = folder / "config.json"
+    if not os.path.isfile(path):  # False also where the name is no name
+        raise RunError(f"{folder}: no run there; it holds no config.json")
+    register_again(folder)
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"holds a {type(values).__name__} and no fields")
+        return from_dict(RunConfig, with_new_names(values))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunError(
+            f"{path}: is damaged ({error}); put back the one that the run was started with"
+        ) from None
+
+
+class Registration(NamedTuple):
+    """A kind that is none of ours. field: where the config has it. module: that defines its class.
+    file: of that module."""
+
+    field: str
+    kind: str
+    module: str
+    file: str
+
+
+def registrations(config: Config) -> list[Registration]:
+    """Those that a config needs."""
+    return [
+        Registration(path, kind, cls.__module__, _file_of(cls))
+        for path, kind, cls in choices_in(config)
+        if cls.__module__.partition(".")[0] != "kha_jax"
+    ]
+
+
+def write_registrations(folder: Path, config: Config) -> None:
+    """Writes registered.json where a config has kinds of its own."""
+    if found := registrations(config):
+        write_json(folder / REGISTERED, [entry._asdict() for entry in found])
+
+
+def register_again(folder: Path) -> None:
+    """Imports the modules that registered the kinds of a run, by name or else by file.
+
+    Raises:
+        RunError: one of them cannot be imported, or no longer registers its kind.
+    """
+    path = folder / REGISTERED
+    try:
+        entries = [Registration(**one) for one in json.loads(path.read_text())]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path}: is damaged ({error!r}); put back that of the run") from None
+    for entry in entries:
+        if not _is_registered(entry):
+            _import(entry)
+
+
+def _is_registered(entry: Registration) -> bool:
+    cls: Any = RunConfig
+    for name in entry.field.split("."):
+        options = cls if isinstance(cls, tuple) else (cls,)
+        field = next(f[name] for c in options if name in (f := c.__dataclass_fields__))
+        choices = field.metadata.get("choices")
+        cls = tuple(choices.values()) if choices else type(field.default)
+    return entry.kind in choices
+
+
+def _import(entry: Registration) -> None:
+    said = f"config.{entry.field}: {entry.kind!r} was registered by {entry.module} ({entry.file})"
+    try:
+        if _importable(entry.module):
+            importlib.import_module(entry.module)
+        else:
+            _run_file(Path(entry.file))
+    except Exception as error:  # whatever the code of a stranger raises
+        problem = f"{type(error).__name__}: {error}"
+        remedy = "put it back, or its folder on PYTHONPATH"
+        raise RunError(f"{said}, which cannot be imported ({problem}); {remedy}") from None
+    if not _is_registered(entry):
+        raise RunError(f"{said}, which no longer registers it; put back the one of the run")
+
+
+def _importable(module: str) -> bool:
+    with contextlib.suppress(ImportError, ValueError):
+        return importlib.util.find_spec(module) is not None
+    return False
+
+
+def _run_file(path: Path) -> None:
+    """Runs a file as a module, which finds its neighbours."""
+    spec = importlib.util.spec_from_file_location(f"registered_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.append(str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+
+
+def _file_of(cls: type) -> str:
+    """The file that defines a class; also of one that was run and not imported."""
+    module = sys.modules.get(cls.__module__)
+    found = getattr(module, "__file__", None) or next(_code_files(cls), "")
+    return str(Path(found).resolve()) if found else ""
+
+
+def _code_files(cls: type) -> Iterator[str]:
+    for value in vars(cls).values():
+        function = inspect.unwrap(getattr(value, "fget", None) or value)
+        file = getattr(getattr(function, "__code__", None), "co_filename", "<")
+        if not file.startswith("<"):
+            yield file
+
+
+def config_hash(config: RunConfig) -> str:
+    """Of the fields that decide what is learnt."""
+    learnt = {k: v for k, v in dotted(departures(config)).items() if not k.startswith(FREE)}
+    fields = {old_name(k): v for k, v in learnt.items()}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_hash(config: RunConfig) -> str:
+    """Which ids stand for which text; empty where there is no text."""
+    tokenizer = config.data.tokenizer()
+    return "" if tokenizer is None else tokenizer.fingerprint
+
+
+def read_lineage(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
+    """The entries of lineage.json, oldest first; without one, what the config alone tells.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = folder / "lineage.json"
+    try:
+        entries = [{k: one[k] for k in IDENTITY} for one in json.loads(path.read_text())]
+        return entries or [{"config": config_hash(config)}]
+    except FileNotFoundError:
+        return [{"config": config_hash(config)}]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path}: is damaged ({error!r}); put back that of the run") from None
