@@ -150,8 +150,10 @@ def _named(slot: str, given: str | Config) -> Config:
     return table[given]() if isinstance(given, str) else given
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def born(layer: attention.Attention, key: jax.Array) -> dict[str, Any]:
-    """The initial parameters of a layer, as plain arrays."""
+    """The initial parameters of a layer, as plain arrays. Compiled as one, of which the output that
+    nobody reads is no part."""
     x = jnp.zeros((1, 1, layer.width), layer.numerics.dtype)
     # its one row does not divide over a mesh
     init = on_mesh(None, layer.clone(config=layer.config.replace(kernel="auto")).init)

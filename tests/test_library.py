@@ -1,6 +1,12 @@
 """What anybody's program imports: the layer in other meshes and other frameworks, what it says of
 wrong arguments, and the examples of docs/library.md."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,13 +16,22 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kha_jax.nnx
+from experiments.cli.command_line import run_config_file
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import STREAM_MIXERS
 from kha_jax.attention.outputs import MixtureOfHeads
 from kha_jax.attention.projections import GroupedQuery, Latent
-from kha_jax.config import ConfigError
+from kha_jax.config import ConfigError, from_dict, to_dict
+from kha_jax.data import SOURCES
+from kha_jax.errors import RunError
 from kha_jax.layer import Attention, knock
 from kha_jax.sharding import axis_size, own_rules
+from kha_jax.storage import write_json
+from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import read_config, write_registrations
+from tests.examples import blocks
+
+ROOT = Path(__file__).parent.parent
 
 SIZES = {"width": 32, "query_heads": 8, "kv_heads": 4, "head_dim": 4}
 X = jax.random.normal(jax.random.key(1), (4, 8, 32))
@@ -220,3 +235,109 @@ def test_any_attention_is_a_layer():
     assert layer.attention == config and Attention(32, 8).attention == AttentionConfig(
         projection=GroupedQuery(query_heads=8, kv_heads=8, head_dim=4)
     )
+
+
+def outside(folder, cache):
+    """Runs the page in a folder that has a copy of the library and nothing else of here."""
+    shutil.copytree(ROOT / "kha_jax", folder / "kha_jax", dirs_exist_ok=True)
+    shutil.copy(ROOT / "tests" / "examples.py", folder)
+    page, here = str(ROOT / "docs" / "library.md"), {"KHA_JAX_CACHE": str(cache)}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | here
+    line = [sys.executable, "examples.py", page]
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_examples_run_outside_of_the_repository(tmp_path, cache):
+    said = outside(tmp_path, cache)
+    assert "A trained run: left out" in said and "(2, 64, 256) float32" in said
+    assert {"own.py", "own_config.py"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_examples_are_short():
+    for before, code in blocks((ROOT / "docs" / "library.md").read_text()):
+        assert len([line for line in code.splitlines() if line.strip()]) <= 25, before[-200:]
+
+
+def test_importing_is_quick_and_loads_names_when_they_are_used():
+    program = (
+        "import sys, time; t = time.perf_counter(); import kha_jax; "
+        "print(time.perf_counter() - t < 0.5, 'jax' in sys.modules, len(dir(kha_jax)) > 20); "
+        "print(all(getattr(kha_jax, name).__doc__ for name in kha_jax.__all__))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "False", "True", "True"]
+    assert {"Attention", "AttentionConfig", "knock", "fold", "Decoder", "load"} <= set(
+        kha_jax.__all__
+    )
+    with pytest.raises(AttributeError, match="no attribute 'Attenion'"):
+        kha_jax.Attenion
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder with own.py and a config, whose kinds are known here until the test ends."""
+    codes = [code for _, code in blocks((ROOT / "docs" / "library.md").read_text())]
+    for name, code in zip(("own.py", "own_config.py"), codes[-3:-1]):
+        (tmp_path / name).write_text(code)
+    yield tmp_path
+    STREAM_MIXERS.pop("scale", None), SOURCES.pop("sums", None), sys.modules.pop("own", None)
+
+
+def test_a_run_folder_remembers_who_registered_a_kind(own):
+    config = from_dict(RunConfig, run_config_file(str(own / "own_config.py")))
+    write_registrations(own, config)
+    write_json(own / "config.json", to_dict(config))
+    written = to_dict(config)
+    assert read_config(own) == config
+    for table, kind in ((STREAM_MIXERS, "scale"), (SOURCES, "sums")):
+        del table[kind]
+    del sys.modules["own"]
+    sys.path.remove(str(own))
+    assert to_dict(read_config(own)) == written  # by its file
+    del STREAM_MIXERS["scale"], sys.modules["own"]
+    (own / "own.py").rename(own / "gone.py")
+    message = "config.model.attention.value: 'scale' was registered by own .*own.py.*cannot be"
+    with pytest.raises(RunError, match=message):
+        read_config(own)
+    (own / "own.py").write_text("")
+    with pytest.raises(RunError, match="no longer registers it"):
+        read_config(own)
+    (own / "registered.json").write_text("[3]")
+    with pytest.raises(RunError, match="registered.json: is damaged"):
+        read_config(own)
+
+
+def test_an_ordinary_run_registers_nothing(tmp_path):
+    write_registrations(tmp_path, RunConfig())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_own_kinds_are_trained_generated_from_resumed_and_analysed(own, cache):
+    run, config = own / "runs" / "own", own / "own_config.py"
+    train = ("train", f"--config={config}", f"--workdir={run}", "--config.checkpoint.every=2")
+    train = (*train, "--config.batch_size=4", "--config.seq_len=32", "--allow_changes=steps")
+
+    def said(*line):
+        program = [sys.executable, "-m", f"experiments.{line[0]}", *line[1:]]
+        environment = {**os.environ, "KHA_JAX_CACHE": str(cache)}
+        done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    assert said(*train, "--config.steps=2")[0] == 0
+    code, text = said(*train, "--config.steps=4")
+    assert code == 0 and "resuming after step 2" in text, text
+    generate = ("generate", f"--workdir={run}", "--prompt=3+4=", "--tokens=4")
+    code, text = said(*generate)
+    assert code == 0 and text.startswith("3+4="), text
+    code, text = said("analyze", f"--workdir={run}", f"--out={own / 'figures'}")
+    assert code == 0 and "index.html" in text, text
+    assert "3+4=" in outside(own, cache).partition("A trained run")[2]
+    (own / "own.py").unlink()
+    code, text = said(*generate)
+    assert code == 2 and "'scale' was registered by own" in text and text.count("\n") == 1, text

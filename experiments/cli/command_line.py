@@ -116,6 +116,8 @@ def run_config_file(path: str, variant: str = "", flag: str = "--config") -> Con
     Raises:
         UsageError: the file cannot be run, with the line of it that says why, or defines no config.
     """
+    if (neighbours := str(Path(path).resolve().parent)) not in sys.path:
+        sys.path.append(neighbours)  # of a config file outside of the repository
     try:
         functions = _functions(path)
         if "get_config" not in functions:

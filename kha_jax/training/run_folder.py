@@ -168,7 +168,7 @@ def _import(entry: Registration) -> None:
         if _importable(entry.module):
             importlib.import_module(entry.module)
         else:
-            _run_file(Path(entry.file))
+            _run_file(entry.module, Path(entry.file))
     except Exception as error:  # whatever the code of a stranger raises
         problem = f"{type(error).__name__}: {error}"
         remedy = "put it back, or its folder on PYTHONPATH"
@@ -183,14 +183,18 @@ def _importable(module: str) -> bool:
     return False
 
 
-def _run_file(path: Path) -> None:
-    """Runs a file as a module, which finds its neighbours."""
-    spec = importlib.util.spec_from_file_location(f"registered_{path.stem}", path)
+def _run_file(name: str, path: Path) -> None:
+    """Runs a file as the module of that name, which finds its neighbours."""
+    name = name if name.isidentifier() else f"registered_{path.stem}"  # <run_path>: a config file
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[name] = module
     sys.path.append(str(path.parent))
     try:
         spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     finally:
         sys.path.remove(str(path.parent))
 
