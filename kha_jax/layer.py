@@ -213,7 +213,9 @@ def knock(x: jax.Array, params: Mapping[str, jax.Array], kind: str = "linear") -
         raise ValueError(f"params: expected {names} for kind={kind!r}, found {sorted(params)}")
     for name, matrix in params.items():
         expect(f"params[{name!r}]", matrix, (H, H), FLOATS)
-    mixer = STREAM_MIXERS[kind]().build(heads, H, Numerics(dtype=x.dtype.name), name=None)
+    mixer = STREAM_MIXERS[kind]().build(
+        heads=heads, head_dim=H, numerics=Numerics(dtype=x.dtype.name), parent=None
+    )
     return mixer.apply({"params": dict(params)}, x)
 
 

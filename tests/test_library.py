@@ -25,6 +25,7 @@ from kha_jax.config import ConfigError, from_dict, to_dict
 from kha_jax.data import SOURCES
 from kha_jax.errors import RunError
 from kha_jax.layer import Attention, knock
+from kha_jax.modules import Numerics
 from kha_jax.sharding import axis_size, own_rules
 from kha_jax.storage import write_json
 from kha_jax.training.run_config import RunConfig
@@ -163,7 +164,8 @@ def test_nnx_is_the_same_module(knocking):
 @pytest.mark.parametrize("kind", ["linear", "mlp", "gate"])
 def test_knock_is_the_mixer(kind):
     """On any leading axes; the linear kind on weights is the same as on what they make."""
-    mixer = STREAM_MIXERS[kind]().build(4, 8, Attention(32).numerics.replace(dtype="float32"), None)
+    numerics = Numerics(dtype="float32")
+    mixer = STREAM_MIXERS[kind]().build(heads=4, head_dim=8, numerics=numerics)
     z = jax.random.normal(jax.random.key(0), (2, 3, 4, 8))
     params = nn.unbox(mixer.init(jax.random.key(1), z))["params"]
     np.testing.assert_allclose(knock(z, params, kind), z, atol=1e-6)  # the identity at the start
@@ -342,3 +344,11 @@ def test_own_kinds_are_trained_generated_from_resumed_and_analysed(own, cache):
     (own / "own.py").unlink()
     code, text = said(*generate)
     assert code == 2 and "'symmetric' was registered by own" in text and text.count("\n") == 1, text
+
+
+def test_fold_names_what_does_not_fit(knocking):
+    layer, params = Attention(**SIZES, value="linear"), knocking[1]["params"]
+    with pytest.raises(ValueError, match="parameters/value_mixer/down: expected no such array"):
+        kha_jax.fold(layer.attention, params)
+    with pytest.raises(ValueError, match=r"parameters: expected 'output' among .*, found 'params'"):
+        kha_jax.fold(layer.attention, {"params": params})

@@ -17,6 +17,7 @@ from kha_jax.attention.attention import SLOTS, AttentionConfig
 from kha_jax.attention.mixers import NoMixer
 from kha_jax.config import ConfigError, under
 from kha_jax.inference.layers import Variables
+from kha_jax.layer import same_tree, shapes
 from kha_jax.model import ModelConfig
 from kha_jax.modules import Numerics
 
@@ -55,9 +56,11 @@ def fold(config: AttentionConfig, parameters: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ConfigError: a mixer does not fold.
+        ValueError: the parameters are not this attention's; names the first that is not.
     """
-    projection = dict(parameters["projection"])
     slots = foldable(config)
+    stacked = _checked(config, parameters)
+    projection = dict(parameters["projection"])
     for slot in slots:
         heads, head_dim, _ = config.projection.streams(1)[slot]
         mixer = getattr(config, slot).build(heads=heads, head_dim=head_dim, numerics=EXACT)
@@ -68,11 +71,23 @@ def fold(config: AttentionConfig, parameters: dict[str, Any]) -> dict[str, Any]:
                 folded = mixer.apply({"params": own}, weights.astype(jnp.float32))
             return folded.astype(weights.dtype)
 
-        stacked = parameters["output"].ndim == 4
         projection[name] = (jax.vmap(product) if stacked else product)(own, projection[name])
     mixers = {f"{slot}_mixer" for slot in slots}
     rest = {name: leaf for name, leaf in parameters.items() if name not in mixers}
     return {**rest, "projection": projection}
+
+
+def _checked(config: AttentionConfig, parameters: dict[str, Any]) -> bool:
+    """Whether the parameters are those of a stack of layers."""
+    if "output" not in parameters:
+        found = ", ".join(map(repr, parameters))
+        raise ValueError(f"parameters: expected 'output' among those of a layer, found {found}")
+    stacked = jnp.ndim(parameters["output"]) == 4
+    of_one = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[stacked:], leaf.dtype), parameters
+    )
+    same_tree("parameters", of_one, shapes(config, of_one["output"].shape[-1]))
+    return stacked
 
 
 def foldable_slots(model: ModelConfig) -> list[str]:
