@@ -175,7 +175,7 @@ def of_the_cache(name, content):
     """Damages the tokens, of which each such row has its own copy."""
 
     def damage(run):
-        (folder,) = run.glob("tokens/python_source-*/train")
+        (folder,) = run.glob("tokens/python_source/train-*")
         path = folder / name
         path.write_bytes(content(path.read_bytes()))
 

@@ -4,12 +4,14 @@ say."""
 import hashlib
 import json
 import os
+import shutil
+import time
 
 import numpy as np
 import pytest
 
 from kha_jax.config import ConfigError
-from kha_jax.data import TASKS, PythonSource, batches
+from kha_jax.data import TASKS, PythonSource, batches, python_source
 from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
 from kha_jax.errors import DataError, StorageError
 
@@ -18,8 +20,7 @@ DOCUMENTS = [b"first document", b"", b"second", b"the third is longer than a win
 
 @pytest.fixture
 def stream(tmp_path):
-    write_stream(tmp_path / "stream", DOCUMENTS, ByteTokenizer())
-    return tmp_path / "stream"
+    return write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
 
 
 def read(source, start=0, stop=6, rows=range(4), seed=0, shuffle=True):
@@ -38,16 +39,51 @@ def read(source, start=0, stop=6, rows=range(4), seed=0, shuffle=True):
 def test_a_whole_stream_is_left_to_its_readers_and_a_broken_one_made_again(tmp_path):
     """Two processes that tokenise at once: the slower one must not pull the files from under the
     faster."""
-    folder = tmp_path / "stream"
-    folder.mkdir()
+    folder = write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
+    (folder / "meta.json").unlink()
     (folder / "tokens.bin").write_bytes(b"half")
-    write_stream(folder, DOCUMENTS, ByteTokenizer())
+    write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
     before = {path.name: path.stat().st_ino for path in folder.iterdir()}
-    write_stream(folder, DOCUMENTS, ByteTokenizer())
+    write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
     assert {
         path.name: path.stat().st_ino for path in folder.iterdir()
     } == before and "meta.json" in before
-    assert [path.name for path in tmp_path.iterdir()] == ["stream"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_tokens_are_found_by_content_and_never_by_what_looks_alike(tmp_path, monkeypatch):
+    """Equal names, sizes and times of writing, in place or below another root; and a write in the
+    tick of the last one, which changes no time."""
+    here, there = tmp_path / "here", tmp_path / "there"
+
+    def write(root, content):
+        root.mkdir(exist_ok=True)
+        (root / "module.py").write_text(content)
+        os.utime(root / "module.py", ns=(1, 1))
+
+    def opened(root):
+        config = PythonSource(cache_dir=str(tmp_path / "cache"), roots=(str(root),), held_out=1e-9)
+        source = config.open("train", 4, 0)
+        return ByteTokenizer().decode(source.read(0, source.length))
+
+    index = tmp_path / "cache" / "python_source" / "index"
+    for tick, indexed in ((10**18, 0), (0, 1)):
+        monkeypatch.setattr(python_source, "TICK", tick)
+        for root, content in ((here, "a = 1\n"), (here, "a = 2\n"), (there, "a = 3\n")):
+            write(root, content)
+            time.sleep(0.02)  # a tick of most kernels has 4 ms
+            assert opened(root) == content == opened(root)
+        assert len(list(index.glob("*"))) == 3 * indexed
+    entry = max(index.iterdir(), key=os.path.getmtime)
+    other = next(p for p in index.parent.glob("train-*") if p.name not in entry.read_text())
+    folder = index.parent / json.loads(entry.read_text())["folder"]
+    for harm in ("", "{", '{"folder": "../x"}', '{"folder": "train-0123456789abcdef"}'):
+        entry.write_text(harm)
+        assert opened(there) == "a = 3\n"
+    shutil.rmtree(folder)
+    other.rename(folder)
+    with pytest.raises(DataError, match=f"{folder} holds other tokens than its name says"):
+        opened(there)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(stream):

@@ -206,9 +206,9 @@ def test_every_config_has_the_data_that_its_steps_and_evaluations_need(path, cac
 
 def test_too_little_data_is_found_before_anything_compiles(cache):
     config = RUN.replace(data=PythonSource(cache_dir=cache))
-    with pytest.raises(DataError, match="train holds 1?[0-9] windows, fewer than the 64"):
+    with pytest.raises(DataError, match="train-.* holds 1?[0-9] windows, fewer than the 64"):
         open_sources(config.replace(batch_size=64, seq_len=2**20))
-    with pytest.raises(DataError, match="validation holds 0 windows.*config.evaluation.every=0"):
+    with pytest.raises(DataError, match="validation-.* holds 0 windows.*config.evaluation.every=0"):
         open_sources(config.replace(batch_size=1, seq_len=2**21))
     unseen = config.evaluation.replace(every=0)
     open_sources(config.replace(batch_size=1, seq_len=2**21, evaluation=unseen))

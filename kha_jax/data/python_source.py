@@ -1,16 +1,20 @@
 """Real text that every machine has: the source code of the interpreter's standard library, and of
 what is installed beside it."""
 
+import contextlib
 import hashlib
+import json
 import os
+import re
 import sysconfig
+import time
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 from kha_jax.data.loader import DataConfig
-from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
+from kha_jax.data.tokens import NAMED, ByteTokenizer, TokenWindows, write_stream
 from kha_jax.errors import DataError
-from kha_jax.storage import cache_folder
+from kha_jax.storage import cache_folder, write_json
 
 LEFT_OUT = {
     "site-packages",
@@ -22,6 +26,8 @@ LEFT_OUT = {
     "lib2to3",
     "config",
 }
+Module = tuple[str, Path, os.stat_result]
+TICK = 2 * 10**9  # nanoseconds between two times that every file system tells apart
 INSTALLED = {"stdlib": "stdlib", "packages": "purelib"}  # root -> sysconfig's name of its folder
 
 
@@ -32,12 +38,33 @@ def _modules(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
+def _indexed(entry: Path, split: str) -> str:
+    """The folder's name in an entry of the index; empty where there is none."""
+    try:
+        name = json.loads(entry.read_text())["folder"]
+        return name if re.fullmatch(f"{split}-[0-9a-f]{{{NAMED}}}", name) else ""
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""  # what is not indexed is read
+
+
+def _add_to_index(entry: Path, folder: Path) -> None:
+    with contextlib.suppress(OSError):  # the next run reads the modules again
+        entry.parent.mkdir(exist_ok=True)
+        write_json(entry, {"folder": folder.name})
+
+
+def _settled(modules: Sequence[Module]) -> bool:
+    """Whether a write from now on changes a time: one in the same tick as the last does not."""
+    return max(of.st_ctime_ns for _, _, of in modules) < time.time_ns() - TICK
+
+
 class PythonSource(DataConfig):
     """One document a module, as bytes.
 
     The root `stdlib` is the interpreter's standard library; `packages` is what is installed beside
     it, 200 MB with all extras of this project, and not the same on two machines. A hash of a
-    module's path holds it out or not, so the split is the same on every machine.
+    module's path holds it out or not, so the split is the same on every machine. Tokens lie in the
+    cache under the hash of what they are; an index finds them for modules that nobody has touched.
     """
 
     held_out: float = 0.03
@@ -77,28 +104,43 @@ class PythonSource(DataConfig):
             StorageError: when the tokens cannot be written.
         """
         del seed
-        modules = list(self._modules())
+        modules = [(name, path, path.stat()) for name, path in self._modules()]
         if not modules:
             raise DataError(
                 f"data.source=python_source found no module below {', '.join(self.roots)}; use an "
                 "interpreter that ships its source"
             )
-        listing = "\n".join(f"{name} {path.stat().st_size}" for name, path in modules)
-        key = hashlib.sha256(
-            f"{listing}\n{self.held_out}\n{ByteTokenizer.fingerprint}".encode()
-        ).hexdigest()[:16]
         base = Path(self.cache_dir) if self.cache_dir else cache_folder("data")
-        folder = base / f"python_source-{key}" / split
+        base = base / "python_source"
+        entry = base / "index" / f"{self._listing(split, modules)}.json"
+        folder = base / _indexed(entry, split)
         if not (folder / "meta.json").exists():
             held_out = split == "validation"
-            chosen = [p for name, p in modules if self._is_held_out(name) == held_out]
-            write_stream(folder, (p.read_bytes() for p in chosen), self.tokenizer())
-        return TokenWindows(folder, seq_len, self.tokenizer().fingerprint)
+            chosen = (p for name, p, _ in modules if self._is_held_out(name) == held_out)
+            settled = _settled(modules)
+            texts = (path.read_bytes() for path in chosen)
+            folder = write_stream(base, split, texts, self.tokenizer())
+            if settled:
+                _add_to_index(entry, folder)
+        source = TokenWindows(folder, seq_len, self.tokenizer().fingerprint)
+        if folder.name != f"{split}-{source.fingerprint[:NAMED]}":
+            raise DataError(f"{folder} holds other tokens than its name says; remove the folder")
+        return source
+
+    def _listing(self, split: str, modules: Sequence[Module]) -> str:
+        """A hash of what says, short of reading all of them, that the modules are the same. A file
+        that was written to has another time of change, which no program can set."""
+        digest = hashlib.sha256(f"{split} {self.held_out} {ByteTokenizer.fingerprint}".encode())
+        for name, path, of in modules:
+            entry = name, str(path), of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino
+            digest.update(f"{entry}\n".encode())
+        return digest.hexdigest()
 
     def _modules(self) -> Iterator[tuple[str, Path]]:
         """(name, path) of every module; names below the first root are relative to it."""
         for number, root in enumerate(self.roots):
-            folder = Path(sysconfig.get_path(INSTALLED[root]) if root in INSTALLED else root)
+            place = sysconfig.get_path(INSTALLED[root]) if root in INSTALLED else root
+            folder = Path(os.path.realpath(place))
             prefix = f"{root}/" if number else ""
             for path in sorted(_modules(folder)):
                 yield prefix + path.relative_to(folder).as_posix(), path
