@@ -196,13 +196,14 @@ def main() -> int:
             log.info(tpu.told(kernels, trainer.compiler_options))
         folder = RunFolder(path, config, ALLOW_CHANGES.value)
         train_source, validation_source = open_sources(config)
-        folder.identify(train_source)
+        folder.identify(train_source, validation_source)
         checkpoints = folder.checkpoints(trainer.abstract)
     processes.same("config", json.dumps(to_dict(config)), "start all with the same command")
     processes.same(
         "--workdir", (folder.path / "lock").read_text(), "name a folder that all of them see"
     )
-    processes.same("config.data", train_source.fingerprint, "give all of them the same")
+    texts = f"{train_source.fingerprint} {validation_source.fingerprint}"
+    processes.same("config.data", texts, "give all of them the same")
     stop = Stop()
     watchdog = Watchdog(config.hang_timeout, functools.partial(command_line.give_up, stacks=True))
     if config.data.vocabulary_size() < config.model.vocabulary_size:

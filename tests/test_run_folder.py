@@ -19,17 +19,18 @@ from kha_jax.data import MultiQueryAssociativeRecall, PythonSource
 from kha_jax.errors import CheckpointError, DataError, RunError
 from kha_jax.ops.losses import TokenSums
 from kha_jax.training.run_config import RunConfig
-from kha_jax.training.run_folder import config_hash
+from kha_jax.training.run_folder import config_hash, read_lineage
 from tests.runs import CONFIGS
 
 RUN = RunConfig(batch_size=4, seq_len=64)
 SOURCE = types.SimpleNamespace(fingerprint="text")
+OTHER = types.SimpleNamespace(fingerprint="another text")
 
 
-def begin(path, config=RUN, allowed=(), source=SOURCE):
+def begin(path, config=RUN, allowed=(), source=SOURCE, validation=SOURCE):
     """What train does before its state is there; the folder and whether a change was allowed."""
     folder = RunFolder(path, config, list(allowed))
-    folder.identify(source)
+    folder.identify(source, validation)
     return folder
 
 
@@ -93,13 +94,32 @@ def test_what_does_not_matter_to_the_result_may_change(folder):
     changed.close()
 
 
-def test_another_text_is_refused_unless_allowed(folder):
-    other = types.SimpleNamespace(fingerprint="another text")
+@pytest.mark.parametrize("split", ["data", "validation"])
+def test_another_text_is_refused_unless_allowed(folder, split):
+    other = {{"data": "source"}.get(split, split): OTHER}
     with pytest.raises(DataError, match="--allow_changes=data"):
-        begin(folder, source=other)
-    changed = begin(folder, allowed=["data"], source=other)
-    assert changed.changes == {"data": ("text", "another text")}
+        begin(folder, **other)
+    changed = begin(folder, allowed=["data"], **other)
+    assert changed.changes == {split: ("text", "another text")}
     changed.close()
+
+
+def test_a_text_that_an_older_folder_does_not_name_is_taken_for_equal_and_said_once(folder, caplog):
+    caplog.set_level("INFO", "kha_jax")
+    path = folder / "lineage.json"
+    entries = json.loads(path.read_text())
+    path.write_text(
+        json.dumps([{k: v for k, v in one.items() if k != "validation"} for one in entries])
+    )
+    older = read_lineage(folder, RUN)
+    for said in (1, 1):
+        again = begin(folder, validation=OTHER)
+        assert again.checkpoints({}).accepts[0] == older[0] and not again.changes
+        again.keep(3)
+        again.close()
+        assert caplog.text.count("names no validation data") == said
+    with pytest.raises(DataError, match="began with another text, found text"):
+        begin(folder)
 
 
 def test_another_tokenizer_is_refused(folder):
@@ -157,7 +177,9 @@ def test_a_resume_checks_its_next_batch(folder, tmp_path, capsys):
     with here.checkpoints({}) as checkpoints:
         checkpoints.save(5, {"w": np.zeros(3)})
     manifest = json.loads((checkpoints.path(5) / "MANIFEST.json").read_text())
-    assert {"config", "data", "tokenizer", "next_batch", "versions", "files"} <= set(manifest)
+    assert {"config", "data", "validation", "tokenizer", "next_batch", "versions", "files"} <= set(
+        manifest
+    )
     here.check_next_batch(checkpoints, 5)
     assert f"next batch {manifest['next_batch'][:12]} matches" in capsys.readouterr().out
     here.source = config.data.open("train", 64, 1)

@@ -1,9 +1,9 @@
 """The folder of a run: one writer, one config, one text, and room for its checkpoints.
 
 `config.json` is the config; `lineage.json` lists what the run has been since it began, one entry
-for each change that was allowed: hashes of the config, the data and the tokenizer, the step from
-which they hold, and the changed fields with both values. `registered.json` says
-which modules registered kinds of one's own, where there are any.
+for each change that was allowed: hashes of the config, the data, the validation data and the
+tokenizer, the step from which they hold, and the changed fields with both values.
+`registered.json` says which modules registered kinds of one's own, where there are any.
 """
 
 import errno
@@ -31,7 +31,7 @@ from kha_jax.runs.manifest import read_manifest
 from kha_jax.storage import PROBE, cache_folder, writable, write_json
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import (
-    IDENTITY,
+    LATER,
     config_hash,
     read_config,
     read_lineage,
@@ -128,32 +128,39 @@ class RunFolder:
                 raise UsageError(f"{message}; use another --workdir or --allow_changes={field}")
             self.changes[field] = before, after
 
-    def identify(self, source: Source) -> None:
+    def identify(self, train: Source, validation: Source) -> None:
         """Says which text the run reads, and compares it with what it has read.
 
         Raises:
             UsageError: the tokenizer is another one.
             DataError: the data are others, and --allow_changes does not name them.
         """
-        now = config_hash(self.config), source.fingerprint, tokenizer_hash(self.config)
-        self.source, self.identity = source, dict(zip(IDENTITY, now))
+        splits = {"data": train, "validation": validation}
+        self.source = train
+        self.identity = {
+            "config": config_hash(self.config),
+            **{name: source.fingerprint for name, source in splits.items()},
+            "tokenizer": tokenizer_hash(self.config),
+        }
         last = {**self.identity, **(self.lineage[-1] if self.lineage else {})}
         if last["tokenizer"] != self.identity["tokenizer"]:
             raise UsageError(
                 f"config.data: this run began with the tokenizer {last['tokenizer']}, found "
                 f"{self.identity['tokenizer']}; use another --workdir"
             )
-        if last["data"] == self.identity["data"]:
-            return
+        for name in LATER - self.lineage[-1].keys() if self.lineage else ():
+            log.info("lineage.json names no %s data: that of now is taken for it, and named", name)
         # what a synthetic source holds depends on these
-        if not self._allows("data") and not any(
-            field.startswith(("data.", "seed", "seq_len")) for field in self.changes
-        ):
-            raise DataError(
-                f"{source} is not what this run has read: it began with {last['data'][:12]}, found "
-                f"{self.identity['data'][:12]}; use another --workdir or --allow_changes=data"
-            )
-        self.changes["data"] = last["data"], self.identity["data"]
+        follows = any(field.startswith(("data.", "seed", "seq_len")) for field in self.changes)
+        for name, source in splits.items():
+            before, after = last[name], self.identity[name]
+            if before != after and not follows and not self._allows("data"):
+                raise DataError(
+                    f"{source} is not what this run has read: it began with {before[:12]}, found "
+                    f"{after[:12]}; use another --workdir or --allow_changes=data"
+                )
+            if before != after:
+                self.changes[name] = before, after
 
     def checkpoints(self, state: Any) -> Checkpoints:
         """Those of this run, whose manifests say whose they are and how they go on.

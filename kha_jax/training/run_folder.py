@@ -35,7 +35,8 @@ FREE = (
     "data.cache_dir",
     "model.attention.kernel",
 )
-IDENTITY = ("config", "data", "tokenizer")
+IDENTITY = ("config", "data", "validation", "tokenizer")
+LATER = {"validation"}  # what entries of older folders lack: unknown, and taken for equal
 REGISTERED = "registered.json"
 
 
@@ -235,9 +236,12 @@ def read_lineage(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
     """
     path = folder / "lineage.json"
     try:
-        entries = [{k: one[k] for k in IDENTITY} for one in json.loads(path.read_text())]
+        entries = [
+            {k: one[k] for k in IDENTITY if k not in LATER - one.keys()}
+            for one in json.loads(path.read_text())
+        ]
         return entries or [{"config": config_hash(config)}]
     except FileNotFoundError:
         return [{"config": config_hash(config)}]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path}: is damaged ({error!r}); put back that of the run") from None
