@@ -1,17 +1,21 @@
 """Files as a run writes them: whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
-from typing import Any, Iterator
+from typing import IO, Any, Iterator
 
 from kha_jax.errors import StorageError
 
 PROBE = bytes(2**16)
+LARGEST = 2**32  # bytes of a log; what is larger is no log
+LARGEST_JSON = 2**26
 
 
 def cache_folder(name: str) -> Path:
@@ -28,6 +32,43 @@ def cache_folder(name: str) -> Path:
     if "://" in str(base):
         raise StorageError(f"KHA_JAX_CACHE={base}: object stores are not supported; name a folder")
     return Path(base) / name
+
+
+def open_regular(path: Path, mode: str = "r", largest: int = LARGEST, **how: Any) -> IO:
+    """Opens a file that a user names, to read it.
+
+    Raises:
+        OSError: as the system says; it is a pipe or a device, which one may wait for or read for
+            ever; it is absurdly large.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        handle = os.open(name, flags | os.O_NONBLOCK)  # a pipe's other end is not waited for
+        about = os.fstat(handle)
+        try:
+            if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file", name)
+            if about.st_size > largest:
+                size = f"it holds {about.st_size:,} bytes, more than {largest:,}"
+                raise OSError(errno.EFBIG, size, name)
+        except OSError:
+            os.close(handle)
+            raise
+        return handle
+
+    return open(path, mode, opener=opener, **how)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: see open_regular.
+        ValueError, RecursionError: it is no JSON.
+    """
+    # of what is no text, an error of decoding would show all
+    with open_regular(path, largest=LARGEST_JSON, errors="replace") as file:
+        return json.load(file)
 
 
 def write_json(path: Path, content: Any) -> None:

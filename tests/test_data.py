@@ -1,6 +1,7 @@
 """Data: batches depend on (seed, step) alone; windows, documents and recall examples are what they
 say."""
 
+import errno
 import hashlib
 import json
 import os
@@ -310,6 +311,53 @@ def test_tasks_are_answerable_and_reproducible(task, seq_len, solve):
     assert (train[0]["tokens"] != task.open("train", seq_len, 6)[0]["tokens"]).any()
     shortest = task.open("train", task.minimum_seq_len(), 5)
     assert sum(shortest[index]["weights"].sum() for index in range(20)) > 0
+
+
+def huge(path):
+    path.write_text("")
+    os.truncate(path, 2**40)
+
+
+HAZARDS = {
+    "a dangling link": (lambda path: path.symlink_to("nowhere"), "No such file"),
+    "a loop": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    "a pipe": (os.mkfifo, "no regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+    "a huge file": (huge, "it holds 1,099,511,627,776 bytes"),
+    "no UTF-8": (lambda path: path.with_name("\udcff.py").write_text(""), "is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", HAZARDS)
+def test_a_module_that_cannot_be_read_is_named(tmp_path, name):
+    make, why = HAZARDS[name]
+    make(tmp_path / "module.py")
+    with pytest.raises(DataError, match=f"\\.py' cannot be read: .*{why}") as caught:
+        PythonSource(cache_dir=str(tmp_path), roots=(str(tmp_path),)).open("train", 4, 0)
+    str(caught.value).encode()
+
+
+def test_folders_are_read_or_said_to_be_left_out(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "kha_jax")
+    root = tmp_path / "root"
+    for name in ("kept", "config", "kept/tests"):
+        (root / name).mkdir(parents=True)
+        (root / name / "module.py").write_text(name)
+    (root / "link").symlink_to("kept")
+    config = PythonSource(cache_dir=str(tmp_path), roots=(str(root),), held_out=1e-9)
+    source = config.open("train", 4, 0)
+    assert ByteTokenizer().decode(source.read(0, source.length)) == "kept"
+    for left_out in ("'config'", "'link'", "'kept/tests'"):
+        assert left_out in caplog.text
+
+    def scandir(path, real=os.scandir):
+        if str(path).endswith("kept"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # since no folder is closed to root
+    with pytest.raises(DataError, match="kept' cannot be read: Permission denied"):
+        config.open("train", 4, 0)
 
 
 def test_roots_add_text_and_keep_the_split(tmp_path):

@@ -4,8 +4,10 @@ what is installed beside it."""
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
+import stat
 import sysconfig
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Iterator, Sequence
 from kha_jax.data.loader import DataConfig
 from kha_jax.data.tokens import NAMED, ByteTokenizer, TokenWindows, write_stream
 from kha_jax.errors import DataError
-from kha_jax.storage import cache_folder, write_json
+from kha_jax.storage import cache_folder, open_regular, write_json
 
 LEFT_OUT = {
     "site-packages",
@@ -28,14 +30,56 @@ LEFT_OUT = {
 }
 Module = tuple[str, Path, os.stat_result]
 TICK = 2 * 10**9  # nanoseconds between two times that every file system tells apart
+LARGEST_MODULE = 2**28  # bytes
+SHOWN = 8  # folders that are left out, in the log
+log = logging.getLogger("kha_jax")
 INSTALLED = {"stdlib": "stdlib", "packages": "purelib"}  # root -> sysconfig's name of its folder
 
 
-def _modules(root: Path) -> Iterator[Path]:
-    """Python files below the folder; those left out are not even listed, since they may be many."""
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in LEFT_OUT]
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+def _walk(root: Path) -> tuple[list[Path], list[Path]]:
+    """(Python files below the folder, folders that are left out: they are not even listed, since
+    they may be many). Links to folders are among those."""
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error.filename, error.strerror)
+
+    modules, left_out = [], []
+    for folder, below, names in os.walk(root, onerror=refuse):
+        out = [n for n in below if n in LEFT_OUT or os.path.islink(os.path.join(folder, n))]
+        left_out += [Path(folder, name).relative_to(root) for name in out]
+        below[:] = [name for name in below if name not in out]
+        modules += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(modules), left_out
+
+
+def _unreadable(path: str | Path, why: str) -> DataError:
+    return DataError(f"{str(path)!a} cannot be read: {why}; mend or remove it")
+
+
+def _about(path: Path) -> os.stat_result:
+    """What the system says of a module.
+
+    Raises:
+        DataError: it is no file, or one that nobody reads as text.
+    """
+    try:
+        str(path).encode()
+        about = path.stat()
+    except UnicodeEncodeError:
+        raise _unreadable(path, "its name is not UTF-8") from None
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from None
+    if not stat.S_ISREG(about.st_mode):
+        raise _unreadable(path, "it is no regular file")
+    return about
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with open_regular(path, "rb", largest=LARGEST_MODULE) as file:
+            return file.read()
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from None
 
 
 def _indexed(entry: Path, split: str) -> str:
@@ -83,7 +127,7 @@ class PythonSource(DataConfig):
         problem = f"object stores are not supported; name a folder, found {self.cache_dir}"
         self.require(not remote, "cache_dir", problem)
         for root in self.roots:
-            usable = root in INSTALLED or Path(root).is_dir()
+            usable = root in INSTALLED or os.path.isdir(root)
             names = ", ".join(INSTALLED)
             self.require(usable, "roots", f"must be {names} or folders, found {root!r}")
         once = len({*self.roots}) == len(self.roots) > 0
@@ -100,11 +144,12 @@ class PythonSource(DataConfig):
         part in real text.
 
         Raises:
-            DataError: when the interpreter ships no source, or the tokens were changed.
+            DataError: when the interpreter ships no source, a module cannot be read, or the tokens
+                were changed.
             StorageError: when the tokens cannot be written.
         """
         del seed
-        modules = [(name, path, path.stat()) for name, path in self._modules()]
+        modules = list(self._modules(say=split == "train"))
         if not modules:
             raise DataError(
                 f"data.source=python_source found no module below {', '.join(self.roots)}; use an "
@@ -118,7 +163,7 @@ class PythonSource(DataConfig):
             held_out = split == "validation"
             chosen = (p for name, p, _ in modules if self._is_held_out(name) == held_out)
             settled = _settled(modules)
-            texts = (path.read_bytes() for path in chosen)
+            texts = map(_read, chosen)
             folder = write_stream(base, split, texts, self.tokenizer())
             if settled:
                 _add_to_index(entry, folder)
@@ -136,14 +181,19 @@ class PythonSource(DataConfig):
             digest.update(f"{entry}\n".encode())
         return digest.hexdigest()
 
-    def _modules(self) -> Iterator[tuple[str, Path]]:
-        """(name, path) of every module; names below the first root are relative to it."""
+    def _modules(self, say: bool) -> Iterator[Module]:
+        """Every module; names below the first root are relative to it. say: what is left out of
+        folders of one's own."""
         for number, root in enumerate(self.roots):
             place = sysconfig.get_path(INSTALLED[root]) if root in INSTALLED else root
             folder = Path(os.path.realpath(place))
             prefix = f"{root}/" if number else ""
-            for path in sorted(_modules(folder)):
-                yield prefix + path.relative_to(folder).as_posix(), path
+            paths, left_out = _walk(folder)
+            if say and left_out and root not in INSTALLED:
+                shown = ", ".join(map(ascii, map(str, left_out[:SHOWN])))
+                log.info("%s: left out %d folders: %s", root, len(left_out), shown)
+            for path in paths:
+                yield prefix + path.relative_to(folder).as_posix(), path, _about(path)
 
     def _is_held_out(self, name: str) -> bool:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < self.held_out * 2**32

@@ -16,7 +16,7 @@ import numpy as np
 
 from kha_jax.data.loader import Example
 from kha_jax.errors import DataError, StorageError
-from kha_jax.storage import being_built
+from kha_jax.storage import being_built, open_regular, read_json
 
 ID = np.dtype("<u2")
 CHUNK = 2**23  # tokens that are checked at once
@@ -132,9 +132,9 @@ class TokenWindows:
         self.folder, self.seq_len = Path(folder), seq_len
         self.path = self.folder / "tokens.bin"
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
+            self.meta = read_json(self.folder / "meta.json")
             self.starts = np.load(self.folder / "documents.npy", allow_pickle=False)
-            self.file = open(self.path, "rb")
+            self.file = open_regular(self.path, "rb", largest=2**63)
             wrong = next((k for k, t in META.items() if not _usable(self.meta[k], t)), None)
         except Exception as error:  # files of any content raise whatever their parsers do
             raise DataError(f"{self.folder} is not a token stream: {error!r}") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 from kha_jax.errors import SweepError
+from kha_jax.storage import open_regular
 
 
 class RunResult(NamedTuple):
@@ -74,7 +75,7 @@ def read_results(path: Path) -> list[RunResult]:
         return READERS.get(types[name], types[name])(text)
 
     try:
-        with open(path, newline="") as file:
+        with open_regular(path, newline="", errors="replace") as file:
             lines = csv.DictReader(file)
             if lacking := types.keys() - optional - set(lines.fieldnames or ()):
                 raise SweepError(f"{path}: is no table of runs: it lacks {min(lacking)}")

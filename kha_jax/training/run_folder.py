@@ -21,7 +21,7 @@ import jax
 from kha_jax import sharding
 from kha_jax.config import Config, choices_in, departures, dotted, from_dict
 from kha_jax.errors import RunError
-from kha_jax.storage import write_json
+from kha_jax.storage import read_json, write_json
 from kha_jax.training.run_config import RunConfig, old_name, with_new_names
 
 # Fields that may change on resume: they decide what is recorded, not what is learnt.
@@ -100,7 +100,7 @@ def read_config(folder: Path) -> RunConfig:
         raise RunError(f"{folder}: no run there; it holds no config.json")
     register_again(folder)
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError(f"holds a {type(values).__name__} and no fields")
         return from_dict(RunConfig, with_new_names(values))
@@ -143,7 +143,7 @@ def register_again(folder: Path) -> None:
     """
     path = folder / REGISTERED
     try:
-        entries = [Registration(**one) for one in json.loads(path.read_text())]
+        entries = [Registration(**one) for one in read_json(path)]
     except FileNotFoundError:
         return
     except (OSError, ValueError, TypeError) as error:
@@ -237,8 +237,7 @@ def read_lineage(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
     path = folder / "lineage.json"
     try:
         entries = [
-            {k: one[k] for k in IDENTITY if k not in LATER - one.keys()}
-            for one in json.loads(path.read_text())
+            {k: one[k] for k in IDENTITY if k not in LATER - one.keys()} for one in read_json(path)
         ]
         return entries or [{"config": config_hash(config)}]
     except FileNotFoundError:
