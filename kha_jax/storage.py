@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import secrets
 import shutil
 import stat
@@ -23,15 +24,23 @@ def cache_folder(name: str) -> Path:
     folder.
 
     Raises:
-        StorageError: it is no folder of this machine.
+        StorageError: it is no folder of this machine, or the user has none.
     """
     base = (
         os.environ.get("KHA_JAX_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kha_jax"
+        or Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "kha_jax"
     )
     if "://" in str(base):
         raise StorageError(f"KHA_JAX_CACHE={base}: object stores are not supported; name a folder")
     return Path(base) / name
+
+
+def _home() -> Path:
+    """The user's folder. HOME= is none: Path.home() makes / of it."""
+    try:
+        return Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:  # an id without a name, as in containers
+        raise StorageError("this user has no home folder; name one with KHA_JAX_CACHE") from None
 
 
 def open_regular(path: Path, mode: str = "r", largest: int = LARGEST, **how: Any) -> IO:

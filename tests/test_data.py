@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 
 import numpy as np
@@ -214,6 +215,32 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/.* cannot be written: Not a directory"):
         PythonSource(cache_dir=str(tmp_path / "file")).open("train", 64, 0)
+
+
+def test_another_user_reads_the_tokens(tmp_path):
+    """Folders have the mode that the user's umask gives to any folder."""
+    before = os.umask(0o027)
+    try:
+        folder = write_stream(tmp_path / "cache", "stream", DOCUMENTS, ByteTokenizer())
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "tokens.bin")]
+    assert modes == [0o750, 0o640]
+
+
+def test_what_a_killed_tokenisation_leaves_is_removed_and_what_another_writes_is_not(tmp_path):
+    left = tmp_path / ".stream.of_one_that_is_gone"
+
+    def documents():
+        yield b"text"
+        left.mkdir()
+        (left / "tokens.bin").write_bytes(b"half")
+        write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
+        assert not left.exists() and len(list(tmp_path.glob(".stream.*"))) == 1
+        yield b"more"
+
+    assert TokenWindows(write_stream(tmp_path, "stream", documents(), ByteTokenizer()), 4)
+    assert not list(tmp_path.glob(".stream.*"))
 
 
 def test_less_than_one_batch_is_refused(stream):

@@ -2,6 +2,7 @@
 anything compiles."""
 
 import json
+import pwd
 import runpy
 import types
 
@@ -16,8 +17,9 @@ from experiments.train_loop import data_check
 from kha_jax import sharding
 from kha_jax.config import ConfigError, from_dict
 from kha_jax.data import MultiQueryAssociativeRecall, PythonSource
-from kha_jax.errors import CheckpointError, DataError, RunError
+from kha_jax.errors import CheckpointError, DataError, RunError, StorageError
 from kha_jax.ops.losses import TokenSums
+from kha_jax.storage import cache_folder
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import config_hash, read_lineage
 from tests.runs import CONFIGS
@@ -159,6 +161,22 @@ def test_a_cache_of_programs_that_cannot_be_written_costs_only_time(tmp_path, mo
     use_compilation_cache()
     assert f"{tmp_path / 'file' / 'compiled'}: Not a directory; compiled programs" in caplog.text
     assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_caches_are_where_the_user_says_or_named_as_missing(tmp_path, monkeypatch):
+    for name in ("KHA_JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/of/the/user")
+    before = jax.config.jax_compilation_cache_dir
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+    user = types.SimpleNamespace(pw_dir=str(tmp_path))
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: user)
+    monkeypatch.setenv("HOME", "")
+    assert cache_folder("data") == tmp_path / ".cache" / "kha_jax" / "data"
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    with pytest.raises(StorageError, match="no home folder; name one with KHA_JAX_CACHE"):
+        cache_folder("data")
 
 
 def test_checkpoints_that_do_not_fit_are_refused_with_path_and_bytes(tmp_path):

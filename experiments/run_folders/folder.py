@@ -44,7 +44,10 @@ VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs where that can be done; a run does without."""
+    """Keeps compiled programs where that can be done, unless the user has said where; a run does
+    without."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
     folder = cache_folder("compiled")
     try:
         writable(folder)

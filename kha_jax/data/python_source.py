@@ -159,7 +159,7 @@ class PythonSource(DataConfig):
         base = base / "python_source"
         entry = base / "index" / f"{self._listing(split, modules)}.json"
         folder = base / _indexed(entry, split)
-        if not (folder / "meta.json").exists():
+        if not os.path.exists(folder / "meta.json"):  # Path.exists raises in another user's folder
             held_out = split == "validation"
             chosen = (p for name, p, _ in modules if self._is_held_out(name) == held_out)
             settled = _settled(modules)
