@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -37,6 +38,7 @@ from experiments.train_loop.stop import Stop
 from kha_jax import accounting, data, sharding
 from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
+from kha_jax.errors import DataError
 from kha_jax.hardware import chips, tpu
 from kha_jax.metrics import bits_per_byte
 from kha_jax.runs import faults, processes
@@ -149,21 +151,32 @@ def open_sources(config: RunConfig) -> tuple[data.Source, data.Source]:
     if config.evaluation.every:
         remedy = "lower config.seq_len or set config.evaluation.every=0"
         data.check_length(validation, 1, remedy)
+        count = windows_to_evaluate(config, validation)
+        if not any(validation[index]["weights"].any() for index in range(count)):
+            raise DataError(
+                f"{validation}: no target counts in the {count} windows of an evaluation; raise "
+                "config.evaluation.batches or set config.evaluation.every=0"
+            )
     return train, validation
+
+
+def windows_to_evaluate(config: RunConfig, source: data.Source) -> int:
+    """How many windows an evaluation reads."""
+    return min(config.evaluation.batches * config.batch_size, len(source))
 
 
 def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str, float]:
     """Loss, accuracy and, for text, bits per byte over the first validation windows, as many at
     once as in a training step's micro-batch."""
     size, placement = config.batch_size // config.accumulation, sharding.batch_sharding(mesh)
-    count = min(config.evaluation.batches * config.batch_size, len(source))
+    count = windows_to_evaluate(config, source)
     rows = sharding.local_rows(mesh, size)
     reader = data.each_once(source, batch_size=size, rows=rows, count=count)
     sums = [step_function(state, to_device(batch, placement, size)) for batch in reader]
     total = jax.tree.map(
         lambda *parts: float(np.sum([np.asarray(part, np.float64) for part in parts])), *sums
     )
-    tokens = max(total.tokens, 1.0)
+    tokens = total.tokens or math.nan  # the mean of nothing is none
     values = {"val_loss": total.loss / tokens, "val_accuracy": total.correct / tokens}
     if source.bytes_per_token:
         values["val_bits_per_byte"] = bits_per_byte(values["val_loss"], source.bytes_per_token)

@@ -18,6 +18,7 @@ from kha_jax import sharding
 from kha_jax.config import ConfigError, from_dict
 from kha_jax.data import MultiQueryAssociativeRecall, PythonSource
 from kha_jax.errors import CheckpointError, DataError, RunError, StorageError
+from kha_jax.metrics import plain_row
 from kha_jax.ops.losses import TokenSums
 from kha_jax.storage import cache_folder
 from kha_jax.training.run_config import RunConfig
@@ -252,6 +253,26 @@ def test_too_little_data_is_found_before_anything_compiles(cache):
         open_sources(config.replace(batch_size=1, seq_len=2**21))
     unseen = config.evaluation.replace(every=0)
     open_sources(config.replace(batch_size=1, seq_len=2**21, evaluation=unseen))
+
+
+def test_the_mean_of_no_target_is_none(tmp_path):
+    """Windows without one are refused; where they are evaluated, the mean is not 0."""
+    source = PythonSource(roots=(str(tmp_path),), held_out=0.5, cache_dir=str(tmp_path / "cache"))
+    for number in range(100):  # of those that are held out none has a text
+        path = tmp_path / f"{number}.py"
+        path.write_text("" if source._is_held_out(path.name) else "a = 1\n")
+    config = RUN.replace(data=source, seq_len=4)
+    with pytest.raises(DataError, match="no target counts in the 1?[0-9] windows of an evaluation"):
+        open_sources(config)
+    unseen = config.replace(evaluation=config.evaluation.replace(every=0))
+    _, validation = open_sources(unseen)
+
+    def step(state, batch):
+        return TokenSums(loss=0.0, z_loss=0.0, correct=0.0, tokens=np.sum(batch["weights"]))
+
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    values = evaluate(step, None, validation, config, mesh)
+    assert plain_row(values) == {"val_loss": None, "val_accuracy": None}
 
 
 def test_a_large_run_does_not_train_on_what_its_ids_are_not_for(caplog):

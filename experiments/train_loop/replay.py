@@ -40,7 +40,7 @@ def show(workdir: Path, step: int) -> None:
         for number in np.unique(example["segment_ids"]):
             inside = example["segment_ids"] == number
             tokens = weights[inside].sum()
-            loss = (losses * weights)[inside].sum() / max(tokens, 1)
+            loss = (losses * weights)[inside].sum() / (tokens or np.nan)
             begin = _begin(config, example["tokens"][inside])
             print(f"row {row} window {window} tokens {tokens:.0f} loss {loss:.4f} {begin}")
 
