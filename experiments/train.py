@@ -238,13 +238,15 @@ def main() -> int:
             state = checkpoints.restore(first_step, trainer.abstract)
         else:
             state = trainer.init(jax.random.key(config.seed))
+        draws = folder.begin_at(first_step)
         with processes.together("record of the run", WAIT.value):
             if first_step:
                 folder.check_next_batch(checkpoints, first_step)
             folder.keep(first_step)
+        processes.same("lineage.json", str(draws.parts), "give all of them the same --workdir")
         try:
             sources = train_source, validation_source
-            run = Run(config, mesh, trainer, *sources, checkpoints, stop, watchdog, started)
+            run = Run(config, mesh, trainer, *sources, draws, checkpoints, stop, watchdog, started)
             code = train(run, state)
         finally:
             watchdog.allow("the last checkpoint")
@@ -261,6 +263,7 @@ class Run(NamedTuple):
     trainer: Trainer
     train_source: data.Source
     validation_source: data.Source
+    draws: data.Draws
     checkpoints: Checkpoints
     stop: Stop
     watchdog: Watchdog
@@ -269,14 +272,13 @@ class Run(NamedTuple):
     def windows(self, step: int) -> list[int]:
         """The numbers of the windows that a step trains on."""
         order = data.window_order(len(self.train_source), self.config.seed)
-        size = self.config.batch_size
-        return [order[(step - 1) * size + row] for row in range(size)]
+        return [order[draw] for draw in self.draws(step - 1)]
 
     def reader(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of the batches after that step."""
         return data.batches(
             self.train_source,
-            batch_size=self.config.batch_size,
+            draws=self.draws,
             rows=sharding.local_rows(self.mesh, self.config.batch_size),
             seed=self.config.seed,
             start=first_step,
@@ -320,6 +322,7 @@ def train(run: Run, state: TrainState) -> int:
         workdir,
         first_step,
         len(run.train_source),
+        run.draws,
         run.windows,
         TENSORBOARD.value,
     )

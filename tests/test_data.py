@@ -11,9 +11,11 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kha_jax.config import ConfigError
-from kha_jax.data import TASKS, PythonSource, batches, python_source
+from kha_jax.data import TASKS, Draws, PythonSource, batches, python_source
 from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
 from kha_jax.errors import DataError, StorageError
 
@@ -28,7 +30,7 @@ def stream(tmp_path):
 def read(source, start=0, stop=6, rows=range(4), seed=0, shuffle=True):
     reader = batches(
         source,
-        batch_size=4,
+        draws=Draws([(0, 4)]),
         rows=np.array(rows),
         seed=seed,
         start=start,
@@ -114,6 +116,20 @@ def test_every_epoch_holds_each_window_once_in_an_order_of_its_own(stream):
         sorted(rows[0]) == sorted(rows[1]) == sorted(tuple(source[i]["tokens"]) for i in range(16))
     )
     assert rows[0] != rows[1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), max_size=6), st.integers(1, 9))
+def test_no_draw_is_skipped_or_repeated_when_the_batch_size_changes(changes, first):
+    """Whatever was decided, also after a walk back; a run that lives through it says what is
+    drawn."""
+    sizes, decided = [first] * 30, [(0, first)]
+    for step, size in changes:
+        sizes[step:] = [size] * len(sizes[step:])
+        decided.append((step, size))
+    draws, place = Draws(decided), 0
+    for step, size in enumerate(sizes):
+        assert draws(step) == range(place, place + size)
+        place += size
 
 
 def test_unshuffled_batches_are_in_order(stream):
@@ -205,7 +221,7 @@ def test_a_harmed_stream_is_refused_by_name(stream, name):
 
 def test_a_stream_that_is_cut_while_it_is_read_is_an_error_and_not_a_signal(stream):
     source = TokenWindows(stream, 4)
-    reader = batches(source, batch_size=4, rows=np.arange(4), seed=0, start=0, stop=6)
+    reader = batches(source, draws=Draws([(0, 4)]), rows=np.arange(4), seed=0, start=0, stop=6)
     os.truncate(stream / "tokens.bin", 20)
     with pytest.raises(DataError, match="tokens.bin ends before token"):
         list(reader)

@@ -16,13 +16,13 @@ from experiments.train import evaluate, open_sources
 from experiments.train_loop import data_check
 from kha_jax import sharding
 from kha_jax.config import ConfigError, from_dict
-from kha_jax.data import MultiQueryAssociativeRecall, PythonSource
+from kha_jax.data import Draws, MultiQueryAssociativeRecall, PythonSource
 from kha_jax.errors import CheckpointError, DataError, RunError, StorageError
 from kha_jax.metrics import plain_row
 from kha_jax.ops.losses import TokenSums
 from kha_jax.storage import cache_folder
 from kha_jax.training.run_config import RunConfig
-from kha_jax.training.run_folder import config_hash, read_lineage
+from kha_jax.training.run_folder import batch_sizes, config_hash, read_lineage
 from tests.runs import CONFIGS
 
 RUN = RunConfig(batch_size=4, seq_len=64)
@@ -205,6 +205,32 @@ def test_a_resume_checks_its_next_batch(folder, tmp_path, capsys):
     with pytest.raises(DataError, match="is not the checkpoint's"):
         here.check_next_batch(checkpoints, 5)
     here.close()
+
+
+def test_a_changed_batch_size_goes_on_with_the_next_window(folder, tmp_path):
+    """Also of the steps that are trained again after a walk back, and of what older folders did."""
+    wider = RUN.replace(batch_size=8)
+    changed = begin(folder, wider, ["batch_size"])
+    assert changed.begin_at(10)(12) == range(4 * 10 + 8 * 2, 4 * 10 + 8 * 3)
+    for step in (10, 6, 6):
+        changed.keep(step)
+        changed.close()
+        changed = begin(folder, wider)
+        assert changed.begin_at(20)(12) == range(
+            4 * step + 8 * (12 - step), 4 * step + 8 * (13 - step)
+        )
+    changed.close()
+    path = folder / "lineage.json"
+    entries = json.loads(path.read_text())
+    assert [one["from_step"] for one in entries] == [0, 10, 6]
+    older = [{k: v for k, v in one.items() if k != "batch_size"} for one in entries[:2]]
+    path.write_text(json.dumps(older))
+    assert Draws(batch_sizes(folder, wider))(12) == range(8 * 12, 8 * 13)
+    again = begin(folder, RUN, ["batch_size"])
+    assert again.begin_at(20)(22) == range(8 * 20 + 4 * 2, 8 * 20 + 4 * 3)
+    again.keep(20)
+    again.close()
+    assert Draws(batch_sizes(folder, RUN))(22) == range(8 * 20 + 4 * 2, 8 * 20 + 4 * 3)
 
 
 @pytest.mark.parametrize("windows", [1, 3, 4, 11, 40])

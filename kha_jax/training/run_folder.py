@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 
@@ -229,18 +229,46 @@ def tokenizer_hash(config: RunConfig) -> str:
 
 
 def read_lineage(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
-    """The entries of lineage.json, oldest first; without one, what the config alone tells.
+    """What the run has been, oldest first; without a lineage.json, what the config alone tells.
 
     Raises:
         RunError: the file is damaged.
     """
+
+    def identity(entry: dict[str, Any]) -> dict[str, Any]:
+        return {name: entry[name] for name in IDENTITY if name not in LATER - entry.keys()}
+
+    return _entries(folder, identity) or [{"config": config_hash(config)}]
+
+
+def batch_sizes(folder: Path, config: RunConfig) -> list[tuple[int, int]]:
+    """(first step, batch size) as they were decided, for data.Draws; config: that of the folder.
+
+    Entries of older folders name no batch size. Their draws were counted as if the batches had
+    always had the size that they last had.
+
+    Raises:
+        RunError: lineage.json is damaged.
+    """
+
+    def sizes(entry: dict[str, Any]) -> tuple[int, int, int] | None:
+        if "batch_size" not in entry:
+            return None
+        size = entry["batch_size"]
+        before, _ = entry["changes"].get("batch_size", (size, size))
+        return int(entry["from_step"]), int(before), int(size)
+
+    known = [entry for entry in _entries(folder, sizes) if entry is not None]
+    begin = known[0][1] if known else config.batch_size
+    return [(0, begin), *((step, size) for step, _, size in known)]
+
+
+def _entries(folder: Path, read: Callable[[dict[str, Any]], Any]) -> list[Any]:
+    """What is read in each entry of lineage.json; nothing where there is none."""
     path = folder / "lineage.json"
     try:
-        entries = [
-            {k: one[k] for k in IDENTITY if k not in LATER - one.keys()} for one in read_json(path)
-        ]
-        return entries or [{"config": config_hash(config)}]
+        return [read(entry) for entry in read_json(path)]
     except FileNotFoundError:
-        return [{"config": config_hash(config)}]
+        return []
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path}: is damaged ({error!r}); put back that of the run") from None
