@@ -11,7 +11,6 @@ compares two, leaf by leaf. --leaves=STEP shows the leaves of one with their nor
 """
 
 import fcntl
-import json
 import math
 import shutil
 import sys
@@ -29,7 +28,7 @@ from experiments.run_folders import stored
 from kha_jax.analysis.leaves import Checkpoint
 from kha_jax.errors import CheckpointError
 from kha_jax.runs.checkpoint import Checkpoints, leaves
-from kha_jax.runs.manifest import MANIFEST, verify
+from kha_jax.runs.manifest import MANIFEST, read_manifest, verify
 from kha_jax.training.run_folder import read_config, read_lineage
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder.")
@@ -69,8 +68,8 @@ def show(folders: list[Path], accepts: list[dict], thorough: bool) -> bool:
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         hours = (time.time() - folder.stat().st_mtime) / 3600
         try:
-            config = json.loads((folder / MANIFEST).read_text())["config"][:12]
-        except (OSError, ValueError, KeyError, TypeError):
+            config = read_manifest(folder)["config"][:12]
+        except (CheckpointError, KeyError, TypeError):
             config = "?"
         row = (str(int(folder.name)), "no" if wrong[folder] else "yes", f"{size / 1e6:,.1f}")
         table.add_row(*row, f"{hours:,.1f} h", config)

@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -37,6 +38,7 @@ from experiments.train_loop.stop import Stop
 from kha_jax import accounting, data, sharding
 from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
+from kha_jax.errors import DataError
 from kha_jax.hardware import chips, tpu
 from kha_jax.metrics import bits_per_byte
 from kha_jax.runs import faults, processes
@@ -149,21 +151,32 @@ def open_sources(config: RunConfig) -> tuple[data.Source, data.Source]:
     if config.evaluation.every:
         remedy = "lower config.seq_len or set config.evaluation.every=0"
         data.check_length(validation, 1, remedy)
+        count = windows_to_evaluate(config, validation)
+        if not any(validation[index]["weights"].any() for index in range(count)):
+            raise DataError(
+                f"{validation}: no target counts in the {count} windows of an evaluation; raise "
+                "config.evaluation.batches or set config.evaluation.every=0"
+            )
     return train, validation
+
+
+def windows_to_evaluate(config: RunConfig, source: data.Source) -> int:
+    """How many windows an evaluation reads."""
+    return min(config.evaluation.batches * config.batch_size, len(source))
 
 
 def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str, float]:
     """Loss, accuracy and, for text, bits per byte over the first validation windows, as many at
     once as in a training step's micro-batch."""
     size, placement = config.batch_size // config.accumulation, sharding.batch_sharding(mesh)
-    count = min(config.evaluation.batches * config.batch_size, len(source))
+    count = windows_to_evaluate(config, source)
     rows = sharding.local_rows(mesh, size)
     reader = data.each_once(source, batch_size=size, rows=rows, count=count)
     sums = [step_function(state, to_device(batch, placement, size)) for batch in reader]
     total = jax.tree.map(
         lambda *parts: float(np.sum([np.asarray(part, np.float64) for part in parts])), *sums
     )
-    tokens = max(total.tokens, 1.0)
+    tokens = total.tokens or math.nan  # the mean of nothing is none
     values = {"val_loss": total.loss / tokens, "val_accuracy": total.correct / tokens}
     if source.bytes_per_token:
         values["val_bits_per_byte"] = bits_per_byte(values["val_loss"], source.bytes_per_token)
@@ -196,13 +209,14 @@ def main() -> int:
             log.info(tpu.told(kernels, trainer.compiler_options))
         folder = RunFolder(path, config, ALLOW_CHANGES.value)
         train_source, validation_source = open_sources(config)
-        folder.identify(train_source)
+        folder.identify(train_source, validation_source)
         checkpoints = folder.checkpoints(trainer.abstract)
     processes.same("config", json.dumps(to_dict(config)), "start all with the same command")
     processes.same(
         "--workdir", (folder.path / "lock").read_text(), "name a folder that all of them see"
     )
-    processes.same("config.data", train_source.fingerprint, "give all of them the same")
+    texts = f"{train_source.fingerprint} {validation_source.fingerprint}"
+    processes.same("config.data", texts, "give all of them the same")
     stop = Stop()
     watchdog = Watchdog(config.hang_timeout, functools.partial(command_line.give_up, stacks=True))
     if config.data.vocabulary_size() < config.model.vocabulary_size:
@@ -224,13 +238,15 @@ def main() -> int:
             state = checkpoints.restore(first_step, trainer.abstract)
         else:
             state = trainer.init(jax.random.key(config.seed))
+        draws = folder.begin_at(first_step)
         with processes.together("record of the run", WAIT.value):
             if first_step:
                 folder.check_next_batch(checkpoints, first_step)
             folder.keep(first_step)
+        processes.same("lineage.json", str(draws.parts), "give all of them the same --workdir")
         try:
             sources = train_source, validation_source
-            run = Run(config, mesh, trainer, *sources, checkpoints, stop, watchdog, started)
+            run = Run(config, mesh, trainer, *sources, draws, checkpoints, stop, watchdog, started)
             code = train(run, state)
         finally:
             watchdog.allow("the last checkpoint")
@@ -247,6 +263,7 @@ class Run(NamedTuple):
     trainer: Trainer
     train_source: data.Source
     validation_source: data.Source
+    draws: data.Draws
     checkpoints: Checkpoints
     stop: Stop
     watchdog: Watchdog
@@ -255,14 +272,13 @@ class Run(NamedTuple):
     def windows(self, step: int) -> list[int]:
         """The numbers of the windows that a step trains on."""
         order = data.window_order(len(self.train_source), self.config.seed)
-        size = self.config.batch_size
-        return [order[(step - 1) * size + row] for row in range(size)]
+        return [order[draw] for draw in self.draws(step - 1)]
 
     def reader(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of the batches after that step."""
         return data.batches(
             self.train_source,
-            batch_size=self.config.batch_size,
+            draws=self.draws,
             rows=sharding.local_rows(self.mesh, self.config.batch_size),
             seed=self.config.seed,
             start=first_step,
@@ -306,6 +322,7 @@ def train(run: Run, state: TrainState) -> int:
         workdir,
         first_step,
         len(run.train_source),
+        run.draws,
         run.windows,
         TENSORBOARD.value,
     )

@@ -12,6 +12,8 @@ from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 
+from kha_jax.storage import open_regular
+
 log = logging.getLogger("kha_jax")
 
 
@@ -22,7 +24,7 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics.jsonl that are whole: objects with a step."""
-    with open(path, errors="replace") as file:
+    with open_regular(path, errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)

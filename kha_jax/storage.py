@@ -1,13 +1,22 @@
 """Files as a run writes them: whole or not at all."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import pwd
+import secrets
+import shutil
+import stat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Iterator
 
 from kha_jax.errors import StorageError
 
 PROBE = bytes(2**16)
+LARGEST = 2**32  # bytes of a log; what is larger is no log
+LARGEST_JSON = 2**26
 
 
 def cache_folder(name: str) -> Path:
@@ -15,15 +24,60 @@ def cache_folder(name: str) -> Path:
     folder.
 
     Raises:
-        StorageError: it is no folder of this machine.
+        StorageError: it is no folder of this machine, or the user has none.
     """
     base = (
         os.environ.get("KHA_JAX_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kha_jax"
+        or Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "kha_jax"
     )
     if "://" in str(base):
         raise StorageError(f"KHA_JAX_CACHE={base}: object stores are not supported; name a folder")
     return Path(base) / name
+
+
+def _home() -> Path:
+    """The user's folder. HOME= is none: Path.home() makes / of it."""
+    try:
+        return Path(os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:  # an id without a name, as in containers
+        raise StorageError("this user has no home folder; name one with KHA_JAX_CACHE") from None
+
+
+def open_regular(path: Path, mode: str = "r", largest: int = LARGEST, **how: Any) -> IO:
+    """Opens a file that a user names, to read it.
+
+    Raises:
+        OSError: as the system says; it is a pipe or a device, which one may wait for or read for
+            ever; it is absurdly large.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        handle = os.open(name, flags | os.O_NONBLOCK)  # a pipe's other end is not waited for
+        about = os.fstat(handle)
+        try:
+            if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file", name)
+            if about.st_size > largest:
+                size = f"it holds {about.st_size:,} bytes, more than {largest:,}"
+                raise OSError(errno.EFBIG, size, name)
+        except OSError:
+            os.close(handle)
+            raise
+        return handle
+
+    return open(path, mode, opener=opener, **how)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: see open_regular.
+        ValueError, RecursionError: it is no JSON.
+    """
+    # of what is no text, an error of decoding would show all
+    with open_regular(path, largest=LARGEST_JSON, errors="replace") as file:
+        return json.load(file)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -53,3 +107,43 @@ def writable(folder: Path) -> None:
             os.fsync(file.fileno())
     finally:
         probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def being_built(base: Path, name: str) -> Iterator[Path]:
+    """A new folder below `base`, for this process to fill and to rename. It is removed at the end,
+    and so are those of processes that were killed, where folders can be locked. Its mode is that of
+    any new folder, unlike what tempfile makes: other users may read what comes of it.
+
+    Raises:
+        OSError: as the system says.
+    """
+    with contextlib.ExitStack() as held:
+        with _folder(base) as handle:  # until a new folder is locked, nobody looks for dead ones
+            _lock(handle, fcntl.LOCK_EX)
+            for left in base.glob(f".{name}.*"):
+                with _folder(left) as other:
+                    if _lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                        shutil.rmtree(left, ignore_errors=True)
+            folder = base / f".{name}.{secrets.token_hex(8)}"
+            folder.mkdir()
+            _lock(held.enter_context(_folder(folder)), fcntl.LOCK_EX)
+        held.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, how: int) -> bool:
+    """Whether it was locked; some network file systems lock no folders."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, how)
+        return True
+    return False

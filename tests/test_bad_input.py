@@ -6,6 +6,7 @@ Every row is a command as a user types it (see tests.commands); all of them are 
 
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import socket
@@ -83,6 +84,7 @@ FLAGS = {
     "--config.lr=1": "config.lr: is not a known field; did you mean config.optimizer.learning_rate",
     "--config configs/none.py": "no file configs/none.py",
     "--config=configs": "no file configs",
+    "--config={here}/pipe.py": "no file ",
     "--config": "--config: names no file",
     "--config=": "--config: names no file",
     "--config=configs/kha_tiny.py:mlpp": "config variant 'mlpp' is not known",
@@ -159,6 +161,24 @@ def foreseen(batch):
     return damage
 
 
+def in_place_of(name, make):
+    """A pipe or a device, which nobody may wait for or read for ever."""
+
+    def damage(run):
+        (run / name).unlink()
+        make(run / name)
+
+    return damage
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
 def no_damage(run):
     pass
 
@@ -175,7 +195,7 @@ def of_the_cache(name, content):
     """Damages the tokens, of which each such row has its own copy."""
 
     def damage(run):
-        (folder,) = run.glob("tokens/python_source-*/train")
+        (folder,) = run.glob("tokens/python_source/train-*")
         path = folder / name
         path.write_bytes(content(path.read_bytes()))
 
@@ -328,6 +348,31 @@ INPUTS = {
         "sweep.json: No such file",
     ),
     "a report of a sweep nowhere": (no_damage, ("report", "--sweep={run}"), 2, "--out: name the"),
+    "spikes of a pipe": (no_damage, ("report", "--spikes={here}/pipe.py"), 2, "no regular file"),
+    "known results of a device": (
+        no_damage,
+        ("sweep", "--configs=configs/kha_tiny.py", "--known=/dev/zero"),
+        2,
+        "cannot be read: it is no regular file",
+    ),
+    "metrics that are a device": (
+        in_place_of("metrics.jsonl", device),
+        ("report", "--workdir={run}"),
+        2,
+        "no regular file",
+    ),
+    "a lineage that is a device": (
+        in_place_of("lineage.json", device),
+        TRAIN,
+        2,
+        "no regular file",
+    ),
+    "a manifest that is a pipe": (
+        in_place_of("checkpoints/00000002/MANIFEST.json", pipe),
+        (*GENERATE, "--step=2"),
+        74,
+        "no regular file",
+    ),
     "spikes of no log": (no_damage, ("report", "--spikes={here}/none"), 2, "cannot be read: No"),
     "spikes of no value": (
         no_damage,
@@ -392,6 +437,7 @@ def trained(tmp_path_factory):
     """A folder that holds a good `run` and the file `text`; the cache."""
     here, cache = tmp_path_factory.mktemp("bad"), tmp_path_factory.mktemp("cache")
     (here / "text").write_text("no folder")
+    pipe(here / "pipe.py")
     ((code, _, err, _),) = run_all([("train", [*TINY, f"--workdir={here / 'run'}"])], cache)
     assert code == 0, err
     return here, cache

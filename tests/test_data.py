@@ -1,15 +1,19 @@
 """Data: batches depend on (seed, step) alone; windows, documents and recall examples are what they
 say."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+import stat
+import time
 
 import numpy as np
 import pytest
 
 from kha_jax.config import ConfigError
-from kha_jax.data import TASKS, PythonSource, batches
+from kha_jax.data import TASKS, Draws, PythonSource, batches, python_source
 from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
 from kha_jax.errors import DataError, StorageError
 
@@ -18,14 +22,13 @@ DOCUMENTS = [b"first document", b"", b"second", b"the third is longer than a win
 
 @pytest.fixture
 def stream(tmp_path):
-    write_stream(tmp_path / "stream", DOCUMENTS, ByteTokenizer())
-    return tmp_path / "stream"
+    return write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
 
 
 def read(source, start=0, stop=6, rows=range(4), seed=0, shuffle=True):
     reader = batches(
         source,
-        batch_size=4,
+        draws=Draws([(0, 4)]),
         rows=np.array(rows),
         seed=seed,
         start=start,
@@ -38,16 +41,51 @@ def read(source, start=0, stop=6, rows=range(4), seed=0, shuffle=True):
 def test_a_whole_stream_is_left_to_its_readers_and_a_broken_one_made_again(tmp_path):
     """Two processes that tokenise at once: the slower one must not pull the files from under the
     faster."""
-    folder = tmp_path / "stream"
-    folder.mkdir()
+    folder = write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
+    (folder / "meta.json").unlink()
     (folder / "tokens.bin").write_bytes(b"half")
-    write_stream(folder, DOCUMENTS, ByteTokenizer())
+    write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
     before = {path.name: path.stat().st_ino for path in folder.iterdir()}
-    write_stream(folder, DOCUMENTS, ByteTokenizer())
+    write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
     assert {
         path.name: path.stat().st_ino for path in folder.iterdir()
     } == before and "meta.json" in before
-    assert [path.name for path in tmp_path.iterdir()] == ["stream"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_tokens_are_found_by_content_and_never_by_what_looks_alike(tmp_path, monkeypatch):
+    """Equal names, sizes and times of writing, in place or below another root; and a write in the
+    tick of the last one, which changes no time."""
+    here, there = tmp_path / "here", tmp_path / "there"
+
+    def write(root, content):
+        root.mkdir(exist_ok=True)
+        (root / "module.py").write_text(content)
+        os.utime(root / "module.py", ns=(1, 1))
+
+    def opened(root):
+        config = PythonSource(cache_dir=str(tmp_path / "cache"), roots=(str(root),), held_out=1e-9)
+        source = config.open("train", 4, 0)
+        return ByteTokenizer().decode(source.read(0, source.length))
+
+    index = tmp_path / "cache" / "python_source" / "index"
+    for tick, indexed in ((10**18, 0), (0, 1)):
+        monkeypatch.setattr(python_source, "TICK", tick)
+        for root, content in ((here, "a = 1\n"), (here, "a = 2\n"), (there, "a = 3\n")):
+            write(root, content)
+            time.sleep(0.02)  # a tick of most kernels has 4 ms
+            assert opened(root) == content == opened(root)
+        assert len(list(index.glob("*"))) == 3 * indexed
+    entry = max(index.iterdir(), key=os.path.getmtime)
+    other = next(p for p in index.parent.glob("train-*") if p.name not in entry.read_text())
+    folder = index.parent / json.loads(entry.read_text())["folder"]
+    for harm in ("", "{", '{"folder": "../x"}', '{"folder": "train-0123456789abcdef"}'):
+        entry.write_text(harm)
+        assert opened(there) == "a = 3\n"
+    shutil.rmtree(folder)
+    other.rename(folder)
+    with pytest.raises(DataError, match=f"{folder} holds other tokens than its name says"):
+        opened(there)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(stream):
@@ -76,6 +114,19 @@ def test_every_epoch_holds_each_window_once_in_an_order_of_its_own(stream):
         sorted(rows[0]) == sorted(rows[1]) == sorted(tuple(source[i]["tokens"]) for i in range(16))
     )
     assert rows[0] != rows[1]
+
+
+def test_no_draw_is_skipped_or_repeated_when_the_batch_size_changes():
+    """Whatever was decided, also after walks back to steps before a change."""
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        decided = [(0, 4), *((int(s), int(b)) for s, b in random.integers(1, 9, (5, 2)) * [2, 1])]
+        sizes, place = [4] * 30, 0
+        for step, size in decided:
+            sizes[step:] = [size] * len(sizes[step:])
+        for step, size in enumerate(sizes):
+            assert Draws(decided)(step) == range(place, place + size), decided
+            place += size
 
 
 def test_unshuffled_batches_are_in_order(stream):
@@ -167,7 +218,7 @@ def test_a_harmed_stream_is_refused_by_name(stream, name):
 
 def test_a_stream_that_is_cut_while_it_is_read_is_an_error_and_not_a_signal(stream):
     source = TokenWindows(stream, 4)
-    reader = batches(source, batch_size=4, rows=np.arange(4), seed=0, start=0, stop=6)
+    reader = batches(source, draws=Draws([(0, 4)]), rows=np.arange(4), seed=0, start=0, stop=6)
     os.truncate(stream / "tokens.bin", 20)
     with pytest.raises(DataError, match="tokens.bin ends before token"):
         list(reader)
@@ -177,6 +228,32 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file/.* cannot be written: Not a directory"):
         PythonSource(cache_dir=str(tmp_path / "file")).open("train", 64, 0)
+
+
+def test_another_user_reads_the_tokens(tmp_path):
+    """Folders have the mode that the user's umask gives to any folder."""
+    before = os.umask(0o027)
+    try:
+        folder = write_stream(tmp_path / "cache", "stream", DOCUMENTS, ByteTokenizer())
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "tokens.bin")]
+    assert modes == [0o750, 0o640]
+
+
+def test_what_a_killed_tokenisation_leaves_is_removed_and_what_another_writes_is_not(tmp_path):
+    left = tmp_path / ".stream.of_one_that_is_gone"
+
+    def documents():
+        yield b"text"
+        left.mkdir()
+        (left / "tokens.bin").write_bytes(b"half")
+        write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
+        assert not left.exists() and len(list(tmp_path.glob(".stream.*"))) == 1
+        yield b"more"
+
+    assert TokenWindows(write_stream(tmp_path, "stream", documents(), ByteTokenizer()), 4)
+    assert not list(tmp_path.glob(".stream.*"))
 
 
 def test_less_than_one_batch_is_refused(stream):
@@ -274,6 +351,53 @@ def test_tasks_are_answerable_and_reproducible(task, seq_len, solve):
     assert (train[0]["tokens"] != task.open("train", seq_len, 6)[0]["tokens"]).any()
     shortest = task.open("train", task.minimum_seq_len(), 5)
     assert sum(shortest[index]["weights"].sum() for index in range(20)) > 0
+
+
+def huge(path):
+    path.write_text("")
+    os.truncate(path, 2**40)
+
+
+HAZARDS = {
+    "a dangling link": (lambda path: path.symlink_to("nowhere"), "No such file"),
+    "a loop": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    "a pipe": (os.mkfifo, "no regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+    "a huge file": (huge, "it holds 1,099,511,627,776 bytes"),
+    "no UTF-8": (lambda path: path.with_name("\udcff.py").write_text(""), "is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", HAZARDS)
+def test_a_module_that_cannot_be_read_is_named(tmp_path, name):
+    make, why = HAZARDS[name]
+    make(tmp_path / "module.py")
+    with pytest.raises(DataError, match=f"\\.py' cannot be read: .*{why}") as caught:
+        PythonSource(cache_dir=str(tmp_path), roots=(str(tmp_path),)).open("train", 4, 0)
+    str(caught.value).encode()
+
+
+def test_folders_are_read_or_said_to_be_left_out(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "kha_jax")
+    root = tmp_path / "root"
+    for name in ("kept", "config", "kept/tests"):
+        (root / name).mkdir(parents=True)
+        (root / name / "module.py").write_text(name)
+    (root / "link").symlink_to("kept")
+    config = PythonSource(cache_dir=str(tmp_path), roots=(str(root),), held_out=1e-9)
+    source = config.open("train", 4, 0)
+    assert ByteTokenizer().decode(source.read(0, source.length)) == "kept"
+    for left_out in ("'config'", "'link'", "'kept/tests'"):
+        assert left_out in caplog.text
+
+    def scandir(path, real=os.scandir):
+        if str(path).endswith("kept"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # since no folder is closed to root
+    with pytest.raises(DataError, match="kept' cannot be read: Permission denied"):
+        config.open("train", 4, 0)
 
 
 def test_roots_add_text_and_keep_the_split(tmp_path):

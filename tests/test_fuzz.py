@@ -95,9 +95,8 @@ def test_names_of_fields_are_known_or_refused(name, text):
 
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzz") / "stream"
-    write_stream(folder, [b"one document", b"", b"and another that is longer"], ByteTokenizer())
-    return folder
+    texts = [b"one document", b"", b"and another that is longer"]
+    return write_stream(tmp_path_factory.mktemp("fuzz"), "stream", texts, ByteTokenizer())
 
 
 VALUES = st.recursive(

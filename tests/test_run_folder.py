@@ -2,6 +2,7 @@
 anything compiles."""
 
 import json
+import pwd
 import runpy
 import types
 
@@ -15,21 +16,24 @@ from experiments.train import evaluate, open_sources
 from experiments.train_loop import data_check
 from kha_jax import sharding
 from kha_jax.config import ConfigError, from_dict
-from kha_jax.data import MultiQueryAssociativeRecall, PythonSource
-from kha_jax.errors import CheckpointError, DataError, RunError
+from kha_jax.data import Draws, MultiQueryAssociativeRecall, PythonSource
+from kha_jax.errors import CheckpointError, DataError, RunError, StorageError
+from kha_jax.metrics import plain_row
 from kha_jax.ops.losses import TokenSums
+from kha_jax.storage import cache_folder
 from kha_jax.training.run_config import RunConfig
-from kha_jax.training.run_folder import config_hash
+from kha_jax.training.run_folder import batch_sizes, config_hash, read_lineage
 from tests.runs import CONFIGS
 
 RUN = RunConfig(batch_size=4, seq_len=64)
 SOURCE = types.SimpleNamespace(fingerprint="text")
+OTHER = types.SimpleNamespace(fingerprint="another text")
 
 
-def begin(path, config=RUN, allowed=(), source=SOURCE):
+def begin(path, config=RUN, allowed=(), source=SOURCE, validation=SOURCE):
     """What train does before its state is there; the folder and whether a change was allowed."""
     folder = RunFolder(path, config, list(allowed))
-    folder.identify(source)
+    folder.identify(source, validation)
     return folder
 
 
@@ -93,13 +97,32 @@ def test_what_does_not_matter_to_the_result_may_change(folder):
     changed.close()
 
 
-def test_another_text_is_refused_unless_allowed(folder):
-    other = types.SimpleNamespace(fingerprint="another text")
+@pytest.mark.parametrize("split", ["data", "validation"])
+def test_another_text_is_refused_unless_allowed(folder, split):
+    other = {{"data": "source"}.get(split, split): OTHER}
     with pytest.raises(DataError, match="--allow_changes=data"):
-        begin(folder, source=other)
-    changed = begin(folder, allowed=["data"], source=other)
-    assert changed.changes == {"data": ("text", "another text")}
+        begin(folder, **other)
+    changed = begin(folder, allowed=["data"], **other)
+    assert changed.changes == {split: ("text", "another text")}
     changed.close()
+
+
+def test_a_text_that_an_older_folder_does_not_name_is_taken_for_equal_and_said_once(folder, caplog):
+    caplog.set_level("INFO", "kha_jax")
+    path = folder / "lineage.json"
+    entries = json.loads(path.read_text())
+    path.write_text(
+        json.dumps([{k: v for k, v in one.items() if k != "validation"} for one in entries])
+    )
+    older = read_lineage(folder, RUN)
+    for said in (1, 1):
+        again = begin(folder, validation=OTHER)
+        assert again.checkpoints({}).accepts[0] == older[0] and not again.changes
+        again.keep(3)
+        again.close()
+        assert caplog.text.count("names no validation data") == said
+    with pytest.raises(DataError, match="began with another text, found text"):
+        begin(folder)
 
 
 def test_another_tokenizer_is_refused(folder):
@@ -141,6 +164,22 @@ def test_a_cache_of_programs_that_cannot_be_written_costs_only_time(tmp_path, mo
     assert jax.config.jax_compilation_cache_dir == before
 
 
+def test_caches_are_where_the_user_says_or_named_as_missing(tmp_path, monkeypatch):
+    for name in ("KHA_JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/of/the/user")
+    before = jax.config.jax_compilation_cache_dir
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+    user = types.SimpleNamespace(pw_dir=str(tmp_path))
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: user)
+    monkeypatch.setenv("HOME", "")
+    assert cache_folder("data") == tmp_path / ".cache" / "kha_jax" / "data"
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    with pytest.raises(StorageError, match="no home folder; name one with KHA_JAX_CACHE"):
+        cache_folder("data")
+
+
 def test_checkpoints_that_do_not_fit_are_refused_with_path_and_bytes(tmp_path):
     folder = begin(tmp_path)
     huge = {"w": jax.ShapeDtypeStruct((2**40,), np.float32)}
@@ -157,13 +196,41 @@ def test_a_resume_checks_its_next_batch(folder, tmp_path, capsys):
     with here.checkpoints({}) as checkpoints:
         checkpoints.save(5, {"w": np.zeros(3)})
     manifest = json.loads((checkpoints.path(5) / "MANIFEST.json").read_text())
-    assert {"config", "data", "tokenizer", "next_batch", "versions", "files"} <= set(manifest)
+    assert {"config", "data", "validation", "tokenizer", "next_batch", "versions", "files"} <= set(
+        manifest
+    )
     here.check_next_batch(checkpoints, 5)
     assert f"next batch {manifest['next_batch'][:12]} matches" in capsys.readouterr().out
     here.source = config.data.open("train", 64, 1)
     with pytest.raises(DataError, match="is not the checkpoint's"):
         here.check_next_batch(checkpoints, 5)
     here.close()
+
+
+def test_a_changed_batch_size_goes_on_with_the_next_window(folder, tmp_path):
+    """Also of the steps that are trained again after a walk back, and of what older folders did."""
+    wider = RUN.replace(batch_size=8)
+    changed = begin(folder, wider, ["batch_size"])
+    assert changed.begin_at(10)(12) == range(4 * 10 + 8 * 2, 4 * 10 + 8 * 3)
+    for step in (10, 6, 6):
+        changed.keep(step)
+        changed.close()
+        changed = begin(folder, wider)
+        assert changed.begin_at(20)(12) == range(
+            4 * step + 8 * (12 - step), 4 * step + 8 * (13 - step)
+        )
+    changed.close()
+    path = folder / "lineage.json"
+    entries = json.loads(path.read_text())
+    assert [one["from_step"] for one in entries] == [0, 10, 6]
+    older = [{k: v for k, v in one.items() if k != "batch_size"} for one in entries[:2]]
+    path.write_text(json.dumps(older))
+    assert Draws(batch_sizes(folder, wider))(12) == range(8 * 12, 8 * 13)
+    again = begin(folder, RUN, ["batch_size"])
+    assert again.begin_at(20)(22) == range(8 * 20 + 4 * 2, 8 * 20 + 4 * 3)
+    again.keep(20)
+    again.close()
+    assert Draws(batch_sizes(folder, RUN))(22) == range(8 * 20 + 4 * 2, 8 * 20 + 4 * 3)
 
 
 @pytest.mark.parametrize("windows", [1, 3, 4, 11, 40])
@@ -206,12 +273,32 @@ def test_every_config_has_the_data_that_its_steps_and_evaluations_need(path, cac
 
 def test_too_little_data_is_found_before_anything_compiles(cache):
     config = RUN.replace(data=PythonSource(cache_dir=cache))
-    with pytest.raises(DataError, match="train holds 1?[0-9] windows, fewer than the 64"):
+    with pytest.raises(DataError, match="train-.* holds 1?[0-9] windows, fewer than the 64"):
         open_sources(config.replace(batch_size=64, seq_len=2**20))
-    with pytest.raises(DataError, match="validation holds 0 windows.*config.evaluation.every=0"):
+    with pytest.raises(DataError, match="validation-.* holds 0 windows.*config.evaluation.every=0"):
         open_sources(config.replace(batch_size=1, seq_len=2**21))
     unseen = config.evaluation.replace(every=0)
     open_sources(config.replace(batch_size=1, seq_len=2**21, evaluation=unseen))
+
+
+def test_the_mean_of_no_target_is_none(tmp_path):
+    """Windows without one are refused; where they are evaluated, the mean is not 0."""
+    source = PythonSource(roots=(str(tmp_path),), held_out=0.5, cache_dir=str(tmp_path / "cache"))
+    for number in range(100):  # of those that are held out none has a text
+        path = tmp_path / f"{number}.py"
+        path.write_text("" if source._is_held_out(path.name) else "a = 1\n")
+    config = RUN.replace(data=source, seq_len=4)
+    with pytest.raises(DataError, match="no target counts in the 1?[0-9] windows of an evaluation"):
+        open_sources(config)
+    unseen = config.replace(evaluation=config.evaluation.replace(every=0))
+    _, validation = open_sources(unseen)
+
+    def step(state, batch):
+        return TokenSums(loss=0.0, z_loss=0.0, correct=0.0, tokens=np.sum(batch["weights"]))
+
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    values = evaluate(step, None, validation, config, mesh)
+    assert plain_row(values) == {"val_loss": None, "val_accuracy": None}
 
 
 def test_a_large_run_does_not_train_on_what_its_ids_are_not_for(caplog):

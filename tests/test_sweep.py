@@ -18,7 +18,7 @@ from experiments.cli.command_line import UsageError
 from experiments.run_folders import results
 from experiments.sweeps import runner
 from experiments.sweeps.runner import Sweep, Wanted
-from kha_jax.errors import SweepError
+from kha_jax.errors import DataError, SweepError
 from kha_jax.runs.checkpoint import leaves
 from kha_jax.runs.results import read_results
 from kha_jax.sharding import MeshConfig, make_mesh
@@ -50,7 +50,12 @@ def trained(monkeypatch):
             return command_line.NON_FINITE
         saved = folder / "checkpoints" / "00000004"
         saved.mkdir(parents=True)
-        about = {"step": 4, "files": {"f": {"bytes": 1, "sha256": ""}}, "data": "text" * 9}
+        about = {
+            "step": 4,
+            "files": {"f": {"bytes": 1, "sha256": ""}},
+            "data": "text" * 9,
+            "validation": "held" * 9,
+        }
         (saved / "MANIFEST.json").write_text(json.dumps({**about, "hardware": "a machine"}))
         steps = [{"step": n, "loss": 5.0 - n, "tokens_per_second": 4096.0} for n in range(1, 5)]
         lines = [*steps, {"step": 4, "val_loss": len(names) / 10, "val_bits_per_byte": 2.0}]
@@ -58,7 +63,7 @@ def trained(monkeypatch):
         return command_line.DONE
 
     monkeypatch.setattr(Sweep, "_train", train)
-    monkeypatch.setattr(Sweep, "_text", lambda self, config: "texttextte" + "xt")
+    monkeypatch.setattr(Sweep, "_texts", lambda self, config: ("text" * 3, "held" * 3))
     return names
 
 
@@ -129,14 +134,16 @@ def test_a_sweep_trains_what_is_missing_and_goes_past_what_fails(tmp_path, train
     assert trained[3:] == ["gate-seed0"]
     line = again.done()["mlp-seed0"]
     assert (line.val_loss, line.train_loss, line.step_seconds) == (0.3, 1.0, 1.0)
-    assert (line.hardware, line.curve, line.data) == ("a machine", {4: 0.3}, "texttextte" + "xt")
+    assert (line.hardware, line.curve) == ("a machine", {4: 0.3})
+    assert (line.data, line.validation) == ("text" * 3, "held" * 3)
     longer = runner.planned(
         [row._replace(arguments=(*row.arguments, "--config.steps=5")) for row in rows("mlp")]
     )
     assert not Sweep(tmp_path, longer).done()  # of another config
 
 
-def test_known_results_are_not_trained_again_whatever_they_are_called(tmp_path, trained):
+def test_known_results_are_not_trained_again_whatever_they_are_called(tmp_path, trained, caplog):
+    caplog.set_level("INFO", "kha_jax")
     runs = runner.planned(rows("baseline", "mlp"))
     train_all(tmp_path / "here", runs)
     path = tmp_path / "here" / "runs.csv"
@@ -147,8 +154,22 @@ def test_known_results_are_not_trained_again_whatever_they_are_called(tmp_path, 
     sweep, taken, codes = train_all(tmp_path / "there", renamed, known)
     assert (taken, codes, len(trained)) == (2, [], 2)
     assert {result.row for result in sweep.done().values()} == {"other"}
-    elsewhere = [result._replace(data="another text") for result in known]
-    assert train_all(tmp_path / "text", renamed, elsewhere)[1] == 0
+    for name, (split, text, taken) in {
+        "other": ("data", "another text", 0),
+        "other_validation": ("validation", "another text", 0),
+        "unknown": ("validation", None, 2),  # an older table, which is said
+    }.items():
+        elsewhere = [result._replace(**{split: text}) for result in known]
+        assert train_all(tmp_path / name, renamed, elsewhere)[1] == taken
+        assert ("without a hash of the validation data" in caplog.text) == (text is None)
+    for split in ("data", "validation"):  # a sweep goes on with its own lines alone
+        own = Sweep(tmp_path / "unknown", renamed)
+        for result in own.done().values():
+            own.keep(result._replace(**{split: "another text"}))
+        with pytest.raises(DataError, match="name another --out"):
+            own.begin({})
+        for result in known:
+            own.keep(result._replace(name=f"other-{result.name}"))
     path.write_text(path.read_text().replace("val_loss", "loss"))
     with pytest.raises(SweepError, match="is no table of runs"):
         results.known([str(path)])

@@ -1,15 +1,14 @@
 """The folder of a run: one writer, one config, one text, and room for its checkpoints.
 
 `config.json` is the config; `lineage.json` lists what the run has been since it began, one entry
-for each change that was allowed: hashes of the config, the data and the tokenizer, the step from
-which they hold, and the changed fields with both values. `registered.json` says
-which modules registered kinds of one's own, where there are any.
+for each change that was allowed: hashes of the config, the data, the validation data and the
+tokenizer, the batch size, the step from which they hold, and the changed fields with both values.
+`registered.json` says which modules registered kinds of one's own, where there are any.
 """
 
 import errno
 import fcntl
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -23,15 +22,16 @@ from experiments.cli.command_line import UsageError
 from experiments.run_folders.identity import COMPUTED, changed
 from kha_jax import __version__
 from kha_jax.config import dotted, near, to_dict
-from kha_jax.data import Source, batch_hash
+from kha_jax.data import Draws, Source, batch_hash
 from kha_jax.errors import CheckpointError, DataError
 from kha_jax.hardware import chips
 from kha_jax.runs.checkpoint import Checkpoints, state_bytes
 from kha_jax.runs.manifest import read_manifest
-from kha_jax.storage import PROBE, cache_folder, writable, write_json
+from kha_jax.storage import PROBE, cache_folder, read_json, writable, write_json
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import (
-    IDENTITY,
+    LATER,
+    batch_sizes,
     config_hash,
     read_config,
     read_lineage,
@@ -44,7 +44,10 @@ VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs where that can be done; a run does without."""
+    """Keeps compiled programs where that can be done, unless the user has said where; a run does
+    without."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
     folder = cache_folder("compiled")
     try:
         writable(folder)
@@ -68,6 +71,7 @@ class RunFolder:
         self.path, self.config, self.allowed = path, config, allowed
         self.changes: dict[str, tuple[Any, Any]] = {}
         self.identity: dict[str, str] = {}
+        self.draws = Draws([(0, config.batch_size)])
         self.lineage: list[dict[str, Any]] = []
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -128,32 +132,39 @@ class RunFolder:
                 raise UsageError(f"{message}; use another --workdir or --allow_changes={field}")
             self.changes[field] = before, after
 
-    def identify(self, source: Source) -> None:
+    def identify(self, train: Source, validation: Source) -> None:
         """Says which text the run reads, and compares it with what it has read.
 
         Raises:
             UsageError: the tokenizer is another one.
             DataError: the data are others, and --allow_changes does not name them.
         """
-        now = config_hash(self.config), source.fingerprint, tokenizer_hash(self.config)
-        self.source, self.identity = source, dict(zip(IDENTITY, now))
+        splits = {"data": train, "validation": validation}
+        self.source = train
+        self.identity = {
+            "config": config_hash(self.config),
+            **{name: source.fingerprint for name, source in splits.items()},
+            "tokenizer": tokenizer_hash(self.config),
+        }
         last = {**self.identity, **(self.lineage[-1] if self.lineage else {})}
         if last["tokenizer"] != self.identity["tokenizer"]:
             raise UsageError(
                 f"config.data: this run began with the tokenizer {last['tokenizer']}, found "
                 f"{self.identity['tokenizer']}; use another --workdir"
             )
-        if last["data"] == self.identity["data"]:
-            return
+        for name in LATER - self.lineage[-1].keys() if self.lineage else ():
+            log.info("lineage.json names no %s data: that of now is taken for it, and named", name)
         # what a synthetic source holds depends on these
-        if not self._allows("data") and not any(
-            field.startswith(("data.", "seed", "seq_len")) for field in self.changes
-        ):
-            raise DataError(
-                f"{source} is not what this run has read: it began with {last['data'][:12]}, found "
-                f"{self.identity['data'][:12]}; use another --workdir or --allow_changes=data"
-            )
-        self.changes["data"] = last["data"], self.identity["data"]
+        follows = any(field.startswith(("data.", "seed", "seq_len")) for field in self.changes)
+        for name, source in splits.items():
+            before, after = last[name], self.identity[name]
+            if before != after and not follows and not self._allows("data"):
+                raise DataError(
+                    f"{source} is not what this run has read: it began with {before[:12]}, found "
+                    f"{after[:12]}; use another --workdir or --allow_changes=data"
+                )
+            if before != after:
+                self.changes[name] = before, after
 
     def checkpoints(self, state: Any) -> Checkpoints:
         """Those of this run, whose manifests say whose they are and how they go on.
@@ -179,10 +190,19 @@ class RunFolder:
                 "another --workdir"
             )
 
+    def begin_at(self, step: int) -> Draws:
+        """Which windows the run goes on with, now that the step is known: the same on all
+        processes, whether the record of this start is written or not."""
+        if step:
+            self.draws = Draws([*self._batch_sizes(), (step, self.config.batch_size)])
+        return self.draws
+
+    def _batch_sizes(self) -> list[tuple[int, int]]:
+        config = read_config(self.path) if (self.path / "config.json").exists() else self.config
+        return batch_sizes(self.path, config)
+
     def _next_batch(self, step: int) -> str:
-        return batch_hash(
-            self.source, batch_size=self.config.batch_size, seed=self.config.seed, step=step
-        )
+        return batch_hash(self.source, draws=self.draws, seed=self.config.seed, step=step)
 
     def _about(self, step: int) -> dict[str, Any]:
         """What a manifest says of the run; step s has used the batches 0 ... s - 1."""
@@ -220,10 +240,11 @@ class RunFolder:
             return
         path = self.path / "lineage.json"
         try:
-            if not self.lineage or self.lineage[-1] != self.identity:
-                entries = json.loads(path.read_text()) if path.exists() and self.lineage else []
-                new = {**self.identity, "from_step": step, "changes": self.changes}
-                write_json(path, [*entries, new])
+            if self._changed(step):
+                entries = read_json(path) if path.exists() and self.lineage else []
+                size = self.config.batch_size
+                at = {"batch_size": size, "from_step": step, "changes": self.changes}
+                write_json(path, [*entries, {**self.identity, **at}])
             write_registrations(self.path, self.config)
             write_json(self.path / "config.json", to_dict(self.config))
         except OSError as error:
@@ -231,6 +252,13 @@ class RunFolder:
             raise CheckpointError(found) from None
         for field, (before, after) in self.changes.items():
             log.info("resuming with %s changed: %s -> %s", field, before, after)
+
+    def _changed(self, step: int) -> bool:
+        """Whether lineage.json says something else of this step. After a walk back to one before a
+        change of the batch size it does."""
+        if not self.lineage or self.lineage[-1] != self.identity:
+            return True
+        return len(Draws(self._batch_sizes())(step)) != self.config.batch_size
 
     def close(self) -> None:
         """Gives the lock back."""

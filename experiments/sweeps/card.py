@@ -97,10 +97,11 @@ def _came_to(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, str]:
     steps, losses = column(rows, "loss")
     late = losses[steps > (1 - LATE) * steps[-1]]
     out = {"training loss": f"{late.mean():.4f} over the last {len(late)} steps"}
-    evaluated = [row for row in rows if "val_loss" in row]
+    evaluated = [row for row in rows if row.get("val_loss") is not None]
     if evaluated:
         last = evaluated[-1]
-        said = (f"{last[n]:{form}} {what}" for n, (what, form) in EVALUATED.items() if n in last)
+        there = {name: form for name, form in EVALUATED.items() if last.get(name) is not None}
+        said = (f"{last[name]:{form}} {what}" for name, (what, form) in there.items())
         best = min(evaluated, key=lambda row: row["val_loss"])
         out["validation"] = f"{', '.join(said)} at step {last['step']}; best at {best['step']}"
     found = [spike for name in SPIKING for spike in find_spikes(*column(rows, name), name)]

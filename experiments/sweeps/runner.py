@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -28,7 +29,7 @@ from experiments.run_folders import results
 from experiments.train_loop.data_check import check_vocabulary
 from experiments.train_loop.stop import asking
 from kha_jax.config import to_dict
-from kha_jax.errors import CheckpointError
+from kha_jax.errors import CheckpointError, DataError
 from kha_jax.metrics import read_lines
 from kha_jax.runs.manifest import read_manifest
 from kha_jax.runs.results import RunResult, read_results, write_results
@@ -37,6 +38,7 @@ from kha_jax.storage import write_json
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import config_hash
 
+log = logging.getLogger("kha_jax")
 RESULTS, PLAN, LOG = "runs.csv", "sweep.json", "log.txt"
 LAST = 0.1  # of the steps, over which the training loss is averaged
 
@@ -105,6 +107,7 @@ def summary(run: Planned, folder: Path, commit: str) -> RunResult | None:
         learning_rate=config.optimizer.learning_rate,
         hash=run.hash(),
         data=str(manifest.get("data"))[:12],
+        validation=str(manifest.get("validation", ""))[:12] or None,
         steps=config.steps,
         parameters=cost.parameters,
         active_parameters=cost.active,
@@ -131,8 +134,8 @@ class Sweep:
 
     def __init__(self, folder: Path, runs: Sequence[Planned], known: Sequence[RunResult] = ()):
         self.folder, self.runs = folder, list(runs)
-        self.known = {(result.hash, result.data): result for result in known}
-        self.data: dict[str, str] = {}
+        self.known = {(result.hash, result.data, result.validation): result for result in known}
+        self.texts: dict[str, tuple[str, str]] = {}
         self.failed: dict[str, int] = {}
         self.asked_to_stop = False
 
@@ -141,10 +144,12 @@ class Sweep:
 
         Raises:
             ConfigError: a run would refuse to train on its data.
+            DataError: results that are there are those of other data.
             UsageError: it cannot be written.
         """
         for run in self.runs:
             check_vocabulary(run.config, run.arguments)
+        self._check_texts()
         wanted = [
             {
                 "name": run.name,
@@ -191,7 +196,9 @@ class Sweep:
         """Results of missing runs that are known from elsewhere, by the name of the run."""
         found = {}
         for run in self.missing() if self.known else ():
-            result = self.known.get((run.hash(), self._text(run.config)))
+            data, validation = self._texts(run.config)
+            same = (self.known.get((run.hash(), data, named)) for named in (validation, None))
+            result = next(filter(None, same), None)
             if result:
                 found[run.name] = result._replace(name=run.name, row=run.row)
         return found
@@ -203,13 +210,29 @@ class Sweep:
             self.keep(result)
         return len(found)
 
-    def _text(self, config: RunConfig) -> str:
-        """The hash of the text that a run would read."""
+    def _check_texts(self) -> None:
+        done = self.done()
+        for run in self.runs:
+            if run.name in done:
+                found, now = done[run.name], self._texts(run.config)
+                if (found.data, found.validation or now[1]) != now:
+                    raise DataError(
+                        f"{self.folder / RESULTS}: {run.name} was trained or evaluated on other "
+                        f"data than is there now; name another --out"
+                    )
+        if any(result.validation is None for result in [*done.values(), *self.known.values()]):
+            log.info("lines of runs.csv without a hash of the validation data: taken for the same")
+
+    def _texts(self, config: RunConfig) -> tuple[str, str]:
+        """Hashes of the data that a run would train and be evaluated on."""
         key = json.dumps([to_dict(config.data), config.seq_len, config.seed], sort_keys=True)
-        if key not in self.data:
-            source = config.data.open("train", config.seq_len, config.seed)
-            self.data[key] = source.fingerprint[:12]
-        return self.data[key]
+        if key not in self.texts:
+            splits = (
+                config.data.open(split, config.seq_len, config.seed)
+                for split in ("train", "validation")
+            )
+            self.texts[key] = tuple(source.fingerprint[:12] for source in splits)
+        return self.texts[key]
 
     def train(self, run: Planned, watch: Callable[[], None]) -> int | None:
         """Trains one run in a process of its own, or goes on with it; its exit code, that of a stop

@@ -11,6 +11,7 @@ from experiments.run_folders import stored
 from kha_jax import data
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import batch_sizes
 
 POSITIONS = 256  # whose logits exist at once
 SHOWN = 60  # characters of a document; of one that is no text, a quarter as many ids
@@ -33,14 +34,15 @@ def show(workdir: Path, step: int) -> None:
     print(f"batch of step {step}, losses of the checkpoint of step {used}")
     order = data.window_order(len(source), config.seed)
     losses_of = jax.jit(lambda example: token_losses(config, variables, example))
-    for row in range(config.batch_size):
-        window = order[(step - 1) * config.batch_size + row]
+    draws = data.Draws(batch_sizes(workdir, config))
+    for row, draw in enumerate(draws(step - 1)):
+        window = order[draw]
         example = source[window]
         losses, weights = np.asarray(losses_of(example)), example["weights"]
         for number in np.unique(example["segment_ids"]):
             inside = example["segment_ids"] == number
             tokens = weights[inside].sum()
-            loss = (losses * weights)[inside].sum() / max(tokens, 1)
+            loss = (losses * weights)[inside].sum() / (tokens or np.nan)
             begin = _begin(config, example["tokens"][inside])
             print(f"row {row} window {window} tokens {tokens:.0f} loss {loss:.4f} {begin}")
 

@@ -12,6 +12,7 @@ import jax
 from experiments.train_loop.progress import Progress
 from kha_jax import accounting
 from kha_jax.attention.attention import LARGEST
+from kha_jax.data import Draws
 from kha_jax.hardware import chips
 from kha_jax.metrics import Meter, MetricsFile, Spared, TensorBoard
 from kha_jax.spikes import SPIKING, Spikes, spike_rule
@@ -28,8 +29,9 @@ class Reporter:
     """Where metrics go: the terminal, metrics.jsonl and TensorBoard, on process 0 alone. A step is
     reported while the next one runs.
 
-    examples: how many the data has. windows: the numbers of the windows that a step trains on.
-    nonfinite: consecutive steps that were not applied.
+    examples: how many the data has. draws: which of them, as they are drawn, a batch holds.
+    windows: the numbers of the windows that a step trains on. nonfinite: consecutive steps that
+    were not applied.
     """
 
     def __init__(
@@ -39,10 +41,12 @@ class Reporter:
         workdir: Path,
         first_step: int,
         examples: int,
+        draws: Draws,
         windows: Callable[[int], list[int]],
         tensorboard: bool,
     ):
-        self.config, self.windows, self.pending, self.nonfinite = config, windows, None, 0
+        self.config, self.draws, self.windows = config, draws, windows
+        self.pending, self.nonfinite = None, 0
         cost = accounting.account(config.model, config.seq_len, tokens=config.tokens_per_step)
         peak = chips.peak_flops(jax.devices()[0].device_kind) * mesh.devices.size
         self.meter = Meter(cost.training_flops, peak)
@@ -92,12 +96,12 @@ class Reporter:
 
     def _batch(self, step: int) -> str:
         """Which examples a step had."""
-        rows = self.config.batch_size
+        examples = self.draws(step - 1)
         windows = self.windows(step)
         named = ", ".join(map(str, windows[:WINDOWS_NAMED]))
         more = ", ..." if len(windows) > WINDOWS_NAMED else ""
         return (
-            f"examples {(step - 1) * rows} to {step * rows - 1}, windows {named}{more}; "
+            f"examples {examples[0]} to {examples[-1]}, windows {named}{more}; "
             f"--replay_step={step} shows them"
         )
 

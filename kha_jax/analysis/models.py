@@ -100,10 +100,14 @@ def _variant(run: Run) -> Variant:
     last: dict[str, Any] = {}
     for row in rows:
         last |= row
+    loss, bits = (
+        math.nan if last.get(name) is None else last[name]
+        for name in ("val_loss", "val_bits_per_byte")
+    )
     return Variant(
         name=run.name,
         cost=config.cost(),
         tokens=last.get("step", 0) * config.tokens_per_step,
-        loss=last.get("val_loss", math.nan),
-        bits_per_byte=last.get("val_bits_per_byte", math.nan),
+        loss=loss,
+        bits_per_byte=bits,
     )

@@ -100,7 +100,7 @@ class Run:
         config = self.folder / "config.json"
         try:
             self.config: dict[str, Any] | None = (
-                with_new_names(json.loads(config.read_text())) if config.exists() else None
+                with_new_names(json.loads(config.read_text())) if config.is_file() else None
             )
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{config}: is damaged ({error})") from None

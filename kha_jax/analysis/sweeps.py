@@ -5,7 +5,6 @@ the paper's printed loss; the `runs` that were planned), `runs.csv` (one line pe
 the run folders, of which any may be absent.
 """
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -18,6 +17,7 @@ from kha_jax.analysis.significance import Agreement, Difference, agreement, pair
 from kha_jax.errors import SweepError
 from kha_jax.metrics import column, read_lines
 from kha_jax.runs.results import RunResult, read_results
+from kha_jax.storage import read_json
 
 LOSSES = {
     "val_loss": "validation loss, nats per token",
@@ -120,7 +120,7 @@ def load(folder: Path) -> Sweep:
     """
     path = folder / "sweep.json"
     try:
-        described = json.loads(path.read_text())
+        described = read_json(path)
         rows = {}
         for row in described["rows"]:
             printed = None if row.get("printed") is None else float(row["printed"])

@@ -3,6 +3,7 @@ step) alone."""
 
 from kha_jax.data.loader import (
     DataConfig,
+    Draws,
     Example,
     Source,
     batch_hash,
@@ -36,6 +37,7 @@ __all__ = [
     "TASKS",
     "CompositionalRecall",
     "DataConfig",
+    "Draws",
     "Example",
     "KHopInduction",
     "MultiQueryAssociativeRecall",

@@ -63,6 +63,27 @@ def window_order(length: int, seed: int, shuffle: bool = True) -> "grain.MapData
     return (order.shuffle() if shuffle else order).repeat()
 
 
+class Draws:
+    """Which draws of `window_order` a batch holds: those after the last batch's, also where a run
+    has gone on with another batch size.
+
+    batch_sizes: (first step, batch size), in the order in which they were decided. A later one
+    takes the place of what was decided before for the steps from its first on.
+    """
+
+    def __init__(self, batch_sizes: Iterable[tuple[int, int]]):
+        self.parts: list[tuple[int, int, int]] = []  # first step, first draw, batch size
+        for step, size in batch_sizes:
+            begin = self(step).start if self.parts else step * size
+            self.parts = [part for part in self.parts if part[0] < step] + [(step, begin, size)]
+
+    def __call__(self, step: int) -> range:
+        """Those of batch `step`, which the step after it trains on."""
+        first, begin, size = next(part for part in reversed(self.parts) if part[0] <= step)
+        begin += (step - first) * size
+        return range(begin, begin + size)
+
+
 def check_length(source: Source, at_least: int, remedy: str) -> None:
     """Raises DataError when the source holds fewer examples."""
     if len(source) < at_least:
@@ -81,7 +102,7 @@ def stacked(examples: Iterable[Example]) -> Example:
 def batches(
     source: Source,
     *,
-    batch_size: int,
+    draws: Draws,
     rows: np.ndarray,
     seed: int,
     start: int,
@@ -90,12 +111,12 @@ def batches(
 ) -> Iterator[Example]:
     """Yields the given rows of the global batches start, start + 1, ..., stop - 1.
 
-    Row r of batch s is example s * batch_size + r of `window_order`. A reader therefore needs no
-    state but the step, and any number of processes reads the same global batch.
+    Row r of batch s is example draws(s)[r] of `window_order`. A reader therefore needs no state but
+    the step, and any number of processes reads the same global batch.
 
     Args:
         source: where examples come from.
-        batch_size: rows of a global batch.
+        draws: which examples are in which batch.
         rows: the rows wanted, for example those of this process (`sharding.local_rows`).
         seed: of the order.
         start, stop: steps.
@@ -104,13 +125,13 @@ def batches(
     Raises:
         DataError: when the source holds less than one batch.
     """
-    check_length(source, batch_size, "lower batch_size or seq_len")
+    check_length(source, len(draws(start)), "lower batch_size or seq_len")
     order = window_order(len(source), seed, shuffle)
 
     import grain
 
     def batch(step: int) -> Example:
-        return stacked(source[order[step * batch_size + int(row)]] for row in rows)
+        return stacked(source[order[draws(step)[row]]] for row in rows)
 
     steps = grain.MapDataset.range(start, stop).map(batch)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
@@ -128,11 +149,11 @@ def each_once(
         yield batch
 
 
-def batch_hash(source: Source, *, batch_size: int, seed: int, step: int) -> str:
+def batch_hash(source: Source, *, draws: Draws, seed: int, step: int) -> str:
     """Of the content of a global batch, so that a resumed run can tell that it goes on with it."""
     order, digest = window_order(len(source), seed), hashlib.sha256()
-    for row in range(batch_size):
-        example = source[order[step * batch_size + row]]
+    for draw in draws(step):
+        example = source[order[draw]]
         for name in sorted(example):
             digest.update(example[name].tobytes())
     return digest.hexdigest()

@@ -1,16 +1,22 @@
 """Real text that every machine has: the source code of the interpreter's standard library, and of
 what is installed beside it."""
 
+import contextlib
 import hashlib
+import json
+import logging
 import os
+import re
+import stat
 import sysconfig
+import time
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 from kha_jax.data.loader import DataConfig
-from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
+from kha_jax.data.tokens import NAMED, ByteTokenizer, TokenWindows, write_stream
 from kha_jax.errors import DataError
-from kha_jax.storage import cache_folder
+from kha_jax.storage import cache_folder, open_regular, write_json
 
 LEFT_OUT = {
     "site-packages",
@@ -22,14 +28,78 @@ LEFT_OUT = {
     "lib2to3",
     "config",
 }
+Module = tuple[str, Path, os.stat_result]
+TICK = 2 * 10**9  # nanoseconds between two times that every file system tells apart
+LARGEST_MODULE = 2**28  # bytes
+SHOWN = 8  # folders that are left out, in the log
+log = logging.getLogger("kha_jax")
 INSTALLED = {"stdlib": "stdlib", "packages": "purelib"}  # root -> sysconfig's name of its folder
 
 
-def _modules(root: Path) -> Iterator[Path]:
-    """Python files below the folder; those left out are not even listed, since they may be many."""
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in LEFT_OUT]
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+def _walk(root: Path) -> tuple[list[Path], list[Path]]:
+    """(Python files below the folder, folders that are left out: they are not even listed, since
+    they may be many). Links to folders are among those."""
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error.filename, error.strerror)
+
+    modules, left_out = [], []
+    for folder, below, names in os.walk(root, onerror=refuse):
+        out = [n for n in below if n in LEFT_OUT or os.path.islink(os.path.join(folder, n))]
+        left_out += [Path(folder, name).relative_to(root) for name in out]
+        below[:] = [name for name in below if name not in out]
+        modules += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(modules), left_out
+
+
+def _unreadable(path: str | Path, why: str) -> DataError:
+    return DataError(f"{str(path)!a} cannot be read: {why}; mend or remove it")
+
+
+def _about(path: Path) -> os.stat_result:
+    """What the system says of a module.
+
+    Raises:
+        DataError: it is no file, or one that nobody reads as text.
+    """
+    try:
+        str(path).encode()
+        about = path.stat()
+    except UnicodeEncodeError:
+        raise _unreadable(path, "its name is not UTF-8") from None
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from None
+    if not stat.S_ISREG(about.st_mode):
+        raise _unreadable(path, "it is no regular file")
+    return about
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with open_regular(path, "rb", largest=LARGEST_MODULE) as file:
+            return file.read()
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from None
+
+
+def _indexed(entry: Path, split: str) -> str:
+    """The folder's name in an entry of the index; empty where there is none."""
+    try:
+        name = json.loads(entry.read_text())["folder"]
+        return name if re.fullmatch(f"{split}-[0-9a-f]{{{NAMED}}}", name) else ""
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""  # what is not indexed is read
+
+
+def _add_to_index(entry: Path, folder: Path) -> None:
+    with contextlib.suppress(OSError):  # the next run reads the modules again
+        entry.parent.mkdir(exist_ok=True)
+        write_json(entry, {"folder": folder.name})
+
+
+def _settled(modules: Sequence[Module]) -> bool:
+    """Whether a write from now on changes a time: one in the same tick as the last does not."""
+    return max(of.st_ctime_ns for _, _, of in modules) < time.time_ns() - TICK
 
 
 class PythonSource(DataConfig):
@@ -37,7 +107,8 @@ class PythonSource(DataConfig):
 
     The root `stdlib` is the interpreter's standard library; `packages` is what is installed beside
     it, 200 MB with all extras of this project, and not the same on two machines. A hash of a
-    module's path holds it out or not, so the split is the same on every machine.
+    module's path holds it out or not, so the split is the same on every machine. Tokens lie in the
+    cache under the hash of what they are; an index finds them for modules that nobody has touched.
     """
 
     held_out: float = 0.03
@@ -56,7 +127,7 @@ class PythonSource(DataConfig):
         problem = f"object stores are not supported; name a folder, found {self.cache_dir}"
         self.require(not remote, "cache_dir", problem)
         for root in self.roots:
-            usable = root in INSTALLED or Path(root).is_dir()
+            usable = root in INSTALLED or os.path.isdir(root)
             names = ", ".join(INSTALLED)
             self.require(usable, "roots", f"must be {names} or folders, found {root!r}")
         once = len({*self.roots}) == len(self.roots) > 0
@@ -73,35 +144,56 @@ class PythonSource(DataConfig):
         part in real text.
 
         Raises:
-            DataError: when the interpreter ships no source, or the tokens were changed.
+            DataError: when the interpreter ships no source, a module cannot be read, or the tokens
+                were changed.
             StorageError: when the tokens cannot be written.
         """
         del seed
-        modules = list(self._modules())
+        modules = list(self._modules(say=split == "train"))
         if not modules:
             raise DataError(
                 f"data.source=python_source found no module below {', '.join(self.roots)}; use an "
                 "interpreter that ships its source"
             )
-        listing = "\n".join(f"{name} {path.stat().st_size}" for name, path in modules)
-        key = hashlib.sha256(
-            f"{listing}\n{self.held_out}\n{ByteTokenizer.fingerprint}".encode()
-        ).hexdigest()[:16]
         base = Path(self.cache_dir) if self.cache_dir else cache_folder("data")
-        folder = base / f"python_source-{key}" / split
-        if not (folder / "meta.json").exists():
+        base = base / "python_source"
+        entry = base / "index" / f"{self._listing(split, modules)}.json"
+        folder = base / _indexed(entry, split)
+        if not os.path.exists(folder / "meta.json"):  # Path.exists raises in another user's folder
             held_out = split == "validation"
-            chosen = [p for name, p in modules if self._is_held_out(name) == held_out]
-            write_stream(folder, (p.read_bytes() for p in chosen), self.tokenizer())
-        return TokenWindows(folder, seq_len, self.tokenizer().fingerprint)
+            chosen = (p for name, p, _ in modules if self._is_held_out(name) == held_out)
+            settled = _settled(modules)
+            texts = map(_read, chosen)
+            folder = write_stream(base, split, texts, self.tokenizer())
+            if settled:
+                _add_to_index(entry, folder)
+        source = TokenWindows(folder, seq_len, self.tokenizer().fingerprint)
+        if folder.name != f"{split}-{source.fingerprint[:NAMED]}":
+            raise DataError(f"{folder} holds other tokens than its name says; remove the folder")
+        return source
 
-    def _modules(self) -> Iterator[tuple[str, Path]]:
-        """(name, path) of every module; names below the first root are relative to it."""
+    def _listing(self, split: str, modules: Sequence[Module]) -> str:
+        """A hash of what says, short of reading all of them, that the modules are the same. A file
+        that was written to has another time of change, which no program can set."""
+        digest = hashlib.sha256(f"{split} {self.held_out} {ByteTokenizer.fingerprint}".encode())
+        for name, path, of in modules:
+            entry = name, str(path), of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino
+            digest.update(f"{entry}\n".encode())
+        return digest.hexdigest()
+
+    def _modules(self, say: bool) -> Iterator[Module]:
+        """Every module; names below the first root are relative to it. say: what is left out of
+        folders of one's own."""
         for number, root in enumerate(self.roots):
-            folder = Path(sysconfig.get_path(INSTALLED[root]) if root in INSTALLED else root)
+            place = sysconfig.get_path(INSTALLED[root]) if root in INSTALLED else root
+            folder = Path(os.path.realpath(place))
             prefix = f"{root}/" if number else ""
-            for path in sorted(_modules(folder)):
-                yield prefix + path.relative_to(folder).as_posix(), path
+            paths, left_out = _walk(folder)
+            if say and left_out and root not in INSTALLED:
+                shown = ", ".join(map(ascii, map(str, left_out[:SHOWN])))
+                log.info("%s: left out %d folders: %s", root, len(left_out), shown)
+            for path in paths:
+                yield prefix + path.relative_to(folder).as_posix(), path, _about(path)
 
     def _is_held_out(self, name: str) -> bool:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < self.held_out * 2**32

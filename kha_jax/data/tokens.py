@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -17,9 +16,11 @@ import numpy as np
 
 from kha_jax.data.loader import Example
 from kha_jax.errors import DataError, StorageError
+from kha_jax.storage import being_built, open_regular, read_json
 
 ID = np.dtype("<u2")
 CHUNK = 2**23  # tokens that are checked at once
+NAMED = 16  # characters of the hash that a folder's name has
 META = {
     "dtype": str,
     "tokens": int,
@@ -49,30 +50,31 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
-def write_stream(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokenizer) -> None:
-    """Tokenises documents into `folder`, which appears complete or not at all; one that is complete
-    is left as it is.
+def write_stream(
+    base: Path, name: str, documents: Iterable[bytes], tokenizer: ByteTokenizer
+) -> Path:
+    """Tokenises documents into a folder below `base`, which appears complete or not at all, and is
+    called after its content: NAME-HASH. One that is complete is left as it is.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            _write_files(temporary, documents, tokenizer)
+        base.mkdir(parents=True, exist_ok=True)
+        with being_built(base, name) as temporary:
+            sha256 = _write_files(temporary, documents, tokenizer)
+            folder = base / f"{name}-{sha256[:NAMED]}"
             _put_in_place(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise StorageError(
-            f"{folder} cannot be written: {error.strerror or error}; name another place with "
+            f"{base} cannot be written: {error.strerror or error}; name another place with "
             "KHA_JAX_CACHE or config.data.cache_dir"
         ) from None
+    return folder
 
 
-def _write_files(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokenizer) -> None:
-    """The files of a stream, meta.json last."""
+def _write_files(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokenizer) -> str:
+    """The files of a stream, meta.json last; the hash of the tokens."""
     starts, tokens, text_bytes, digest = [], 0, 0, hashlib.sha256()
     end = np.array([tokenizer.end_of_document], np.uint16)
     with open(folder / "tokens.bin", "wb") as file:
@@ -95,6 +97,7 @@ def _write_files(folder: Path, documents: Iterable[bytes], tokenizer: ByteTokeni
         "end_of_document": tokenizer.end_of_document,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    return digest.hexdigest()
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
@@ -129,9 +132,9 @@ class TokenWindows:
         self.folder, self.seq_len = Path(folder), seq_len
         self.path = self.folder / "tokens.bin"
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
+            self.meta = read_json(self.folder / "meta.json")
             self.starts = np.load(self.folder / "documents.npy", allow_pickle=False)
-            self.file = open(self.path, "rb")
+            self.file = open_regular(self.path, "rb", largest=2**63)
             wrong = next((k for k, t in META.items() if not _usable(self.meta[k], t)), None)
         except Exception as error:  # files of any content raise whatever their parsers do
             raise DataError(f"{self.folder} is not a token stream: {error!r}") from None

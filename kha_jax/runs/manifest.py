@@ -3,12 +3,12 @@ and the size and checksum of every file."""
 
 import errno
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, Sequence
 
 from kha_jax.errors import CheckpointError
+from kha_jax.storage import read_json
 
 MANIFEST = "MANIFEST.json"
 
@@ -41,7 +41,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         files = {name: (e["bytes"], e["sha256"]) for name, e in manifest["files"].items()}
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}; the save was interrupted") from None

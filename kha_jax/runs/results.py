@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 from kha_jax.errors import SweepError
+from kha_jax.storage import open_regular
 
 
 class RunResult(NamedTuple):
     """A line of runs.csv. Losses in nats per token: val_* of the last evaluation, None for what it
     or an older file does not have; train_loss the mean over the last tenth of the steps.
-    step_seconds: median. data: hash of the text. spike_share: see spikes.spike_score. nonfinite:
-    steps that were not applied. curve: validation losses by step."""
+    step_seconds: median. data, validation: hashes of the texts. spike_share: see
+    spikes.spike_score. nonfinite: steps that were not applied. curve: validation losses by
+    step."""
 
     name: str
     row: str
@@ -21,6 +23,7 @@ class RunResult(NamedTuple):
     learning_rate: float
     hash: str
     data: str
+    validation: str | None
     steps: int
     parameters: int
     active_parameters: int
@@ -51,7 +54,11 @@ def _curve(text: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in pairs}
 
 
-READERS = {float | None: _optional, dict[int, float]: _curve}  # the other types read themselves
+READERS = {
+    float | None: _optional,
+    str | None: lambda text: text or None,
+    dict[int, float]: _curve,
+}  # the other types read themselves
 
 
 def read_results(path: Path) -> list[RunResult]:
@@ -61,14 +68,14 @@ def read_results(path: Path) -> list[RunResult]:
         SweepError: it is not one, or one of its lines is damaged.
     """
     types = RunResult.__annotations__
-    optional = {name for name, kind in types.items() if kind == float | None}
+    optional = {name for name, kind in types.items() if kind in (float | None, str | None)}
     results, at = [], 1
 
     def read(name: str, text: str | None) -> Any:
         return READERS.get(types[name], types[name])(text)
 
     try:
-        with open(path, newline="") as file:
+        with open_regular(path, newline="", errors="replace") as file:
             lines = csv.DictReader(file)
             if lacking := types.keys() - optional - set(lines.fieldnames or ()):
                 raise SweepError(f"{path}: is no table of runs: it lacks {min(lacking)}")

@@ -14,14 +14,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 
 from kha_jax import sharding
 from kha_jax.config import Config, choices_in, departures, dotted, from_dict
 from kha_jax.errors import RunError
-from kha_jax.storage import write_json
+from kha_jax.storage import read_json, write_json
 from kha_jax.training.run_config import RunConfig, old_name, with_new_names
 
 # Fields that may change on resume: they decide what is recorded, not what is learnt.
@@ -35,7 +35,8 @@ FREE = (
     "data.cache_dir",
     "model.attention.kernel",
 )
-IDENTITY = ("config", "data", "tokenizer")
+IDENTITY = ("config", "data", "validation", "tokenizer")
+LATER = {"validation"}  # what entries of older folders lack: unknown, and taken for equal
 REGISTERED = "registered.json"
 
 
@@ -99,7 +100,7 @@ def read_config(folder: Path) -> RunConfig:
         raise RunError(f"{folder}: no run there; it holds no config.json")
     register_again(folder)
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError(f"holds a {type(values).__name__} and no fields")
         return from_dict(RunConfig, with_new_names(values))
@@ -142,7 +143,7 @@ def register_again(folder: Path) -> None:
     """
     path = folder / REGISTERED
     try:
-        entries = [Registration(**one) for one in json.loads(path.read_text())]
+        entries = [Registration(**one) for one in read_json(path)]
     except FileNotFoundError:
         return
     except (OSError, ValueError, TypeError) as error:
@@ -228,16 +229,46 @@ def tokenizer_hash(config: RunConfig) -> str:
 
 
 def read_lineage(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
-    """The entries of lineage.json, oldest first; without one, what the config alone tells.
+    """What the run has been, oldest first; without a lineage.json, what the config alone tells.
 
     Raises:
         RunError: the file is damaged.
     """
+
+    def identity(entry: dict[str, Any]) -> dict[str, Any]:
+        return {name: entry[name] for name in IDENTITY if name not in LATER - entry.keys()}
+
+    return _entries(folder, identity) or [{"config": config_hash(config)}]
+
+
+def batch_sizes(folder: Path, config: RunConfig) -> list[tuple[int, int]]:
+    """(first step, batch size) as they were decided, for data.Draws; config: that of the folder.
+
+    Entries of older folders name no batch size. Their draws were counted as if the batches had
+    always had the size that they last had.
+
+    Raises:
+        RunError: lineage.json is damaged.
+    """
+
+    def sizes(entry: dict[str, Any]) -> tuple[int, int, int] | None:
+        if "batch_size" not in entry:
+            return None
+        size = entry["batch_size"]
+        before, _ = entry["changes"].get("batch_size", (size, size))
+        return int(entry["from_step"]), int(before), int(size)
+
+    known = [entry for entry in _entries(folder, sizes) if entry is not None]
+    begin = known[0][1] if known else config.batch_size
+    return [(0, begin), *((step, size) for step, _, size in known)]
+
+
+def _entries(folder: Path, read: Callable[[dict[str, Any]], Any]) -> list[Any]:
+    """What is read in each entry of lineage.json; nothing where there is none."""
     path = folder / "lineage.json"
     try:
-        entries = [{k: one[k] for k in IDENTITY} for one in json.loads(path.read_text())]
-        return entries or [{"config": config_hash(config)}]
+        return [read(entry) for entry in read_json(path)]
     except FileNotFoundError:
-        return [{"config": config_hash(config)}]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path}: is damaged ({error!r}); put back that of the run") from None
