@@ -375,6 +375,21 @@ def test_schedule_warms_up_and_ends_at_the_final_fraction():
     )
     rates = np.array([schedule(config, steps)(i) for i in (0, 24, 49, 50, 525, 1000)])
     np.testing.assert_allclose(rates, [2 / 50, 1.0, 2.0, 2.0, 0.5 * (2.0 + 0.2), 0.2], rtol=1e-5)
+    wsd = config.replace(schedule="wsd", decay_fraction=0.2)
+    rates = np.array([schedule(wsd, steps)(i) for i in (0, 24, 49, 50, 799, 800, 900, 1000)])
+    expected = [2 / 50, 1.0, 2.0, 2.0, 2.0, 2.0, 0.5 * (2.0 + 0.2), 0.2]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("updates", [100, 899])
+def test_only_the_stable_part_of_wsd_is_prolonged_without_a_jump(updates):
+    for kind in ("cosine", "wsd"):
+        old = RUN.replace(steps=1000, optimizer=OptimizerConfig(schedule=kind))
+        rates = optimizer.jump(old, old.replace(steps=2000), updates)
+        assert (rates is None) == (kind == "wsd")
+        assert optimizer.jump(old, old, updates) is None
+    was, now = optimizer.jump(old, old.replace(steps=2000), 1000)
+    assert (was, now) == pytest.approx((7.5e-5, 7.5e-4))
 
 
 def test_learning_rate_reads_the_optimisers_own_count():

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, per-role weight decay, and the training of the
+"""AdamW with warm-up and a decay of the rate, per-role weight decay, and the training of the
 matrices of mixers.
 
 A parameter's role follows from its logical axes: the small matrices of mixers carry `mixer_in` and
@@ -12,17 +12,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kha_jax.training.run_config import OptimizerConfig
+from kha_jax.training.run_config import OptimizerConfig, RunConfig
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of update number `count` (from 0): warm-up to the peak, then cosine to
-    final_fraction of it."""
+    """Learning rate of update number `count` (from 0): warm-up to the peak, then down to
+    final_fraction of it, by a cosine or, with `wsd`, linearly in the last steps alone."""
     warmup = max(1, round(config.warmup_fraction * steps))
-    peak = config.learning_rate
-    cosine = optax.cosine_decay_schedule(peak, max(1, steps - warmup), config.final_fraction)
+    peak, final = config.learning_rate, config.final_fraction
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([rise, cosine], [warmup])
+    if config.schedule == "cosine":
+        cosine = optax.cosine_decay_schedule(peak, max(1, steps - warmup), final)
+        return optax.join_schedules([rise, cosine], [warmup])
+    decay = max(1, round(config.decay() * steps))
+    stable_end = max(warmup, steps - decay)
+    fall = optax.linear_schedule(peak, final * peak, decay)
+    stable = optax.constant_schedule(peak)
+    return optax.join_schedules([rise, stable, fall], [warmup, stable_end])
 
 
 def roles(axes: Any) -> Any:
@@ -88,3 +94,11 @@ def make(
 def learning_rate(config: OptimizerConfig, steps: int, optimizer_state: Any) -> jax.Array:
     """The learning rate that the next update will use."""
     return jnp.asarray(schedule(config, steps)(optimizer_state[-1].count), jnp.float32)
+
+
+def jump(old: RunConfig, new: RunConfig, updates: int) -> tuple[float, float] | None:
+    """The learning rate of the next update of a run that has applied so many and goes on with
+    another config, as it was and as it is now; None where it is the same."""
+    before, after = (schedule(run.optimizer, run.steps) for run in (old, new))
+    rates = float(before(updates)), float(after(updates))
+    return None if rates[0] == rates[1] else rates
