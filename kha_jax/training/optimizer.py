@@ -4,6 +4,8 @@ matrices of mixers.
 A parameter's role follows from its logical axes: the small matrices of mixers carry `mixer_in` and
 have the role `mixer`, other parameters with two or more axes (layers not counted) are weights,
 and the rest (norm scales) are vectors, which are never decayed.
+
+Everything between a gradient and its update is float32, whatever the parameters are stored as.
 """
 
 from typing import Any
@@ -83,12 +85,44 @@ def make(
         updates = jax.tree.map(decayed, updates, parameters, role, targets)
         return jax.tree.map(scaled, updates, role)
 
-    return optax.chain(
+    chain = optax.chain(
         _clip(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.stateless(decay_and_scale),
         optax.scale_by_learning_rate(schedule(config, steps)),
     )
+
+    def update(grads, state, parameters, *, norm=None):
+        return chain.update(float32(grads), state, float32(parameters), norm=norm)
+
+    return optax.GradientTransformationExtraArgs(lambda born: chain.init(float32(born)), update)
+
+
+def float32(tree: Any) -> Any:
+    """The tree with float32 leaves."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def apply_updates(parameters: Any, updates: Any, key: jax.Array) -> Any:
+    """parameters + updates. Where they are bfloat16 the sum is rounded up or down at random, so
+    that updates below their precision (2^-8) are kept in the mean and not lost (arXiv 2010.06192).
+    """
+    leaves, tree = jax.tree.flatten(parameters)
+    added = []
+    for number, (leaf, update) in enumerate(zip(leaves, tree.flatten_up_to(updates), strict=True)):
+        total = leaf.astype(jnp.float32) + update
+        rounds = leaf.dtype == jnp.bfloat16
+        added.append(round_at_random(total, jax.random.fold_in(key, number)) if rounds else total)
+    return tree.unflatten(added)
+
+
+def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to one of its two neighbours in bfloat16, which is x in the mean."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # bfloat16 is the upper half: a carry out of the lower one goes to the neighbour away from zero
+    bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits &= jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
 
 def learning_rate(config: OptimizerConfig, steps: int, optimizer_state: Any) -> jax.Array:
