@@ -173,6 +173,10 @@ class RunConfig(Config):
         needed, have = self.data.vocabulary_size(), self.model.vocabulary_size
         problem = f"must be at least the data's {needed}, found {have}"
         self.require(have >= needed, "model.vocabulary_size", problem)
+        tokens = self.tokens_per_step
+        for experts in (part.feed_forward.router_width() for part in self.model.segments()):
+            problem = f"times seq_len={self.seq_len} and {experts} experts must be below 2^31"
+            self.require(tokens * experts < 2**31, "batch_size", problem)
         shortest = self.data.minimum_seq_len()
         self.require(
             self.seq_len >= shortest,
