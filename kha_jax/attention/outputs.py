@@ -60,7 +60,8 @@ class NoOutputMixer(OutputMixer):
 
 
 class HeadGroupNorm(OutputMixer):
-    """An RMS norm of each head over U with one weight [U] for all heads (MEA, arXiv 2601.19611)."""
+    """An RMS norm of each head over U (MEA, arXiv 2601.19611). One weight [U] for all heads and eps
+    are inferred: the paper's text does not give them."""
 
     eps: float = 1e-5
     """Added to the mean square."""

@@ -170,8 +170,10 @@ def _train_step(config, model, tx, state, batch):
     """One update from one global batch.
 
     The gradient is that of (sum of the objective over all micro-batches) / (their weighted tokens),
-    so a step does not depend on how its tokens are spread over micro-batches or devices. A
-    non-finite loss or gradient leaves everything but the step as it was.
+    so a step does not depend on how its tokens are spread over micro-batches or devices. Losses of
+    routers (balancing=auxiliary, output=mixture) are the exception: products of means over tokens,
+    they are taken in each micro-batch, though over all devices. A non-finite loss or gradient
+    leaves everything but the step as it was.
     """
 
     def objective(params, micro_batch):
