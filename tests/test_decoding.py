@@ -137,6 +137,25 @@ def test_a_prompt_in_chunks_gives_the_logits_and_the_cache_of_the_whole(name):
             np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
 
 
+@pytest.mark.parametrize("name", FEW)
+def test_more_tokens_may_follow_at_any_slot(name):
+    """Not at multiples of their number alone, which are all that a prompt in chunks asks for: the
+    last block of keys may hold one key, or be whole."""
+    config, pad, size = named(name), np.array([0, 2]), 4
+    tokens = np.random.default_rng(3).integers(0, V, (2, 3 * size))
+    weights = unstack(config, random(config))
+    whole = jax.jit(functools.partial(prefill, config), static_argnums=3)
+    more = jax.jit(functools.partial(extend, config))
+    _, cache = whole(weights, tokens, pad, 16)
+    for slot in range(size, 2 * size + 1):
+        behind = 2 * size - slot
+        padded = np.roll(tokens, behind, axis=1)  # of one length, so that one program makes them
+        expected = whole(weights, padded, pad + behind, 16)[0]
+        # what stands behind the slot is overwritten or not looked at
+        ours, _ = more(weights, cache, tokens[:, slot : slot + size], jnp.int32(slot), pad)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_a_prompt_in_chunks_takes_no_more_memory_for_being_longer():
     """By XLA's count, what is neither weights nor cache."""
     config = named("everything")
