@@ -142,8 +142,11 @@ SIZES = {
 def paper_run(
     size: str, tokens: int = 10**11, attention: AttentionConfig = PAPER_ATTENTION
 ) -> RunConfig:
-    """A run of the paper (section 4.1) of a size in SIZES: tied vocabulary of 157,184, 512
-    sequences a step.
+    """A run of the paper (section 4.1) of a size in SIZES, with 512 sequences a step.
+
+    Inferred, since its text does not say: the tied vocabulary of 157,184, that of Ling 2.0 of the
+    same organisation, with which the parameters are those that the paper prints; init_std=0.006,
+    that of the Ling 2.0 report.
 
     For accelerators: FSDP over all of them, full rematerialisation, bfloat16 over float32 AdamW.
     `data` names the embedded text until a corpus is given.

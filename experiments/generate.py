@@ -5,7 +5,7 @@
 
 Reads the run's newest checkpoint, folds linear mixers into the weights and samples. One prompt is
 streamed to the terminal; several, of any lengths, are decoded as one batch and printed one after
-another. A row stops at the end of its document.
+another. A row stops at the end of its document, or before the first --stop.
 """
 
 import logging
@@ -24,6 +24,7 @@ from kha_jax.config import ConfigError
 from kha_jax.inference.decoding import Decoder
 from kha_jax.inference.folding import fold_if_linear
 from kha_jax.inference.sampling import Sampling
+from kha_jax.inference.text import Continuation
 from kha_jax.training.run_folder import read_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder to read.")
@@ -32,6 +33,9 @@ PROMPT = flags.DEFINE_multi_string(
     "prompt",
     [],
     "Required: text to continue, where \\n, \\t and \\\\ are understood; may be repeated.",
+)
+STOP = flags.DEFINE_multi_string(
+    "stop", [], "Text that ends a continuation and is left out, as --prompt; may be repeated."
 )
 TOKENS = flags.DEFINE_integer("tokens", 200, "New tokens at most.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
@@ -54,6 +58,21 @@ def encoded(prompt: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+def stop_text(stop: str) -> str:
+    """The text that a --stop stands for.
+
+    Raises:
+        UsageError: no text holds it.
+    """
+    try:
+        text = encoded(stop).decode()
+    except UnicodeDecodeError:
+        text = ""
+    if not text:
+        raise UsageError("--stop: is empty or not UTF-8; give at least one character")
+    return text
+
+
 def main() -> None:
     """See the module's docstring."""
     try:
@@ -64,6 +83,7 @@ def main() -> None:
         raise UsageError("--prompt: is required; write --prompt='text to continue'")
     if not all(PROMPT.value):
         raise UsageError("--prompt: is empty; give at least one character")
+    stops = [stop_text(stop) for stop in STOP.value]
     folder = stored.run_folder("workdir", WORKDIR.value)
     config = read_config(folder)
     tokenizer = config.data.tokenizer()
@@ -90,13 +110,13 @@ def main() -> None:
     decoder = Decoder(*(fold_if_linear(*trained) if FOLD.value else trained))
     settings = {"sampling": sampling, "seed": SEED.value, "end": tokenizer.end_of_document}
     began = time.perf_counter()
-    if len(prompts) == 1:
-        made = stream(decoder, tokenizer, prompts[0], settings)
-    else:
-        rows = decoder.generate(prompts, TOKENS.value, **settings)
-        for prompt, row in zip(prompts, rows):
-            print(f"--- {tokenizer.decode(prompt)!r}\n{tokenizer.decode([*prompt, *row])}")
-        made = sum(map(len, rows))
+    rows = [Continuation(tokenizer, prompt, stops) for prompt in prompts]
+    alone = len(rows) == 1
+    proceed(decoder, rows, settings, show=alone)
+    if not alone:
+        for row in rows:
+            print(f"--- {tokenizer.decode(row.prompt)!r}\n{row.text}")
+    made = sum(len(row.ids) for row in rows)
     took, each = time.perf_counter() - began, cache_bytes(decoder.model)
     log.info(
         "step %d: %d new tokens in %.1f s with compilation; a token's cache takes %s bytes, "
@@ -106,23 +126,27 @@ def main() -> None:
     )
 
 
-def stream(decoder: Decoder, tokenizer, prompt: list[int], settings: dict) -> int:
-    """Prints the prompt and its continuation as it comes; the number of new tokens."""
-    made, shown = [], tokenizer.decode(prompt)
-    sys.stdout.write(shown)
-    for part in decoder.stream([prompt], TOKENS.value, **settings):
+def proceed(decoder: Decoder, rows: list[Continuation], settings: dict, show: bool) -> None:
+    """Continues all rows until they are done; shows the first one as it comes where that is asked
+    for."""
+
+    def write(text: str) -> None:
+        if show:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    write(rows[0].take())
+    for part in decoder.stream([row.prompt for row in rows], TOKENS.value, **settings):
         if getattr(sys.stdout, "gone", False):
             break  # nobody reads on
-        made += part[0].tolist()
-        if settings["end"] in made:
-            made = made[: made.index(settings["end"])]
-        # half a character: the next part may bring the rest
-        text = tokenizer.decode([*prompt, *made]).rstrip("\ufffd")
-        sys.stdout.write(text[len(shown) :])
-        sys.stdout.flush()
-        shown = text if len(text) > len(shown) else shown
-    sys.stdout.write(tokenizer.decode([*prompt, *made])[len(shown) :] + "\n")
-    return len(made)
+        for row, ids in zip(rows, part.tolist()):
+            row.add(ids)
+        write(rows[0].take())
+        if all(row.done for row in rows):
+            break
+    for row in rows:
+        row.finish()
+    write(rows[0].take() + "\n")
 
 
 if __name__ == "__main__":

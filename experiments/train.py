@@ -44,6 +44,7 @@ from kha_jax.metrics import bits_per_byte
 from kha_jax.runs import faults, processes
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.watchdog import Watchdog
+from kha_jax.training.optimizer import jump
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.step import Trainer, TrainState, all_finite, make_trainer
 
@@ -228,10 +229,15 @@ def main() -> int:
     one_fate = processes.one_fate(command_line.code_of, command_line.give_up)
     with contextlib.closing(folder), watchdog, checkpoints, one_fate:
         first_step = checkpoints.newest_good() or 0
-        if first_step >= config.steps:
+        if first_step > config.steps:
+            raise UsageError(
+                f"config.steps={config.steps}: {folder.path} has {first_step} already; train "
+                "again with another --workdir, or go back with experiments.checkpoints --prune"
+            )
+        if first_step == config.steps:
             say(
-                f"{folder.path} already has its {config.steps} steps; train again with another "
-                "--workdir, or remove the folder"
+                f"{folder.path} already has its {config.steps} steps; go on with a larger "
+                "--config.steps and --allow_changes=steps, or train again with another --workdir"
             )
             return command_line.DONE
         if first_step:
@@ -244,6 +250,8 @@ def main() -> int:
                 folder.check_next_batch(checkpoints, first_step)
             folder.keep(first_step)
         processes.same("lineage.json", str(draws.parts), "give all of them the same --workdir")
+        if rates := jump(folder.before, config, applied(state)):
+            log.warning("the next learning rate was %.3g, and is %.3g after the changes", *rates)
         try:
             sources = train_source, validation_source
             run = Run(config, mesh, trainer, *sources, draws, checkpoints, stop, watchdog, started)
@@ -253,6 +261,11 @@ def main() -> int:
     if code == command_line.DONE and jax.process_index() == 0:
         say(farewell(folder.path, text=config.data.tokenizer() is not None))
     return code
+
+
+def applied(state: TrainState) -> int:
+    """How many updates its parameters have had; a step that is not finite has none."""
+    return int(state.optimizer[-1].count)
 
 
 class Run(NamedTuple):

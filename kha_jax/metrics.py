@@ -81,18 +81,19 @@ class MetricsFile:
 
 class TensorBoard:
     """The same metrics as TensorBoard scalars, written at once: the package's own writer has a
-    queue that waits for ever once its thread has met a full disk.
+    queue that waits for ever once its thread has met a full disk. Opening it at a step begins a
+    session, for which TensorBoard drops what an earlier one wrote after that step.
 
     Raises:
         ImportError: names the extra that brings tensorboardX.
         OSError: from any method.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, from_step: int):
         try:
             from tensorboardX import summary
             from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError:
             raise ImportError(
                 "TensorBoard needs the extra: pip install -e '.[tensorboard]'"
@@ -100,6 +101,9 @@ class TensorBoard:
         self.scalar, self.event = summary.scalar, Event
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self.writer.write_event(Event(session_log=start, wall_time=time.time(), step=from_step + 1))
+        self.writer.flush()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():

@@ -17,7 +17,7 @@ class Numerics(Config):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and matrix products."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the stored parameters."""
+    """Of the stored parameters; moments are float32, and updates of bfloat16 rounded at random."""
     init_std: float = 0.02
     """Standard deviation of the initial projections and embeddings."""
     norm_eps: float = 1e-6

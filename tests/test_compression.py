@@ -54,6 +54,9 @@ def test_the_profile_is_that_of_the_best_combinations():
         made = np.einsum("DJH,JK->DKH", found.heads, found.kernel)
         error = np.linalg.norm(made - W_DKH) / np.linalg.norm(W_DKH)
         np.testing.assert_allclose(found.errors[heads - 1], error, atol=1e-12)
+        # the singular values are in the kernel alone
+        gram = np.einsum("DJH,DIH->JI", found.heads, found.heads)
+        np.testing.assert_allclose(gram, np.eye(heads), atol=1e-12)
         best = np.sqrt(eigenvalues[: 5 - heads].sum() / eigenvalues.sum())
         np.testing.assert_allclose(error, best, atol=1e-7)
 

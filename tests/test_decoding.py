@@ -23,11 +23,13 @@ from kha_jax.attention.outputs import HeadGroupNorm, MixtureOfHeads
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
+from kha_jax.data.tokens import ByteTokenizer
 from kha_jax.feed_forward import MoE, SwiGLU
 from kha_jax.inference.decoding import Decoder, extend, prefill
 from kha_jax.inference.folding import fold_model
 from kha_jax.inference.layers import unstack
 from kha_jax.inference.sampling import Sampling, sample
+from kha_jax.inference.text import Continuation
 from kha_jax.model import AttentionFrom, ModelConfig
 from kha_jax.modules import Numerics
 from tests.commands import run_all
@@ -137,6 +139,25 @@ def test_a_prompt_in_chunks_gives_the_logits_and_the_cache_of_the_whole(name):
             np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
 
 
+@pytest.mark.parametrize("name", FEW)
+def test_more_tokens_may_follow_at_any_slot(name):
+    """Not at multiples of their number alone, which are all that a prompt in chunks asks for: the
+    last block of keys may hold one key, or be whole."""
+    config, pad, size = named(name), np.array([0, 2]), 4
+    tokens = np.random.default_rng(3).integers(0, V, (2, 3 * size))
+    weights = unstack(config, random(config))
+    whole = jax.jit(functools.partial(prefill, config), static_argnums=3)
+    more = jax.jit(functools.partial(extend, config))
+    _, cache = whole(weights, tokens, pad, 16)
+    for slot in range(size, 2 * size + 1):
+        behind = 2 * size - slot
+        padded = np.roll(tokens, behind, axis=1)  # of one length, so that one program makes them
+        expected = whole(weights, padded, pad + behind, 16)[0]
+        # what stands behind the slot is overwritten or not looked at
+        ours, _ = more(weights, cache, tokens[:, slot : slot + size], jnp.int32(slot), pad)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_a_prompt_in_chunks_takes_no_more_memory_for_being_longer():
     """By XLA's count, what is neither weights nor cache."""
     config = named("everything")
@@ -169,6 +190,64 @@ def test_streaming_yields_the_same_tokens_in_pieces():
     pieces = list(decoder("gqa").stream(PROMPTS, 12, chunk=5))
     assert [piece.shape[1] for piece in pieces] == [1, 5, 5, 1]
     assert np.concatenate(pieces, axis=1).tolist() == decoder("gqa").generate(PROMPTS, 12)
+
+
+TEXT = "def naïve(größe): # 長さ 🙂🙂 — ok\n    return 'é' * größe\n\nclass Ω: ...\n"
+
+
+class Bytes:
+    """A byte tokenizer, and what the tests know of its text."""
+
+    end_of_document = 256
+    decode = staticmethod(ByteTokenizer().decode)
+
+
+def spelt(ids, cuts, stops=()):
+    """(pieces in the order in which they are shown, the continuation) of ids, whose first part is
+    the prompt."""
+    prompt, *parts = np.split(ids, sorted(cuts))
+    text = Continuation(Bytes, prompt.tolist(), stops)
+    pieces = [text.take()]
+    for part in parts:
+        text.add(part.tolist())
+        pieces.append(text.take())
+    text.finish()
+    return [*pieces, text.take()], text
+
+
+def test_no_split_of_a_text_shows_a_part_of_a_character():
+    ids, draw = np.frombuffer(TEXT.encode(), np.uint8), np.random.default_rng(0)
+    for _ in range(300):
+        pieces, _ = spelt(ids, draw.integers(0, len(ids) + 1, draw.integers(1, 9)))
+        assert "".join(pieces) == TEXT and not any("\ufffd" in piece for piece in pieces)
+    invalid = np.frombuffer("é".encode() + b"\xff\xe9a\xc3", np.uint8)
+    for cut in range(len(invalid)):  # what is no text is shown as such once that is known
+        assert "".join(spelt(invalid, [cut])[0]) == "é\ufffd\ufffda\ufffd"
+
+
+STOPS = [("größe", "\n\n"), ("🙂🙂 ", "🙂"), ("\nclass", "\n\nclass", "zzz"), ("e", "eturn")]
+
+
+@pytest.mark.parametrize("stops", STOPS)
+def test_a_stop_ends_the_text_however_it_is_split(stops):
+    """Before the first one to be whole, as characters one by one show; none begins in the prompt,
+    and nothing is shown that is taken back."""
+    ids, draw = np.frombuffer(TEXT.encode(), np.uint8), np.random.default_rng(1)
+    for _ in range(200):
+        cuts = np.sort(draw.integers(0, len(ids) + 1, draw.integers(1, 9)))
+        begins = len(TEXT.encode()[: cuts[0]].decode(errors="ignore"))
+        whole = (n for n in range(begins, len(TEXT) + 1) if TEXT[begins:n].endswith(stops))
+        end = next(whole, None)
+        longest = max((len(s) for s in stops if end and TEXT[begins:end].endswith(s)), default=0)
+        expected = TEXT if end is None else TEXT[: end - longest]
+        pieces, text = spelt(ids, cuts, stops)
+        assert "".join(pieces) == expected == text.text and text.done
+
+
+def test_the_end_of_a_document_ends_the_text():
+    text = Continuation(Bytes, [104], ("y",))
+    text.add([105, 256, 121])
+    assert (text.text, text.ids, text.done, text.take()) == ("hi", [105], True, "hi")
 
 
 def test_a_row_stops_at_the_end_and_the_batch_when_all_have():
@@ -361,8 +440,13 @@ def test_one_prompt_streams_and_bad_ones_are_one_line(runs):
     sampled = ("--prompt=é", "--tokens=20", "--temperature=1", "--nofold")
     code, out, err = command(runs, "generate", f"--workdir={runs / 'linear'}", *sampled)
     assert code == 0 and out.startswith("é") and "20 new tokens" in err, err
+    stop = next(character for character in out[3:] if character.isascii() and character != "\n")
+    stopped = (*sampled, f"--stop={stop}", "--stop=nowhere")
+    code, cut, err = command(runs, "generate", f"--workdir={runs / 'linear'}", *stopped)
+    assert code == 0 and cut == out[: out.index(stop, 1)] + "\n", err
     for flags, message in (
         ((f"--workdir={runs / 'linear'}", "--prompt="), "--prompt: is empty"),
+        ((f"--workdir={runs / 'linear'}", "--prompt=a", "--stop="), "--stop: is empty"),
         ((f"--workdir={runs / 'none'}", "--prompt=a"), "no run there"),
         ((f"--workdir={runs / 'linear'}", "--prompt=a", "--step=3"), "step 3 is not kept"),
     ):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -96,14 +97,32 @@ def test_tensorboard_fails_at_once_instead_of_waiting(tmp_path, place, monkeypat
     if place == "a file":
         folder.write_text("")
         with pytest.raises(OSError):
-            TensorBoard(folder)
+            TensorBoard(folder, 0)
         return
-    board = TensorBoard(folder)
+    board = TensorBoard(folder, 0)
     board.write(0, {"loss": 1.0, "layers": [1.0, 2.0]})
     assert sum(p.stat().st_size for p in folder.iterdir()) > 100
     board.writer._py_recordio_writer._writer = open(place, "wb")
     with pytest.raises(OSError):
         board.write(1, {"loss": 1.0})
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path, monkeypatch):
+    """By its own reader: the first session goes beyond the checkpoint that the second begins at."""
+    pytest.importorskip("tensorboardX")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    began = time.time()
+    for session, (first, last) in enumerate([(0, 7), (4, 9)]):
+        monkeypatch.setattr(time, "time", lambda: began + 10 * session)  # files of their own
+        board = TensorBoard(tmp_path, first)
+        for step in range(first + 1, last + 1):
+            board.write(step, {"loss": 10.0 * session + step})
+        board.close()
+    assert len(list(tmp_path.iterdir())) == 2
+    shown = reader.EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [event.step for event in shown] == list(range(1, 10))
+    assert [event.value for event in shown] == [1, 2, 3, 4, 15, 16, 17, 18, 19]
 
 
 def test_a_terminal_that_is_gone_counts_what_nobody_saw(tmp_path):

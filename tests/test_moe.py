@@ -171,10 +171,47 @@ def test_the_auxiliary_loss_and_the_z_loss_are_their_formulas():
 def test_each_rule_on_a_worked_example(rule, moved):
     config = MoE(experts=4, top_k=2, balancing=rule, balancing_rate=0.01)
     bias = jnp.float32([[0.1, 0.2, 0.3, 0.4]] * 2)
-    counts = jnp.float32([[6, 2, 0, 0], [2, 2, 2, 2]])
+    counts = jnp.int32([[6, 2, 0, 0], [2, 2, 2, 2]])
     np.testing.assert_allclose(
         update_bias(config, bias, counts), bias + 0.01 * np.stack([moved, np.zeros(4)]), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("rule", ["rms", "sign", "sign_centred"])
+@pytest.mark.parametrize("experts", [1, 3, 7, 16, 48, 100, 128])
+def test_the_bias_moves_by_the_exact_excess(rule, experts):
+    """Against integers without bounds, at any size of counts; an even row does not move at all."""
+    config = MoE(experts=experts, top_k=1, balancing=rule, balancing_rate=1.0)
+    draw = np.random.default_rng(experts)
+    most = [10, 1_000, 2**24, (2**31 - 1) // experts]
+    counts = np.stack([draw.integers(0, high, experts) for high in most])
+    counts[2, 1:] = counts[2, 0] + draw.integers(0, 2, experts - 1)  # nearly even
+    counts[3] = most[3] // experts
+    excess = counts.astype(object) * experts - counts.sum(-1, keepdims=True).astype(object)
+    excess = excess.astype(np.float64)
+    size = np.sqrt(np.mean(excess**2, -1, keepdims=True))
+    move = -np.sign(excess) if rule != "rms" else -excess / np.where(size > 0, size, 1)
+    move -= np.mean(move, -1, keepdims=True) if rule == "sign_centred" else 0
+    ours = update_bias(config, jnp.zeros(counts.shape), jnp.asarray(counts, jnp.int32))
+    np.testing.assert_allclose(ours, move, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(ours[3], 0)
+
+
+def test_where_shares_are_exact_the_bias_moves_as_it_did_in_floats():
+    """Bit for bit, so that runs of powers of two go on as they began."""
+    config = MoE(experts=64, top_k=4, balancing="rms", balancing_rate=1e-3)
+    counts = np.random.default_rng(0).multinomial(2**20, np.full(64, 1 / 64), size=3)
+    excess = jnp.float32(counts) / 2.0**20 - 1 / 64
+    size = jnp.sqrt(jnp.mean(jnp.square(excess), axis=-1, keepdims=True))
+    bias = jnp.linspace(-1.0, 1.0, 64) * jnp.ones((3, 1))
+    ours = update_bias(config, bias, jnp.asarray(counts, jnp.int32))
+    np.testing.assert_array_equal(ours, bias + config.rate() * (-excess / size))
+
+
+def test_a_step_has_fewer_assignments_than_its_counts_can_hold():
+    at_most = MIXTURE.replace(batch_size=2**23, seq_len=31)
+    with pytest.raises(ConfigError, match="^batch_size: .* 8 experts must be below 2.31"):
+        at_most.replace(seq_len=32)
 
 
 def test_load_metrics_on_a_worked_example():

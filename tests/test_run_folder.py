@@ -55,6 +55,11 @@ REFUSED = {
         (),
         "optimizer.learning_rate: this run began with 0.00075, found 0.5",
     ),
+    "more steps": (
+        RUN.replace(steps=2000),
+        (),
+        "--allow_changes=steps, which .* the next learning rate is 1.5e-05 instead of 3e-05",
+    ),
     "another is named": (RATE, ["seed"], "optimizer.learning_rate: this run"),
     "architecture": (WIDER, ["model.width"], "model.width: .*256, found 64; the model cannot"),
     "no field": (RUN, ["optimizer.learning_rat"], "did you mean 'optimizer.learning_rate'"),

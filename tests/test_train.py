@@ -57,7 +57,10 @@ def test_running_a_finished_run_again_does_nothing(golden, cache):
     workdir = golden[0]
     before = (workdir / "metrics.jsonl").read_text()
     code, out, _ = finish(start(cache, workdir))
-    assert code == 0 and "already has its 60 steps" in out
+    assert code == 0 and "already has its 60 steps" in out and "--allow_changes=steps" in out
+    fewer = "--config.steps=50", "--allow_changes=steps"
+    code, _, err = finish(start(cache, workdir, *fewer))
+    assert code == 2 and "has 60 already" in err and len(err.splitlines()) == 1, err
     assert (workdir / "metrics.jsonl").read_text() == before
 
 

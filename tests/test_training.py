@@ -31,6 +31,7 @@ from kha_jax.training.run_config import MixerOptimizerConfig, OptimizerConfig, R
 from kha_jax.training.step import make_trainer
 from tests import cases
 
+KEY = jax.random.key(7)
 ATTENTION = AttentionConfig(
     projection=GroupedQuery(query_heads=4, kv_heads=4, head_dim=8),
     value=KnockingMLP(),
@@ -302,6 +303,53 @@ def test_gradients_are_clipped_as_optax_does(bound):
         chex.assert_trees_all_equal(ours, theirs)
 
 
+def test_bfloat16_parameters_lose_no_update():
+    """Below their precision they move in the mean as float32 ones do, the same again from the same
+    key; float32 ones as optax moves them, bit for bit."""
+    exact = {"a": jnp.linspace(-2.0, 2.0, 4096), "b": jnp.full(4096, 1.0)}
+    start = optax.tree.cast(exact, jnp.bfloat16)
+    moves, seen = jax.tree.map(lambda z: jnp.full(z.shape, -1e-4), exact), []
+
+    @jax.jit
+    def moved(parameters):
+        def one(p, step):
+            return optimizer.apply_updates(p, moves, jax.random.fold_in(KEY, step)), None
+
+        return jax.lax.scan(one, parameters, jnp.arange(100))[0]
+
+    for _ in range(2):
+        seen.append(moved(start))
+    chex.assert_trees_all_equal(*seen)
+    for name, leaf in seen[0].items():
+        assert leaf.dtype == jnp.bfloat16
+        way = optimizer.float32(leaf) - optimizer.float32(start[name])
+        np.testing.assert_allclose(jnp.mean(way), -1e-2, rtol=0.02)
+    ours = optimizer.apply_updates(exact, moves, KEY)
+    chex.assert_trees_all_equal(ours, optax.apply_updates(exact, moves))
+
+
+@pytest.mark.parametrize("x", [1.0 + 2**-9, -3.0 - 2**-8, 1e-30, 0.0, 1.5])
+def test_rounding_at_random_takes_a_neighbour_and_is_exact_in_the_mean(x):
+    rounded = optimizer.round_at_random(jnp.full(20_000, x, jnp.float32), KEY)
+    rounded = np.asarray(rounded, np.float64)
+    step = 2.0 ** (np.floor(np.log2(abs(x))) - 7) if x else 0.0
+    assert np.all(np.abs(rounded - np.float64(np.float32(x))) < max(step, 1e-300))
+    np.testing.assert_allclose(rounded.mean(), x, atol=0.02 * step)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_moments_are_float32_over_bfloat16_parameters(accumulation):
+    numerics = Numerics(param_dtype="bfloat16")
+    config = RUN.replace(model=MODEL.replace(numerics=numerics), accumulation=accumulation)
+    trainer = make_trainer(config, sharding.make_mesh(RUN.mesh, jax.devices()[:1]))
+    after, _ = trainer.train_step.eval_shape(trainer.abstract, trainer.abstract_batch)
+    kinds = ("params", jnp.bfloat16), ("optimizer", jnp.float32)
+    for state in (trainer.abstract, after):
+        for part, kind in kinds:
+            leaves = [leaf for leaf in jax.tree.leaves(getattr(state, part)) if leaf.ndim]
+            assert {leaf.dtype for leaf in leaves} == {jnp.dtype(kind)}
+
+
 @pytest.mark.parametrize("decay", ["weights", "none", "to_identity"])
 def test_weight_decay_by_role(decay):
     config = OptimizerConfig(
@@ -375,6 +423,21 @@ def test_schedule_warms_up_and_ends_at_the_final_fraction():
     )
     rates = np.array([schedule(config, steps)(i) for i in (0, 24, 49, 50, 525, 1000)])
     np.testing.assert_allclose(rates, [2 / 50, 1.0, 2.0, 2.0, 0.5 * (2.0 + 0.2), 0.2], rtol=1e-5)
+    wsd = config.replace(schedule="wsd", decay_fraction=0.2)
+    rates = np.array([schedule(wsd, steps)(i) for i in (0, 24, 49, 50, 799, 800, 900, 1000)])
+    expected = [2 / 50, 1.0, 2.0, 2.0, 2.0, 2.0, 0.5 * (2.0 + 0.2), 0.2]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("updates", [100, 899])
+def test_only_the_stable_part_of_wsd_is_prolonged_without_a_jump(updates):
+    for kind in ("cosine", "wsd"):
+        old = RUN.replace(steps=1000, optimizer=OptimizerConfig(schedule=kind))
+        rates = optimizer.jump(old, old.replace(steps=2000), updates)
+        assert (rates is None) == (kind == "wsd")
+        assert optimizer.jump(old, old, updates) is None
+    was, now = optimizer.jump(old, old.replace(steps=2000), 1000)
+    assert (was, now) == pytest.approx((7.5e-5, 7.5e-4))
 
 
 def test_learning_rate_reads_the_optimisers_own_count():

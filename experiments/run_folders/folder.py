@@ -28,6 +28,7 @@ from kha_jax.hardware import chips
 from kha_jax.runs.checkpoint import Checkpoints, state_bytes
 from kha_jax.runs.manifest import read_manifest
 from kha_jax.storage import PROBE, cache_folder, read_json, writable, write_json
+from kha_jax.training.optimizer import jump
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import (
     LATER,
@@ -69,6 +70,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: RunConfig, allowed: list[str]):
         self.path, self.config, self.allowed = path, config, allowed
+        self.before = config  # what the run had last
         self.changes: dict[str, tuple[Any, Any]] = {}
         self.identity: dict[str, str] = {}
         self.draws = Draws([(0, config.batch_size)])
@@ -122,15 +124,30 @@ class RunFolder:
         if not path.exists():
             self.lineage = read_lineage(self.path, self.config)
             return
-        old = read_config(self.path)
+        self.before = old = read_config(self.path)
         self.lineage = read_lineage(self.path, old)
         for field, (before, after) in changed(old, self.config).items():
             message = f"config.{field}: this run began with {before!r}, found {after!r}"
             if field.startswith("model.") and not field.startswith(COMPUTED):
                 raise UsageError(f"{message}; the model cannot change, use another --workdir")
             if not self._allows(field):
-                raise UsageError(f"{message}; use another --workdir or --allow_changes={field}")
+                effect = self._effect(field)
+                allow = f"use another --workdir or --allow_changes={field}{effect}"
+                raise UsageError(f"{message}; {allow}")
             self.changes[field] = before, after
+
+    def _effect(self, field: str) -> str:
+        """What allowing the change of the field would do, where that is more than it says."""
+        if field != "steps":
+            return ""
+        folders = (self.path / "checkpoints").glob("*")
+        done = max((int(one.name) for one in folders if one.name.isdecimal()), default=0)
+        if done > self.config.steps:
+            return f", but it has {done} steps already"
+        effect = ", which goes on with the schedule of the new number of steps"
+        if rates := jump(self.before, self.config, done):
+            effect += ": the next learning rate is {1:.3g} instead of {0:.3g}".format(*rates)
+        return effect
 
     def identify(self, train: Source, validation: Source) -> None:
         """Says which text the run reads, and compares it with what it has read.

@@ -58,7 +58,7 @@ class Reporter:
             make = functools.partial(MetricsFile, workdir / "metrics.jsonl", first_step)
             self.sinks.append(Spared("metrics.jsonl", make))
         if leader and tensorboard:
-            make = functools.partial(TensorBoard, workdir / "tensorboard")
+            make = functools.partial(TensorBoard, workdir / "tensorboard", first_step)
             self.sinks.append(Spared("tensorboard", make))
         self.progress = Progress(first_step, config.steps, enabled=leader)
         self.progress.header(workdir, config, cost, mesh, examples)

@@ -188,8 +188,9 @@ class HeadComposition(LinearMixer):
 
     More heads read than are projected are virtual heads: the fewer ones are cached and composed
     when they are read. Where the numbers differ, `identity` repeats heads or takes the mean of
-    neighbours. On q, k and v it is interleaved-head attention with one pseudo-head (arXiv
-    2602.21371).
+    neighbours. That it starts there and acts before the k norm is inferred; the paper's text leaves
+    both open. On q, k and v it is interleaved-head attention with one pseudo-head (arXiv
+    2602.21371), without its output collapse, which then folds into W_O.
     """
 
     axis = "head"

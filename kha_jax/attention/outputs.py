@@ -60,7 +60,8 @@ class NoOutputMixer(OutputMixer):
 
 
 class HeadGroupNorm(OutputMixer):
-    """An RMS norm of each head over U with one weight [U] for all heads (MEA, arXiv 2601.19611)."""
+    """An RMS norm of each head over U (MEA, arXiv 2601.19611). One weight [U] for all heads and eps
+    are inferred: the paper's text does not give them."""
 
     eps: float = 1e-5
     """Added to the mean square."""
@@ -135,9 +136,10 @@ class MixtureOfHeads(OutputMixer):
     softmax(x W_a); without shared heads there is no a. Gates are `renormalised` in the authors'
     code: the chosen ones are divided by their sum, each kind is multiplied by its number of heads
     and a by 2. balance_rate * R^2 mean_i(P_i f_i) is added to the loss of each token, R the routed
-    heads, P their mean softmax, f the share of tokens that chose them. Metrics, per layer:
-    head_max_violation, the largest share over the mean one less 1, and head_gate_entropy, of P over
-    log R.
+    heads, P their mean softmax, f the share of tokens that chose them, summed over layers; the
+    authors' code takes the mean, so that their rate is this one times the number of layers.
+    Metrics, per layer: head_max_violation, the largest share over the mean one less 1, and
+    head_gate_entropy, of P over log R.
     """
 
     mixes_heads = True

@@ -171,7 +171,7 @@ class MoEModule(Module):
                 jnp.sum(weights_BTK, axis=-1, keepdims=True), 1e-20
             )
             counts_E = jnp.sum(
-                jax.nn.one_hot(chosen_BTK, c.experts, dtype=jnp.float32), axis=(0, 1, 2)
+                jax.nn.one_hot(chosen_BTK, c.experts, dtype=jnp.int32), axis=(0, 1, 2)
             )
         weights = (
             self.weight("gate", experts=c.experts, expert_embed=D, feed_forward=F),
@@ -256,13 +256,17 @@ def update_bias(config: MoE, bias_LE: jax.Array, counts_LE: jax.Array) -> jax.Ar
 
     With F = c / sum(c) and Q = 1/E: rms b - a (F - Q) / RMS(F - Q); sign b + a s with s =
     sign(mean(c) - c); sign_centred b + a (s - mean(s)).
+
+    F - Q is computed as c E - sum(c), E sum(c) times as much, in int32: float32 has no mean that
+    every even row of counts is equal to. A run's config bounds it (`RunConfig.validate`).
     """
-    excess_LE = counts_LE / jnp.sum(counts_LE, axis=-1, keepdims=True) - 1 / counts_LE.shape[-1]
+    total_L1 = jnp.sum(counts_LE, axis=-1, keepdims=True)
+    excess_LE = (counts_LE * counts_LE.shape[-1] - total_L1).astype(jnp.float32)
     if config.balancing == "rms":
         size_L1 = jnp.sqrt(jnp.mean(jnp.square(excess_LE), axis=-1, keepdims=True))
         move_LE = -excess_LE / jnp.where(size_L1 > 0, size_L1, 1)
     else:
-        move_LE = jnp.sign(jnp.mean(counts_LE, axis=-1, keepdims=True) - counts_LE)
+        move_LE = -jnp.sign(excess_LE)
         if config.balancing == "sign_centred":
             move_LE -= jnp.mean(move_LE, axis=-1, keepdims=True)
     return bias_LE + config.rate() * move_LE

@@ -1,8 +1,9 @@
 """Fewer cached heads for a trained model, by MEA's virtual heads (arXiv 2601.19611).
 
 The K key (value) heads of a layer are combinations of K' basis heads, W_k = sum_j B_j C[j, k]: the
-best ones by the singular vectors of W as a matrix [K, D H]. The projection then makes and caches
-the basis heads, and a HeadComposition makes the K heads of them when they are read.
+best ones by the singular vectors of W as a matrix [K, D H], whose singular values go into the
+composition C, as in the paper's appendix F. The projection then makes and caches the basis heads,
+and a HeadComposition makes the K heads of them when they are read.
 """
 
 from typing import NamedTuple
@@ -29,13 +30,14 @@ class Basis(NamedTuple):
 
 
 def basis(W_DKH: np.ndarray, heads: int) -> Basis:
-    """The best `heads` basis heads of W, in float64; the kernel's rows are orthonormal."""
+    """The best `heads` basis heads of W, in float64; they are orthonormal over D and H."""
     D, K, H = W_DKH.shape
     flat = np.asarray(W_DKH, np.float64).transpose(1, 0, 2).reshape(K, D * H)
     U, s, V = np.linalg.svd(flat, full_matrices=False)
     left = np.append(np.cumsum(np.square(s)[::-1])[::-1][1:], 0.0)
-    scaled = (s[:heads, None] * V[:heads]).reshape(heads, D, H).transpose(1, 0, 2)
-    return Basis(scaled, U[:, :heads].T, np.sqrt(left / np.sum(np.square(s))))
+    best = V[:heads].reshape(heads, D, H).transpose(1, 0, 2)
+    kernel = (U[:, :heads] * s[:heads]).T
+    return Basis(best, kernel, np.sqrt(left / np.sum(np.square(s))))
 
 
 def compressed(attention: AttentionConfig, kv_heads: int) -> AttentionConfig:

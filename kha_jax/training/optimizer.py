@@ -1,9 +1,11 @@
-"""AdamW with warm-up and cosine decay, per-role weight decay, and the training of the
+"""AdamW with warm-up and a decay of the rate, per-role weight decay, and the training of the
 matrices of mixers.
 
 A parameter's role follows from its logical axes: the small matrices of mixers carry `mixer_in` and
 have the role `mixer`, other parameters with two or more axes (layers not counted) are weights,
 and the rest (norm scales) are vectors, which are never decayed.
+
+Everything between a gradient and its update is float32, whatever the parameters are stored as.
 """
 
 from typing import Any
@@ -12,17 +14,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kha_jax.training.run_config import OptimizerConfig
+from kha_jax.training.run_config import OptimizerConfig, RunConfig
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of update number `count` (from 0): warm-up to the peak, then cosine to
-    final_fraction of it."""
+    """Learning rate of update number `count` (from 0): warm-up to the peak, then down to
+    final_fraction of it, by a cosine or, with `wsd`, linearly in the last steps alone."""
     warmup = max(1, round(config.warmup_fraction * steps))
-    peak = config.learning_rate
-    cosine = optax.cosine_decay_schedule(peak, max(1, steps - warmup), config.final_fraction)
+    peak, final = config.learning_rate, config.final_fraction
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([rise, cosine], [warmup])
+    if config.schedule == "cosine":
+        cosine = optax.cosine_decay_schedule(peak, max(1, steps - warmup), final)
+        return optax.join_schedules([rise, cosine], [warmup])
+    decay = max(1, round(config.decay() * steps))
+    stable_end = max(warmup, steps - decay)
+    fall = optax.linear_schedule(peak, final * peak, decay)
+    stable = optax.constant_schedule(peak)
+    return optax.join_schedules([rise, stable, fall], [warmup, stable_end])
 
 
 def roles(axes: Any) -> Any:
@@ -77,14 +85,54 @@ def make(
         updates = jax.tree.map(decayed, updates, parameters, role, targets)
         return jax.tree.map(scaled, updates, role)
 
-    return optax.chain(
+    chain = optax.chain(
         _clip(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.stateless(decay_and_scale),
         optax.scale_by_learning_rate(schedule(config, steps)),
     )
 
+    def update(grads, state, parameters, *, norm=None):
+        return chain.update(float32(grads), state, float32(parameters), norm=norm)
+
+    return optax.GradientTransformationExtraArgs(lambda born: chain.init(float32(born)), update)
+
+
+def float32(tree: Any) -> Any:
+    """The tree with float32 leaves."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def apply_updates(parameters: Any, updates: Any, key: jax.Array) -> Any:
+    """parameters + updates. Where they are bfloat16 the sum is rounded up or down at random, so
+    that updates below their precision (2^-8) are kept in the mean and not lost (arXiv 2010.06192).
+    """
+    leaves, tree = jax.tree.flatten(parameters)
+    added = []
+    for number, (leaf, update) in enumerate(zip(leaves, tree.flatten_up_to(updates), strict=True)):
+        total = leaf.astype(jnp.float32) + update
+        rounds = leaf.dtype == jnp.bfloat16
+        added.append(round_at_random(total, jax.random.fold_in(key, number)) if rounds else total)
+    return tree.unflatten(added)
+
+
+def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to one of its two neighbours in bfloat16, which is x in the mean."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # bfloat16 is the upper half: a carry out of the lower one goes to the neighbour away from zero
+    bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits &= jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
 
 def learning_rate(config: OptimizerConfig, steps: int, optimizer_state: Any) -> jax.Array:
     """The learning rate that the next update will use."""
     return jnp.asarray(schedule(config, steps)(optimizer_state[-1].count), jnp.float32)
+
+
+def jump(old: RunConfig, new: RunConfig, updates: int) -> tuple[float, float] | None:
+    """The learning rate of the next update of a run that has applied so many and goes on with
+    another config, as it was and as it is now; None where it is the same."""
+    before, after = (schedule(run.optimizer, run.steps) for run in (old, new))
+    rates = float(before(updates)), float(after(updates))
+    return None if rates[0] == rates[1] else rates

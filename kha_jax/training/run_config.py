@@ -37,7 +37,11 @@ class MixerOptimizerConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW (arXiv 1711.05101), the paper's section 4.1 by default."""
+    """AdamW (arXiv 1711.05101), the paper's section 4.1 by default.
+
+    The schedule `wsd` (warm-up, stable, decay; MiniCPM, arXiv 2404.06395) does not depend on the
+    number of steps until it decays, so that a run can be prolonged from there without a jump.
+    """
 
     learning_rate: float = 7.5e-4
     """At the peak, after warm-up."""
@@ -54,7 +58,11 @@ class OptimizerConfig(Config):
     warmup_fraction: float = 0.05
     """Share of the steps in which the learning rate rises linearly."""
     final_fraction: float = 0.1
-    """Share of the peak that the cosine ends at."""
+    """Share of the peak that the schedule ends at."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a cosine over all steps, or the peak (`wsd`) until a last linear decay."""
+    decay_fraction: float | None = None
+    """Share of the steps in which `wsd` decays, 0.1 by default."""
     mixer: MixerOptimizerConfig = MixerOptimizerConfig()
     """How the matrices of mixers are trained."""
 
@@ -71,6 +79,16 @@ class OptimizerConfig(Config):
                 f"must be in [0, 1), found {value}",
             )
         self.at_least(0, "weight_decay")
+        given = self.decay_fraction
+        problem = f"does nothing with schedule={self.schedule!r}, found {given}"
+        self.require(given is None or self.schedule == "wsd", "decay_fraction", problem)
+        longest = 1 - self.warmup_fraction
+        problem = f"must be above 0 and leave room for warmup_fraction, found {given}"
+        self.require(given is None or 0 < given <= longest, "decay_fraction", problem)
+
+    def decay(self) -> float:
+        """decay_fraction, or its default."""
+        return 0.1 if self.decay_fraction is None else self.decay_fraction
 
 
 class EvaluationConfig(Config):
@@ -155,6 +173,10 @@ class RunConfig(Config):
         needed, have = self.data.vocabulary_size(), self.model.vocabulary_size
         problem = f"must be at least the data's {needed}, found {have}"
         self.require(have >= needed, "model.vocabulary_size", problem)
+        tokens = self.tokens_per_step
+        for experts in (part.feed_forward.router_width() for part in self.model.segments()):
+            problem = f"times seq_len={self.seq_len} and {experts} experts must be below 2^31"
+            self.require(tokens * experts < 2**31, "batch_size", problem)
         shortest = self.data.minimum_seq_len()
         self.require(
             self.seq_len >= shortest,

@@ -170,8 +170,10 @@ def _train_step(config, model, tx, state, batch):
     """One update from one global batch.
 
     The gradient is that of (sum of the objective over all micro-batches) / (their weighted tokens),
-    so a step does not depend on how its tokens are spread over micro-batches or devices. A
-    non-finite loss or gradient leaves everything but the step as it was.
+    so a step does not depend on how its tokens are spread over micro-batches or devices. Losses of
+    routers (balancing=auxiliary, output=mixture) are the exception: products of means over tokens,
+    they are taken in each micro-batch, though over all devices. A non-finite loss or gradient
+    leaves everything but the step as it was.
     """
 
     def objective(params, micro_batch):
@@ -193,7 +195,7 @@ def _train_step(config, model, tx, state, batch):
         first = jax.tree.map(lambda z: z[0], micro_batches)
         shapes = jax.eval_shape(gradient, state.params, first)
         (value, (sums, _)), grads = shapes
-        zero = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), (value, sums, grads))
+        zero = jax.tree.map(lambda z: jnp.zeros(z.shape, jnp.float32), (value, sums, grads))
         (value, sums, grads), aux = jax.lax.scan(accumulate, zero, micro_batches)
         counts = jax.tree.map(lambda z: jnp.sum(z, axis=0), aux.counts)
         means = jax.tree.map(lambda z: jnp.mean(z, axis=0), aux.metrics)
@@ -202,14 +204,15 @@ def _train_step(config, model, tx, state, batch):
     tokens = jnp.maximum(sums.tokens, 1)
 
     def mean():  # within its consumers, so that it is never written out
-        return jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
+        return jax.tree.map(lambda g: g / tokens, optimizer.float32(grads))
 
     norm = optax.tree.norm(mean())
     balance, load = _rebalance(config.model.feed_forward, state.balance, aux.counts)
 
     def updated(state):
         updates, moments = tx.update(mean(), state.optimizer, state.params, norm=norm)
-        params = optax.apply_updates(state.params, updates)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        params = optimizer.apply_updates(state.params, updates, key)
         return TrainState(state.step, params, balance, moments)
 
     # Branches, since a selection would hold the state of before beside the one of after.

@@ -29,8 +29,9 @@ class Collaborative(Projection):
     W_Q and W_K [D, C] serve all heads; W_V [D, N, H] is each head's own. The paper defines no
     rotary embedding: here shared queries and keys are rotated in blocks of H, each as a head would
     be, with one weight m for both features of a rotary pair. With a block for each head,
-    `concatenate` starts as multi-head attention without a q/k norm. Cache: C for keys, N H for
-    values.
+    `concatenate` starts as multi-head attention without a q/k norm. The authors' code scales by
+    1 / sqrt(C / N), the same where C = N H, and has a content bias, which is left out here. Cache:
+    C for keys, N H for values.
     """
 
     stream_weights = {"value": "value"}
