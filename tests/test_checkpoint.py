@@ -1,6 +1,7 @@
 """Checkpoints: what is damaged, foreign, of another tree or unfinished never counts, and what is
 good stays."""
 
+import errno
 import json
 import os
 import shutil
@@ -60,6 +61,15 @@ def small_disk(tmp_path):
 def newest(folder, accepts=(OURS,), **options):
     with Checkpoints(folder, accepts=accepts) as checkpoints:
         return checkpoints.newest_good(**options)
+
+
+def same_tree(one, other):
+    """Whether two folders hold the same files."""
+    content = [
+        {p.relative_to(top): p.read_bytes() for p in top.rglob("*") if p.is_file()}
+        for top in (one, other)
+    ]
+    return content[0] == content[1]
 
 
 def cut(path):
@@ -199,6 +209,38 @@ def test_retention_counts_verified_checkpoints(folder):
     with Checkpoints(folder, 2, lambda step: OURS, [OURS]) as checkpoints:
         checkpoints.save(4, STATE)
     assert [p.name for p in sorted(folder.glob("*/"))] == ["00000003", "00000004"]
+
+
+@pytest.mark.parametrize("where", ["busy", "elsewhere"])
+def test_an_old_checkpoint_that_cannot_be_removed_stays_and_a_save_goes_on(
+    two, folder, tmp_path, monkeypatch, caplog, where
+):
+    """One that is a link to an archive is never written through."""
+    if where == "busy":
+
+        def busy(path, ignore_errors=False):
+            if not ignore_errors:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+        monkeypatch.setattr(shutil, "rmtree", busy)
+    else:
+        shutil.move(folder / "00000001", tmp_path / "archive")
+        (folder / "00000001").symlink_to(tmp_path / "archive")
+    with Checkpoints(folder, 2, lambda step: OURS, [OURS]) as checkpoints:
+        checkpoints.save(3, STATE)
+    assert f"{folder / '00000001'} is too old and stays: " in caplog.text
+    assert newest(folder, set_aside=False) == 3
+    if where == "elsewhere":
+        assert same_tree(tmp_path / "archive", two / "00000001")
+
+
+def test_a_damaged_checkpoint_behind_a_link_is_set_aside_here_alone(two, folder, tmp_path):
+    shutil.move(folder / "00000002", tmp_path / "archive")
+    flip(max((tmp_path / "archive" / "state" / "d").iterdir(), key=lambda p: p.stat().st_size))
+    shutil.copytree(tmp_path / "archive", tmp_path / "before")
+    (folder / "00000002").symlink_to(tmp_path / "archive")
+    assert newest(folder) == 1 and newest(saved(folder, 2)) == 2
+    assert same_tree(tmp_path / "archive", tmp_path / "before")
 
 
 OTHER = {

@@ -9,6 +9,7 @@ which finds none any more does not start again.
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import logging
 import math
@@ -176,19 +177,33 @@ class Checkpoints:
             write_json(self.folder / NEWEST, step)
         except Exception as error:
             raise self._failure(step, size, error) from error
-        self._retain(step)
+        self._retain()
 
-    def _retain(self, now: int) -> None:
+    def _retain(self) -> None:
         """Removes what is older than the newest `keep` verified checkpoints."""
         kept = 0
         for step in reversed(self.steps()):
             if kept < self.keep:
                 kept += self._is_good(step)
                 continue
-            # The manifest goes first, so that a half-removed checkpoint never counts.
-            (self.path(step) / MANIFEST).unlink()
-            faults.at("retention", now, self.folder)
-            shutil.rmtree(self.path(step))
+            try:  # the new checkpoint counts, whatever becomes of an old one
+                self.remove(step)
+            except OSError as error:
+                log.warning("%s is too old and stays: %s", self.path(step), why(error))
+
+    def remove(self, step: int) -> None:
+        """Removes a checkpoint; one that is a link leads to what others keep, and stays.
+
+        Raises:
+            OSError: it could not be removed, at least not as a whole.
+        """
+        path = self.path(step)
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link to another folder", str(path))
+        # The manifest goes first, so that a half-removed checkpoint never counts.
+        (path / MANIFEST).unlink(missing_ok=True)
+        faults.at("retention", step, self.folder)
+        shutil.rmtree(path)
 
     def _is_good(self, step: int) -> bool:
         """Whether a checkpoint verifies; the content of one that has before is not read again."""
@@ -272,7 +287,14 @@ class Checkpoints:
     def _set_aside(self, rejected: list[int]) -> None:
         for step in rejected:
             # It stays for whoever wants to look, but retention must not count it.
-            (self.path(step) / MANIFEST).rename(self.path(step) / REJECTED)
+            path = self.path(step)
+            try:
+                if path.is_symlink():  # what it leads to is not this run's to change
+                    path.rename(path.with_suffix(".rejected"))
+                else:
+                    (path / MANIFEST).rename(path / REJECTED)
+            except OSError as error:
+                log.warning("%s could not be set aside: %s", path, why(error))
         for path in self.folders():
             if not (path / MANIFEST).exists() and not (path / REJECTED).exists():
                 shutil.rmtree(path, ignore_errors=True)
