@@ -28,6 +28,7 @@ from kha_jax import analysis
 from kha_jax.analysis import curves, figures, heads, measures, style
 from kha_jax.analysis.reading import STREAMS, Run, Stack, saved_steps
 from kha_jax.errors import CheckpointError
+from kha_jax.storage import write_text
 
 WORKDIR = flags.DEFINE_list(
     "workdir", [], "Required: run folders or checkpoints, shown in this order."
@@ -182,8 +183,7 @@ def write(out: Path) -> list[Run]:
                 path = out / (name if len(runs) == 1 else f"{name}_{run.name}")
                 sections.setdefault(name, []).append((run.name, style.save(draw, path)))
         text = page.write([(run.name, run.step) for run in runs], table, sections, WATCH.value)
-        (out / "index.tmp").write_text(text)
-        (out / "index.tmp").rename(out / "index.html")  # a browser never sees half of it
+        write_text(out / "index.html", text)  # a browser never sees half of it
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror}") from None
     except style.PlotsMissing as error:

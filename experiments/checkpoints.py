@@ -28,6 +28,7 @@ from kha_jax.analysis.leaves import Checkpoint
 from kha_jax.errors import CheckpointError
 from kha_jax.runs.checkpoint import Checkpoints, leaves
 from kha_jax.runs.manifest import read_manifest, verify, why
+from kha_jax.storage import not_followed
 from kha_jax.training.run_folder import read_config, read_lineage
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder.")
@@ -88,7 +89,7 @@ def prune(workdir: Path, checkpoints: Checkpoints, steps: list[int], accepts: li
     left = [step for step in checkpoints.steps() if step not in steps]
     if not any(not problem(checkpoints.path(step), accepts, thorough=True) for step in left):
         raise UsageError("--prune: no good checkpoint would be left")
-    with open(workdir / "lock", "a+") as lock:
+    with open(workdir / "lock", "a+", opener=not_followed) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

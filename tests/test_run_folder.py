@@ -1,7 +1,9 @@
 """The run folder: what may change between two starts, who may write, and what is found out before
 anything compiles."""
 
+import contextlib
 import json
+import os
 import pwd
 import runpy
 import types
@@ -12,15 +14,17 @@ import pytest
 
 from experiments.cli.command_line import UsageError
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
+from experiments.sweeps import runner
 from experiments.train import evaluate, open_sources
 from experiments.train_loop import data_check
 from kha_jax import sharding
 from kha_jax.config import ConfigError, from_dict
 from kha_jax.data import Draws, MultiQueryAssociativeRecall, PythonSource
 from kha_jax.errors import CheckpointError, DataError, RunError, StorageError
-from kha_jax.metrics import plain_row
+from kha_jax.metrics import MetricsFile, plain_row
 from kha_jax.ops.losses import TokenSums
-from kha_jax.storage import cache_folder
+from kha_jax.runs.results import write_results
+from kha_jax.storage import cache_folder, writable, write_text
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import batch_sizes, config_hash, read_lineage
 from tests.runs import CONFIGS
@@ -158,6 +162,39 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"--workdir={path} cannot be written"):
             begin(path)
+
+
+FIXED = {
+    "lock": lambda run: RunFolder(run, RUN, []),
+    "metrics.jsonl": lambda run: MetricsFile(run / "metrics.jsonl", 0).write(1, {}),
+    "metrics.tmp": lambda run: MetricsFile(run / "metrics.jsonl", 0),
+    "config.json": lambda run: begin(run).keep(0),
+    "lineage.json": lambda run: begin(run).keep(0),
+    f"config.{os.getpid()}.tmp": lambda run: begin(run).keep(0),
+    f".probe-{os.getpid()}": lambda run: writable(run),
+    "runs.csv": lambda run: write_results(run / "runs.csv", []),
+    "runs.tmp": lambda run: write_results(run / "runs.csv", []),
+    "claim": lambda run: runner._locked(run / "claim").__enter__(),
+    "report.md": lambda run: write_text(run / "report.md", "new"),
+}
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize("name", FIXED)
+def test_a_file_of_a_fixed_name_is_not_opened_through_a_link(tmp_path, name, kind):
+    """It is refused or replaced; what the link leads to stays as it is. A pipe hangs nobody."""
+    (tmp_path / "outside").write_text('{"step": 5}\n')
+    run = tmp_path / "run"
+    run.mkdir()
+    if kind == "link":
+        (run / name).symlink_to(tmp_path / "outside")
+    elif name != "metrics.jsonl":  # which is read first
+        os.mkfifo(run / name)
+    with contextlib.suppress(UsageError, OSError):
+        FIXED[name](run)
+    assert (tmp_path / "outside").read_text() == '{"step": 5}\n'
+    left = {p.name for p in run.iterdir()} - {*FIXED, "run"}
+    assert not left, left
 
 
 def test_a_cache_of_programs_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch, caplog):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import difflib
+import errno
 import faulthandler
 import functools
 import logging
@@ -24,6 +25,10 @@ from experiments.cli.terminal import Log, Terminal
 from kha_jax.config import ConfigError, from_dict, near
 
 DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
+# What the system says of a disk, not of a mistake in this code.
+OF_THE_MACHINE = {
+    getattr(errno, name) for name in ("ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ELOOP".split())
+}
 GRACE = 10.0  # seconds in which a process that hangs says so
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = str(REPOSITORY / "configs" / "kha_tiny.py")
@@ -283,6 +288,8 @@ def code_of(error: BaseException) -> int | None:
         (PeerError, WaitError): HANG,
         StorageError: STORAGE,
     }
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        return STORAGE
     return next((code for kinds, code in codes.items() if isinstance(error, kinds)), None)
 
 

@@ -27,7 +27,7 @@ from kha_jax.errors import CheckpointError, DataError
 from kha_jax.hardware import chips
 from kha_jax.runs.checkpoint import Checkpoints, state_bytes
 from kha_jax.runs.manifest import read_manifest
-from kha_jax.storage import PROBE, cache_folder, read_json, writable, write_json
+from kha_jax.storage import PROBE, cache_folder, not_followed, read_json, writable, write_json
 from kha_jax.training.optimizer import jump
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import (
@@ -77,7 +77,7 @@ class RunFolder:
         self.lineage: list[dict[str, Any]] = []
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(path / "lock", "a+")
+            self.lock = open(path / "lock", "a+", opener=not_followed)
             if jax.process_index() == 0:
                 self._take_lock()
                 writable(path)
