@@ -276,6 +276,7 @@ def main() -> int:
     if DRY_RUN.value:
         list_runs(sweep)
         return command_line.DONE
+    terminal.spare()
     jax.config.update("jax_platforms", "cpu")  # the accelerators are for the runs
     fields = ("name", "baseline", "printed", "note")
     about = {

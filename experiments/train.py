@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.cli.terminal import say
 from experiments.run_folders import stored
@@ -198,6 +198,7 @@ def main() -> int:
     if REPLAY.value:
         replay.show(path, REPLAY.value)
         return command_line.DONE
+    terminal.spare()
 
     # ---------------------------------------------------------------- processes, devices, data
     data_check.check_vocabulary(config, sys.argv[1:])

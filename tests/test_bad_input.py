@@ -498,6 +498,50 @@ def test_bad_inputs(results, name):
     assert_refused(results[name], *INPUTS[name][2:])
 
 
+# ---------------------------------------------------------------- output that is the product
+FULL = 74, "error: the output cannot be written: No space left on device\n"
+CLOSED = 74, "error: the output cannot be written: Bad file descriptor\n"
+# a command, where its output goes, and with what it ends and says
+OUTPUTS = [
+    (("plan", "--json"), ">/dev/full", FULL),
+    (("train", "--print_config"), ">/dev/full", FULL),
+    (("train", "--print_config"), ">&-", CLOSED),
+    (("train", "--print_config"), "| true", (0, "")),
+    (("train", "--help"), ">/dev/full", FULL),
+    (("train", "--config.help"), ">/dev/full", FULL),
+    (("checkpoints", "--workdir={run}"), ">/dev/full", FULL),
+    (("checkpoints", "--workdir={run}"), "| true", (0, "")),
+    (GENERATE, ">/dev/full", FULL),
+    (TRAIN, ">/dev/full", (0, "")),  # of which the product is the run
+]
+
+
+def test_output_that_is_the_product_is_there_or_missed(trained):
+    here, cache = trained
+    told = [[part.replace("{run}", str(here / "run")) for part in case[0]] for case in OUTPUTS]
+    cases = [(name, [*flags, place]) for (name, *flags), (_, place, _) in zip(told, OUTPUTS)]
+    for case, expected, result in zip(cases, OUTPUTS, run_all(cases, cache)):
+        lines = [line for line in result.err.splitlines(True) if line.startswith("error: ")]
+        assert (result.code, "".join(lines)) == expected[2], (case, result)
+        assert "Traceback" not in result.err and "Exception" not in result.err, result
+
+
+def test_streams_that_are_closed_from_the_start_are_no_traceback(tmp_path):
+    """Nor are their numbers those of the files that a command opens."""
+    python = f"cd {ROOT}; {sys.executable} -m experiments"
+    said, number, file = (tmp_path / name for name in ("said", "number", "config.py"))
+    file.write_text(f"with open({str(number)!r}, 'w') as f: f.write(str(f.fileno()))\n1 / 0")
+    lines = {
+        f"{python} >&- 2>{said}": 74,
+        f"{python} >/dev/full 2>&-": 74,
+        f"{python}.train --config={file} <&- >&- 2>&-": 2,
+        f"{python}.train --print_config >&- 2>&-": 74,
+    }
+    begun = {line: subprocess.Popen(["sh", "-c", line]) for line in lines}
+    assert {line: process.wait(timeout=60) for line, process in begun.items()} == lines
+    assert said.read_text() == CLOSED[1] and int(number.read_text()) > 2
+
+
 # ---------------------------------------------------------------- by itself
 def begin(command, *arguments, **streams):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}

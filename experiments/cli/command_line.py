@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict
 
 from experiments.cli import c_library, help_text, hints
-from experiments.cli.terminal import Log, Terminal
+from experiments.cli.terminal import Log, Terminal, spare
 from kha_jax.config import ConfigError, from_dict, near
 
 DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
@@ -53,7 +53,7 @@ def define_config(default: str = DEFAULT_CONFIG) -> None:
         _define_flag(arguments, default, flags.FLAGS)
         flags.DEFINE_bool("config.help", False, "List the config's fields with their meaning.")
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=Terminal(sys.stderr))
         sys.exit(USAGE)
 
 
@@ -327,12 +327,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
 
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no text ends a program
-    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
-    if help_text.wanted():
-        about = sys.modules["__main__"].__doc__
-        print("\n".join(help_text.of_program(about, own_flags(), REPOSITORY)))
-        sys.exit(DONE)
-    _quiet_libtpu()
+    sys.stdout, sys.stderr = Terminal(sys.stdout, needed=True), Terminal(sys.stderr)
     log = logging.getLogger("kha_jax")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -341,7 +336,8 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     sys.unraisablehook = _report
     try:
-        code = main(*_parse_flags(sys.argv, words)) or DONE
+        code = _outcome(main, words)
+        sys.stdout.flush()
     except Exception as error:
         code = code_of(error)
         if isinstance(error, WaitError):
@@ -354,5 +350,19 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
             )
         if code is None:
             raise
+        spare()  # what is still to be written of it
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _outcome(main: Callable[..., int | None], words: int) -> int:
+    """The exit code of what the command line asks for."""
+    if help_text.wanted():
+        about = sys.modules["__main__"].__doc__
+        print("\n".join(help_text.of_program(about, own_flags(), REPOSITORY)))
+        return DONE
+    _quiet_libtpu()
+    try:
+        return main(*_parse_flags(sys.argv, words)) or DONE
+    except SystemExit as left:
+        return left.code or DONE
