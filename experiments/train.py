@@ -121,7 +121,7 @@ def join_processes(hang_timeout: float) -> None:
 def workdir() -> Path:
     """The run folder that the flags name."""
     usual = command_line.REPOSITORY / "runs" / Path(flags.FLAGS["config"].config_filename).stem
-    return stored.local_folder("workdir", WORKDIR.value or str(usual))
+    return stored.own_folder("workdir", str(usual) if WORKDIR.value is None else WORKDIR.value)
 
 
 def build(config: RunConfig) -> tuple[jax.sharding.Mesh, Trainer]:

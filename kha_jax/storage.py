@@ -19,6 +19,17 @@ LARGEST = 2**32  # bytes of a log; what is larger is no log
 LARGEST_JSON = 2**26
 
 
+def as_written(name: str) -> Path:
+    """The path that a person has written, with ~ for the home folder.
+
+    Raises:
+        StorageError: there is no home folder.
+    """
+    if name == "~" or name.startswith("~/"):
+        return _home() / name[2:]
+    return Path(os.path.expanduser(name))  # somebody else's
+
+
 def cache_folder(name: str) -> Path:
     """A folder for what can be made again: $KHA_JAX_CACHE/name, by default below the user's cache
     folder.
@@ -26,13 +37,11 @@ def cache_folder(name: str) -> Path:
     Raises:
         StorageError: it is no folder of this machine, or the user has none.
     """
-    base = (
-        os.environ.get("KHA_JAX_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "kha_jax"
-    )
-    if "://" in str(base):
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    base = os.environ.get("KHA_JAX_CACHE") or f"{caches}/kha_jax"
+    if "://" in base:
         raise StorageError(f"KHA_JAX_CACHE={base}: object stores are not supported; name a folder")
-    return Path(base) / name
+    return as_written(base) / name
 
 
 def _home() -> Path:

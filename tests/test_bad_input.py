@@ -96,6 +96,10 @@ FLAGS = {
     "again": "'again' is not understood",
     "--workdir=gs://bucket/run": "--workdir=gs://bucket/run: object stores are not supported yet",
     "--workdir=file:///tmp/run": "object stores are not supported yet",
+    "--workdir=": "--workdir=: names no folder; is a variable of the shell not set?",
+    "--workdir={here}/run/checkpoints": "lies in the checkpoints of the run {here}/run; name that",
+    "--workdir={here}/run/checkpoints/00000001/new": "lies in the checkpoints of the run",
+    "--workdir=S3://bucket/run": "object stores are not supported yet",
     "--workdir={here}/text": "cannot be written: ",
     "--workdir={here}/" + "n" * 300: "cannot be written: File name too long",
     "--workdir={here}/\udcff": "the name is not UTF-8",
@@ -422,6 +426,14 @@ INPUTS = {
     "analyze of nothing": (no_damage, ("analyze",), 2, "--workdir: is required"),
     "analyze of no folder": (no_damage, ("analyze", "--workdir={here}/none"), 2, "no such folder"),
     "analyze of odd storage": (no_damage, ("analyze", "--workdir=odd://a"), 2, "storage is known"),
+    "analyze to a bucket": (no_damage, ("analyze", "--workdir={run}", "--out=S3://b"), 2, "stores"),
+    "a sweep to a bucket": (no_damage, ("sweep", "--table=2", "--out=Gs://b"), 2, "object stores"),
+    "a sweep to nowhere": (
+        no_damage,
+        ("sweep", "--table=2", "--out="),
+        2,
+        "--out=: names no folder",
+    ),
     "a plan of no slice": (no_damage, ("plan", "--topology=v9:1x1"), 2, "v9:1x1"),
     "a ranking of one": (
         no_damage,
@@ -482,8 +494,8 @@ def assert_refused(result, code, said):
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=ascii)
-def test_bad_flags(results, flags):
-    assert_refused(results[flags], 2, FLAGS[flags])
+def test_bad_flags(trained, results, flags):
+    assert_refused(results[flags], 2, FLAGS[flags].replace("{here}", str(trained[0])))
 
 
 @pytest.mark.parametrize("content", FILES, ids=ascii)

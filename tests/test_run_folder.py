@@ -7,12 +7,14 @@ import os
 import pwd
 import runpy
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from experiments.cli.command_line import UsageError
+from experiments.run_folders import stored
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
 from experiments.sweeps import runner
 from experiments.train import evaluate, open_sources
@@ -162,6 +164,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"--workdir={path} cannot be written"):
             begin(path)
+
+
+def test_the_home_folder_is_written_as_people_write_it(tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir(), (home / "module.py").write_text("pass\n" * 99)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("KHA_JAX_CACHE", "~/k")
+    assert cache_folder("data") == home / "k" / "data"
+    assert stored.local_folder("workdir", "~/x") == stored.own_folder("out", "~/x") == home / "x"
+    PythonSource(cache_dir="~/c", held_out=0.01, roots=("~",)).open("train", 8, 0)
+    assert any((home / "c").iterdir()) and not any(here.iterdir())
+    monkeypatch.setenv("HOME", "")
+    assert cache_folder("data") == Path(pwd.getpwuid(os.getuid()).pw_dir) / "k" / "data"
 
 
 FIXED = {

@@ -262,8 +262,14 @@ class Sweep:
 
     def _train(self, line: list[str], path: Path, watch: Callable[[], None]) -> int:
         with open(path, "ab", opener=not_followed) as log:
+            # where this process is, so that paths mean the same
+            known = str(command_line.REPOSITORY), os.environ.get("PYTHONPATH")
             child = subprocess.Popen(
-                line, stdout=log, stderr=log, cwd=command_line.REPOSITORY, start_new_session=True
+                line,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, known))},
+                start_new_session=True,
             )
         with self._passed_on(child):
             while True:
