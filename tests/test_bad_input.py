@@ -87,6 +87,15 @@ FLAGS = {
     "--config={here}/pipe.py": "no file ",
     "--config": "--config: names no file",
     "--config=": "--config: names no file",
+    "--config=configs/kha_tiny.py:": "--config=configs/kha_tiny.py:: names no variant; write",
+    "--config=configs/kha_tiny.py --config=configs/mqar_tiny.py --config.steps=3": "--config="
+    "configs/mqar_tiny.py: there is --config=configs/kha_tiny.py too",
+    f"--config={'n' * 300}": "no file nnn",
+    "--config.=2": "config.: is not a known field; use one of accumulation, ",
+    "--config.a-b=2": "config.a-b: is not a known field",
+    "--config.step\x1b[31ms=2": r"config.step\x1b[31ms: is not a known field; did you mean 's",
+    f"--{'n' * 300}=2": "nnn is not a known flag",
+    "--config.optimizer.learning_rate=1e24": "learning_rate: must be at most 1000, found 1e+24",
     "--config=configs/kha_tiny.py:mlpp": "config variant 'mlpp' is not known",
     "--config configs/kha_tiny.py --config.attention.kv_heads=2": "did you mean "
     "config.model.attention.projection.kv_heads?",
@@ -435,6 +444,13 @@ INPUTS = {
         "--out=: names no folder",
     ),
     "a plan of no slice": (no_damage, ("plan", "--topology=v9:1x1"), 2, "v9:1x1"),
+    "a plan in 5 dimensions": (
+        no_damage,
+        ("plan", "--topology=v5p:2x2x2x2x2"),
+        2,
+        "'v5p:2x2x2x2x2' is no slice: a v5p has 3 dimensions, as v5p:",
+    ),
+    "a plan in 3 of 2": (no_damage, ("plan", "--topology=v5e:1x1x1"), 2, "2 dimensions, as v5e:"),
     "a ranking of one": (
         no_damage,
         ("plan", "--fastest", "--config.accumulation=2"),

@@ -261,6 +261,6 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_results(tmp_path):
         }
 
     assert figures("killed") == figures("whole") and len(figures("whole")) == 2
-    bad = sweep("bad", "--set=config.optimizer.learning_rate=3e-3,1e38", "--index=1")
+    bad = sweep("bad", "--set=config.optimizer.weight_decay=0.1,3e38", "--index=1")
     out, _ = bad.communicate(timeout=300)
-    assert bad.returncode == 76 and "baseline-learning_rate=1e38-seed0 failed with 76" in out
+    assert bad.returncode == 76 and "baseline-weight_decay=3e38-seed0 failed with 76" in out

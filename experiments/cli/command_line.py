@@ -53,7 +53,7 @@ def define_config(default: str = DEFAULT_CONFIG) -> None:
         _define_flag(arguments, default, flags.FLAGS)
         flags.DEFINE_bool("config.help", False, "List the config's fields with their meaning.")
     except UsageError as error:
-        print(f"error: {error}", file=Terminal(sys.stderr))
+        print(f"error: {one_line(error)}", file=Terminal(sys.stderr))
         sys.exit(USAGE)
 
 
@@ -76,32 +76,41 @@ def _define_flag(arguments: list[str], default: str, values: flags.FlagValues) -
 def _check_config_arguments(arguments: list[str], default: str) -> None:
     """Raises UsageError when the config file does not load or an override names no field or has the
     wrong type."""
-    path, _, variant = _named_config(arguments, default).partition(":")
+    path, colon, variant = _named_config(arguments, default).partition(":")
     if not path.strip():
         raise UsageError("--config: names no file; write --config=FILE.py or --config=FILE.py:NAME")
+    if colon and not variant.strip():
+        raise UsageError(f"--config={path}:{variant}: names no variant; write --config={path}")
     check_config_file(path)
     sys.path.insert(0, str(REPOSITORY))  # config files share pieces through the package configs
     config = run_config_file(path, variant)
     for argument in arguments:
-        match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)(?:=(.*))?$", argument)
+        match = re.match(r"--?(?:no)?config\.([^=]*)(?:=(.*))?$", argument, re.DOTALL)
         if match:
             check_override(config, match[1], match[2])
 
 
 def check_config_file(path: str, flag: str = "--config") -> None:
     """Raises UsageError where there is no such file, with the one of configs/ that has the name."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # False also where the name is no name
         hint = hints.config_file(path, REPOSITORY / "configs")
         raise UsageError(f"{flag}: no file {path}; {hint}")
 
 
 def _named_config(arguments: list[str], default: str) -> str:
-    """What --config=FILE, or --config FILE, names last."""
-    named = default
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
-            named = following if match[1] is None else match[1]
-    return named
+    """What --config=FILE, or --config FILE, names.
+
+    Raises:
+        UsageError: there are two of them.
+    """
+    named = [
+        following if match[1] is None else match[1]
+        for argument, following in zip(arguments, [*arguments[1:], ""])
+        if (match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL))
+    ]
+    if len(named) > 1:
+        raise UsageError(f"--config={named[1]}: there is --config={named[0]} too; leave out one")
+    return named[0] if named else default
 
 
 @functools.cache
@@ -274,8 +283,14 @@ def give_up(message: str, code: int = HANG, stacks: bool = False) -> None:
     if stacks:
         with contextlib.suppress(OSError, ValueError):
             faulthandler.dump_traceback(sys.stderr)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def one_line(said: Any) -> str:
+    """What an error says in one line, whose characters a terminal shows and does not obey."""
+    words = " ".join(str(said).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 
 def code_of(error: BaseException) -> int | None:
@@ -343,15 +358,14 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
         if isinstance(error, WaitError):
             give_up(str(error))
         if lost_peer(error):
-            reason = " ".join(str(error).split())
             give_up(
                 "another process of the run is gone; start all of them again and they go on from "
-                f"the newest checkpoint ({reason})"
+                f"the newest checkpoint ({error})"
             )
         if code is None:
             raise
         spare()  # what is still to be written of it
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(code)
 
 
