@@ -16,6 +16,7 @@ import time
 
 import pytest
 
+from kha_jax.runs.manifest import sealed
 from tests.commands import ROOT, run_all
 from tests.runs import SMALL
 
@@ -157,7 +158,8 @@ def write(name, content):
 def manifest(change):
     def damage(run):
         path = run / "checkpoints" / "00000002" / "MANIFEST.json"
-        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        changed = change(json.loads(path.read_text()))
+        path.write_text(json.dumps(sealed(changed) if isinstance(changed, dict) else changed))
         shutil.rmtree(run / "checkpoints" / "00000001")
 
     return damage
@@ -169,7 +171,7 @@ def foreseen(batch):
     def damage(run):
         shutil.rmtree(run / "checkpoints" / "00000002")
         path = run / "checkpoints" / "00000001" / "MANIFEST.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "next_batch": batch}))
+        path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "next_batch": batch})))
 
     return damage
 

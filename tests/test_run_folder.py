@@ -4,6 +4,7 @@ anything compiles."""
 import contextlib
 import json
 import os
+import platform
 import pwd
 import runpy
 import types
@@ -134,6 +135,20 @@ def test_a_text_that_an_older_folder_does_not_name_is_taken_for_equal_and_said_o
         assert caplog.text.count("names no validation data") == said
     with pytest.raises(DataError, match="began with another text, found text"):
         begin(folder)
+
+
+def test_another_interpreters_text_names_both(folder):
+    """And only where there are two."""
+    other = types.SimpleNamespace(fingerprint="another text")
+    path = folder / "checkpoints" / "00000001" / "MANIFEST.json"
+    about = {"step": 1, "files": {"a": {"bytes": 1, "sha256": ""}}}
+    for version, said in (
+        ("2.7.18", "changes=data; its newest checkpoint is of Python 2.7.18, this is 3[.]"),
+        (platform.python_version(), "changes=data$"),
+    ):
+        path.write_text(json.dumps({**about, "versions": {"python": version}}))
+        with pytest.raises(DataError, match=said):
+            begin(folder, source=other)
 
 
 def test_another_tokenizer_is_refused(folder):
@@ -327,6 +342,16 @@ def test_every_config_has_the_data_that_its_steps_and_evaluations_need(path, cac
         config = config.replace(data=config.data.replace(cache_dir=cache))
     train, validation = open_sources(config)
     assert len(train) >= config.batch_size and len(validation) > 0
+
+
+@pytest.mark.parametrize("split, share", [("validation", 1e-9), ("train", 1 - 1e-9)])
+def test_a_split_of_no_module_is_the_fault_of_held_out(tmp_path, split, share):
+    (tmp_path / "module.py").write_text("pass\n")
+    source = PythonSource(held_out=share, roots=(str(tmp_path),), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(
+        DataError, match=f"held_out={share}: leaves none of the 1 modules for {split}"
+    ):
+        source.open(split, 8, 0)
 
 
 def test_too_little_data_is_found_before_anything_compiles(cache):

@@ -347,7 +347,8 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(Log())
-    # pages of tracebacks for a full disk, of which our one line tells
+    # pages of tracebacks for a save that failed, of which our one line tells
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     sys.unraisablehook = _report
     try:

@@ -161,7 +161,12 @@ class PythonSource(DataConfig):
         folder = base / _indexed(entry, split)
         if not os.path.exists(folder / "meta.json"):  # Path.exists raises in another user's folder
             held_out = split == "validation"
-            chosen = (p for name, p, _ in modules if self._is_held_out(name) == held_out)
+            chosen = [p for name, p, _ in modules if self._is_held_out(name) == held_out]
+            if not chosen:
+                raise DataError(
+                    f"config.data.held_out={self.held_out}: leaves none of the {len(modules)} "
+                    f"modules for {split}; choose another share, or more roots"
+                )
             settled = _settled(modules)
             texts = map(_read, chosen)
             folder = write_stream(base, split, texts, self.tokenizer())

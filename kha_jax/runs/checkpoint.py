@@ -13,6 +13,7 @@ import errno
 import functools
 import logging
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -30,7 +31,9 @@ from kha_jax.runs.manifest import (
     checksum,
     folder_name,
     read_manifest,
+    room,
     same_size,
+    sealed,
     verify,
     why,
 )
@@ -150,13 +153,13 @@ class Checkpoints:
 
     def _failure(self, step: int, size: int, error: Exception) -> CheckpointError:
         """The error of a save, whose half-written files are removed."""
-        room = ""
+        reason, hint = why(error), "; raise the limit, as by `ulimit -n 4096`"
         with contextlib.suppress(OSError):
+            if reason != os.strerror(errno.EMFILE):
+                hint = f"; about {size:,} bytes are needed, {room(self.folder)}"
             if jax.process_index() == 0:
                 shutil.rmtree(self.path(step), ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free
-            room = f"; about {size:,} bytes are needed, {free:,} are free"
-        return CheckpointError(f"{self.path(step)} could not be written: {why(error)}{room}")
+        return CheckpointError(f"{self.path(step)} could not be written: {reason}{hint}")
 
     def _commit(self, step: int, size: int) -> None:
         """Waits for the arrays, then makes them count and removes what is too old."""
@@ -171,7 +174,8 @@ class Checkpoints:
                 for p in sorted(target.rglob("*"))
                 if p.is_file()
             }
-            write_json(target / MANIFEST, {"step": step, **self.about(step), "files": files})
+            about = {"step": step, **self.about(step), "files": files}
+            write_json(target / MANIFEST, sealed(about))
             self.verified.add(step)
             faults.at("manifest_written", step, self.folder)
             write_json(self.folder / NEWEST, step)
