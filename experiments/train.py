@@ -91,6 +91,7 @@ def join_processes(hang_timeout: float) -> None:
 
     Raises:
         UsageError: the flags are incomplete or contradict each other.
+        ConfigError: the processes do not run the same program.
         WaitError: some process did not come.
     """
     given = {
@@ -116,6 +117,7 @@ def join_processes(hang_timeout: float) -> None:
                 "10.0.0.1:1234"
             )
     processes.join(**given, seconds=WAIT.value, silence=hang_timeout, give_up=command_line.give_up)
+    processes.same_program(processes.program(Path(__file__).parent), WAIT.value)
 
 
 def workdir() -> Path:
