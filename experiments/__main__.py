@@ -10,6 +10,9 @@ import runpy
 import sys
 from pathlib import Path
 
+from experiments.cli.terminal import Terminal
+from kha_jax.errors import StorageError
+
 
 def commands() -> dict[str, str]:
     """Each command with the first line of its docstring, read without importing it."""
@@ -23,8 +26,14 @@ def main() -> int | None:
     """See the module's docstring."""
     known, typed = commands(), sys.argv[1:2]
     if not typed or typed[0].startswith("-"):
-        for name, line in known.items():
-            print(f"python -m experiments.{name:12} {line}")
+        sys.stdout = Terminal(sys.stdout, needed=True)
+        try:
+            for name, line in known.items():
+                print(f"python -m experiments.{name:12} {line}")
+            sys.stdout.flush()
+        except StorageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 74
         return 0
     if typed[0] not in known:
         near = difflib.get_close_matches(typed[0], known, n=1)

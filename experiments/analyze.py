@@ -23,11 +23,13 @@ from rich.table import Table
 
 from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
+from experiments.run_folders import stored
 from experiments.sweeps import page
 from kha_jax import analysis
 from kha_jax.analysis import curves, figures, heads, measures, style
 from kha_jax.analysis.reading import STREAMS, Run, Stack, saved_steps
 from kha_jax.errors import CheckpointError
+from kha_jax.storage import as_written, write_text
 
 WORKDIR = flags.DEFINE_list(
     "workdir", [], "Required: run folders or checkpoints, shown in this order."
@@ -55,7 +57,7 @@ def open_runs() -> list[Run]:
     """
     if not WORKDIR.value:
         raise UsageError("--workdir: is required; name run folders, such as runs/kha_tiny")
-    paths = [path.removeprefix("file://") for path in WORKDIR.value]
+    paths = [_place(path) for path in WORKDIR.value]
     for path in paths:
         try:
             exists = epath.Path(path).exists()
@@ -66,6 +68,13 @@ def open_runs() -> list[Run]:
         if not exists:
             raise UsageError(f"--workdir={path}: no such folder")
     return [Run(path, STEP.value) for path in paths]
+
+
+def _place(path: str) -> str:
+    """As epath takes it: a scheme in small letters, ~ spelt out."""
+    scheme, mark, rest = path.rpartition("://")
+    whole = f"{scheme.lower()}{mark}{rest}" if mark else str(as_written(path))
+    return whole.removeprefix("file://")
 
 
 def compared(runs: list[Run], stacks: dict[str, dict[str, Stack]]) -> dict[str, Draw]:
@@ -182,8 +191,7 @@ def write(out: Path) -> list[Run]:
                 path = out / (name if len(runs) == 1 else f"{name}_{run.name}")
                 sections.setdefault(name, []).append((run.name, style.save(draw, path)))
         text = page.write([(run.name, run.step) for run in runs], table, sections, WATCH.value)
-        (out / "index.tmp").write_text(text)
-        (out / "index.tmp").rename(out / "index.html")  # a browser never sees half of it
+        write_text(out / "index.html", text)  # a browser never sees half of it
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror}") from None
     except style.PlotsMissing as error:
@@ -199,7 +207,10 @@ def watch(out: Path) -> None:
     try:
         while True:
             try:
-                now = [(analysis.read_metrics(p)[-1:], saved_steps(p)) for p in WORKDIR.value]
+                now = [
+                    (analysis.read_metrics(p)[-1:], saved_steps(p))
+                    for p in map(_place, WORKDIR.value)
+                ]
                 if now != seen:
                     runs, seen = write(out), now
                     if all(run.step >= run.config["steps"] for run in runs):
@@ -215,9 +226,10 @@ def watch(out: Path) -> None:
 
 def main() -> None:
     """See the module's docstring."""
+    out = stored.own_folder("out", OUT.value)
     if WATCH.value:
-        return watch(Path(OUT.value))
-    write(Path(OUT.value))
+        return watch(out)
+    write(out)
 
 
 if __name__ == "__main__":

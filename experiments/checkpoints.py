@@ -12,7 +12,6 @@ compares two, leaf by leaf. --leaves=STEP shows the leaves of one with their nor
 
 import fcntl
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,8 @@ from experiments.run_folders import stored
 from kha_jax.analysis.leaves import Checkpoint
 from kha_jax.errors import CheckpointError
 from kha_jax.runs.checkpoint import Checkpoints, leaves
-from kha_jax.runs.manifest import MANIFEST, read_manifest, verify
+from kha_jax.runs.manifest import read_manifest, verify, why
+from kha_jax.storage import not_followed
 from kha_jax.training.run_folder import read_config, read_lineage
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder.")
@@ -84,18 +84,22 @@ def prune(workdir: Path, checkpoints: Checkpoints, steps: list[int], accepts: li
 
     Raises:
         UsageError: it is being trained, or no good checkpoint would be left.
+        CheckpointError: one of them cannot be removed.
     """
     left = [step for step in checkpoints.steps() if step not in steps]
     if not any(not problem(checkpoints.path(step), accepts, thorough=True) for step in left):
         raise UsageError("--prune: no good checkpoint would be left")
-    with open(workdir / "lock", "a+") as lock:
+    with open(workdir / "lock", "a+", opener=not_followed) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"--workdir={workdir} is being trained; stop it first") from None
         for step in steps:
-            (checkpoints.path(step) / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(checkpoints.path(step))
+            try:
+                checkpoints.remove(step)
+            except OSError as error:
+                problem = f"{checkpoints.path(step)} could not be removed: {why(error)}"
+                raise CheckpointError(problem) from None
             print(f"removed {checkpoints.path(step)}")
 
 

@@ -144,7 +144,7 @@ def new_folder() -> Path:
     Raises:
         UsageError: it holds a run, or cannot be written.
     """
-    out = stored.local_folder("out", OUT.value)
+    out = stored.own_folder("out", OUT.value)
     try:
         if any((out / "checkpoints").glob("*")):
             raise UsageError(f"--out={out}: already holds checkpoints; name another folder")

@@ -15,7 +15,6 @@ lists the spikes of any JSONL log whose lines have a `step` and the values that 
 import functools
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import Any, Callable
 
@@ -31,6 +30,7 @@ from experiments.sweeps import report as sweep_report
 from kha_jax import analysis, metrics, spikes
 from kha_jax.analysis import comparisons, curves, style, sweeps
 from kha_jax.errors import CheckpointError
+from kha_jax.storage import write_text
 from kha_jax.training.run_folder import read_config
 
 WORKDIR = flags.DEFINE_list("workdir", [], "Run folders, drawn in this order; a card of one.")
@@ -92,7 +92,7 @@ def write_card(folder: Path, rows: list[dict[str, Any]], out: Path) -> None:
     for text in written:
         terminal.say(text)
     html = out.with_suffix(".html")
-    html.write_text(page.render(f"The run {folder.name}", written, table, sections))
+    write_text(html, page.render(f"The run {folder.name}", written, table, sections))
     print(f"wrote {html} and {len(sections)} figures")
 
 
@@ -138,14 +138,14 @@ def report_sweep() -> None:
         out.mkdir(parents=True, exist_ok=True)
         draws = sweep_figures(sweep, summary)
         sections = {name: [("", style.save(draw, out / name))] for name, draw in draws.items()}
-        (out / "report.csv").write_text(sweep_report.as_csv(summary))
+        write_text(out / "report.csv", sweep_report.as_csv(summary))
         markdown = sweep_report.as_markdown(sweep, summary, list(sections), command)
-        (out / "report.md").write_text(markdown)
+        write_text(out / "report.md", markdown)
         page = sweep_report.as_page(sweep, summary, sections, command)
-        (out / "report.html").write_text(page)
+        write_text(out / "report.html", page)
         for name in ("sweep.json", "runs.csv"):  # a report can be made from a report
             if (folder / name).resolve() != (out / name).resolve():
-                shutil.copyfile(folder / name, out / name)
+                write_text(out / name, (folder / name).read_text())
     except style.PlotsMissing as error:
         raise UsageError(str(error)) from None
     except OSError as error:

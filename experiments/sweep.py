@@ -14,6 +14,7 @@ of the first run that failed.
 """
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -67,6 +68,7 @@ def table_rows() -> tuple[str, list[Wanted]]:
     if TABLE.value not in TABLES:
         raise UsageError(f"--table={TABLE.value}: is not known; {near(TABLE.value, TABLES)}")
     file, table = TABLES[TABLE.value], load(TABLE.value)
+    path = os.path.relpath(command_line.REPOSITORY / "configs" / f"{file}.py")
     for name in ROWS.value:
         if name not in table.rows:
             raise UsageError(f"--rows={name}: is not in the table; {near(name, table.rows)}")
@@ -76,9 +78,7 @@ def table_rows() -> tuple[str, list[Wanted]]:
         raise UsageError(f"--scale={SCALE.value}: --table={TABLE.value} has one size; leave it out")
     scale = f".{SCALE.value}" if SCALE.value in table.scales else ""
     rows = [
-        Wanted(
-            name, (f"--config=configs/{file}.py:{name}{scale}",), row.baseline, row.loss, row.note
-        )
+        Wanted(name, (f"--config={path}:{name}{scale}",), row.baseline, row.loss, row.note)
         for name, row in table.rows.items()
         if name in ROWS.value or not ROWS.value
     ]
@@ -271,11 +271,12 @@ def main() -> int:
         raise UsageError(f"--index={INDEX.value}: there are {len(runs)} runs, from 0 on")
     name = TABLES.get(TABLE.value or "", "ablation")
     default = command_line.REPOSITORY / "runs" / f"{name}-{SCALE.value}"
-    folder = stored.local_folder("out", OUT.value or str(default))
+    folder = stored.own_folder("out", str(default) if OUT.value is None else OUT.value)
     sweep = Sweep(folder, runs, results.known(KNOWN.value))
     if DRY_RUN.value:
         list_runs(sweep)
         return command_line.DONE
+    terminal.spare()
     jax.config.update("jax_platforms", "cpu")  # the accelerators are for the runs
     fields = ("name", "baseline", "printed", "note")
     about = {

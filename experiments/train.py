@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.cli import command_line
+from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.cli.terminal import say
 from experiments.run_folders import stored
@@ -91,6 +91,7 @@ def join_processes(hang_timeout: float) -> None:
 
     Raises:
         UsageError: the flags are incomplete or contradict each other.
+        ConfigError: the processes do not run the same program.
         WaitError: some process did not come.
     """
     given = {
@@ -116,12 +117,13 @@ def join_processes(hang_timeout: float) -> None:
                 "10.0.0.1:1234"
             )
     processes.join(**given, seconds=WAIT.value, silence=hang_timeout, give_up=command_line.give_up)
+    processes.same_program(processes.program(Path(__file__).parent), WAIT.value)
 
 
 def workdir() -> Path:
     """The run folder that the flags name."""
     usual = command_line.REPOSITORY / "runs" / Path(flags.FLAGS["config"].config_filename).stem
-    return stored.local_folder("workdir", WORKDIR.value or str(usual))
+    return stored.own_folder("workdir", str(usual) if WORKDIR.value is None else WORKDIR.value)
 
 
 def build(config: RunConfig) -> tuple[jax.sharding.Mesh, Trainer]:
@@ -198,6 +200,7 @@ def main() -> int:
     if REPLAY.value:
         replay.show(path, REPLAY.value)
         return command_line.DONE
+    terminal.spare()
 
     # ---------------------------------------------------------------- processes, devices, data
     data_check.check_vocabulary(config, sys.argv[1:])

@@ -77,7 +77,8 @@ def measured(found: dict[str, Member], rows: dict[str, Row]) -> tuple[float, dic
 def sweep_of(found: dict[str, Member]) -> runner.Sweep:
     """The runs of --train in the folder of a sweep, which holds none of them under another budget
     or with other settings."""
-    folder = stored.local_folder("out", OUT.value or str(command_line.REPOSITORY / "runs" / "zoo"))
+    usual = str(command_line.REPOSITORY / "runs" / "zoo")
+    folder = stored.own_folder("out", usual if OUT.value is None else OUT.value)
     steps = f"--config.steps={TRAIN.value}"
     wanted = [
         runner.Wanted(name, (*member.line(), steps), "baseline") for name, member in found.items()

@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 
-from kha_jax.storage import open_regular
+from kha_jax.storage import not_followed, open_regular, replacing
 
 log = logging.getLogger("kha_jax")
 
@@ -56,15 +56,13 @@ class MetricsFile:
 
     def __init__(self, path: Path, from_step: int):
         self.last: dict[str, Any] = {}
-        temporary = path.with_suffix(".tmp")
         if path.exists():
-            with open(temporary, "w") as file:
+            with replacing(path) as temporary, open(temporary, "x") as file:
                 for row in read_lines(path):
                     if row["step"] <= from_step:
                         self.last = row
                         file.write(json.dumps(plain_row(row)) + "\n")
-            temporary.rename(path)
-        self.file, self.torn = open(path, "ab", buffering=0), False
+        self.file, self.torn = open(path, "ab", buffering=0, opener=not_followed), False
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         line = json.dumps({"step": step, **plain_row(values)}, allow_nan=False).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Files as a run writes them: whole or not at all."""
+"""Files as a run writes them: whole or not at all, and never through a link."""
 
 import contextlib
 import errno
@@ -19,6 +19,17 @@ LARGEST = 2**32  # bytes of a log; what is larger is no log
 LARGEST_JSON = 2**26
 
 
+def as_written(name: str) -> Path:
+    """The path that a person has written, with ~ for the home folder.
+
+    Raises:
+        StorageError: there is no home folder.
+    """
+    if name == "~" or name.startswith("~/"):
+        return _home() / name[2:]
+    return Path(os.path.expanduser(name))  # somebody else's
+
+
 def cache_folder(name: str) -> Path:
     """A folder for what can be made again: $KHA_JAX_CACHE/name, by default below the user's cache
     folder.
@@ -26,13 +37,11 @@ def cache_folder(name: str) -> Path:
     Raises:
         StorageError: it is no folder of this machine, or the user has none.
     """
-    base = (
-        os.environ.get("KHA_JAX_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "kha_jax"
-    )
-    if "://" in str(base):
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    base = os.environ.get("KHA_JAX_CACHE") or f"{caches}/kha_jax"
+    if "://" in base:
         raise StorageError(f"KHA_JAX_CACHE={base}: object stores are not supported; name a folder")
-    return Path(base) / name
+    return as_written(base) / name
 
 
 def _home() -> Path:
@@ -80,16 +89,49 @@ def read_json(path: Path) -> Any:
         return json.load(file)
 
 
-def write_json(path: Path, content: Any) -> None:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside it, of a name that nobody can guess, to write: what is there at the end of the
+    block takes the place of `path`, whole or not at all. A link is replaced and not followed."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
     """The file appears whole or not at all, and is on disk when this returns; several processes may
     write it."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+    with replacing(path) as temporary, open(temporary, "x") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """See write_text."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def not_followed(path: str, flags: int) -> int:
+    """An opener for files of fixed names in a folder that may be a stranger's.
+
+    Raises:
+        OSError: the name is a link, or no regular file.
+    """
+    try:
+        opened = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        name = os.path.basename(path)
+        raise OSError(errno.ELOOP, f"{name} is a link, which is not followed", path) from None
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(errno.EINVAL, f"{os.path.basename(path)} is no regular file", path)
+    return opened
 
 
 def writable(folder: Path) -> None:
@@ -99,9 +141,9 @@ def writable(folder: Path) -> None:
         OSError: as the system says.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe-{os.getpid()}"
+    probe = folder / f".{secrets.token_hex(8)}"
     try:
-        with open(probe, "wb") as file:
+        with open(probe, "xb") as file:
             file.write(PROBE)
             file.flush()
             os.fsync(file.fileno())

@@ -28,6 +28,22 @@ SLOW_IMPORTS = (
 )
 
 
+def left() -> Any:
+    """The end of a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+# What a last argument says of the output, as a shell would have it. What is closed at the start
+# cannot be written to from then on.
+REDIRECTED = {
+    ">/dev/full": lambda: open("/dev/full", "w"),
+    "| true": left,
+    ">&-": lambda: open(os.devnull),
+}
+
+
 class Result(NamedTuple):
     """What a command left with and said, and its seconds of computing after the imports."""
 
@@ -70,6 +86,9 @@ def one(command: str, arguments: list[str]) -> tuple[int, str, str, float]:
 
 
 def _become(command: str, arguments: list[str], out: Any, err: Any) -> None:
+    *others, last = ["", *arguments]
+    if last in REDIRECTED:
+        arguments, out = others[1:], REDIRECTED[last]()
     for number, file in ((0, open(os.devnull)), (1, out), (2, err)):
         os.dup2(file.fileno(), number)
     sys.argv, code = [f"experiments/{command}.py", *arguments], 0

@@ -16,6 +16,7 @@ import time
 
 import pytest
 
+from kha_jax.runs.manifest import sealed
 from tests.commands import ROOT, run_all
 from tests.runs import SMALL
 
@@ -87,6 +88,15 @@ FLAGS = {
     "--config={here}/pipe.py": "no file ",
     "--config": "--config: names no file",
     "--config=": "--config: names no file",
+    "--config=configs/kha_tiny.py:": "--config=configs/kha_tiny.py:: names no variant; write",
+    "--config=configs/kha_tiny.py --config=configs/mqar_tiny.py --config.steps=3": "--config="
+    "configs/mqar_tiny.py: there is --config=configs/kha_tiny.py too",
+    f"--config={'n' * 300}": "no file nnn",
+    "--config.=2": "config.: is not a known field; use one of accumulation, ",
+    "--config.a-b=2": "config.a-b: is not a known field",
+    "--config.step\x1b[31ms=2": r"config.step\x1b[31ms: is not a known field; did you mean 's",
+    f"--{'n' * 300}=2": "nnn is not a known flag",
+    "--config.optimizer.learning_rate=1e24": "learning_rate: must be at most 1000, found 1e+24",
     "--config=configs/kha_tiny.py:mlpp": "config variant 'mlpp' is not known",
     "--config configs/kha_tiny.py --config.attention.kv_heads=2": "did you mean "
     "config.model.attention.projection.kv_heads?",
@@ -96,6 +106,10 @@ FLAGS = {
     "again": "'again' is not understood",
     "--workdir=gs://bucket/run": "--workdir=gs://bucket/run: object stores are not supported yet",
     "--workdir=file:///tmp/run": "object stores are not supported yet",
+    "--workdir=": "--workdir=: names no folder; is a variable of the shell not set?",
+    "--workdir={here}/run/checkpoints": "lies in the checkpoints of the run {here}/run; name that",
+    "--workdir={here}/run/checkpoints/00000001/new": "lies in the checkpoints of the run",
+    "--workdir=S3://bucket/run": "object stores are not supported yet",
     "--workdir={here}/text": "cannot be written: ",
     "--workdir={here}/" + "n" * 300: "cannot be written: File name too long",
     "--workdir={here}/\udcff": "the name is not UTF-8",
@@ -144,7 +158,8 @@ def write(name, content):
 def manifest(change):
     def damage(run):
         path = run / "checkpoints" / "00000002" / "MANIFEST.json"
-        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        changed = change(json.loads(path.read_text()))
+        path.write_text(json.dumps(sealed(changed) if isinstance(changed, dict) else changed))
         shutil.rmtree(run / "checkpoints" / "00000001")
 
     return damage
@@ -156,7 +171,7 @@ def foreseen(batch):
     def damage(run):
         shutil.rmtree(run / "checkpoints" / "00000002")
         path = run / "checkpoints" / "00000001" / "MANIFEST.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "next_batch": batch}))
+        path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "next_batch": batch})))
 
     return damage
 
@@ -422,7 +437,22 @@ INPUTS = {
     "analyze of nothing": (no_damage, ("analyze",), 2, "--workdir: is required"),
     "analyze of no folder": (no_damage, ("analyze", "--workdir={here}/none"), 2, "no such folder"),
     "analyze of odd storage": (no_damage, ("analyze", "--workdir=odd://a"), 2, "storage is known"),
+    "analyze to a bucket": (no_damage, ("analyze", "--workdir={run}", "--out=S3://b"), 2, "stores"),
+    "a sweep to a bucket": (no_damage, ("sweep", "--table=2", "--out=Gs://b"), 2, "object stores"),
+    "a sweep to nowhere": (
+        no_damage,
+        ("sweep", "--table=2", "--out="),
+        2,
+        "--out=: names no folder",
+    ),
     "a plan of no slice": (no_damage, ("plan", "--topology=v9:1x1"), 2, "v9:1x1"),
+    "a plan in 5 dimensions": (
+        no_damage,
+        ("plan", "--topology=v5p:2x2x2x2x2"),
+        2,
+        "'v5p:2x2x2x2x2' is no slice: a v5p has 3 dimensions, as v5p:",
+    ),
+    "a plan in 3 of 2": (no_damage, ("plan", "--topology=v5e:1x1x1"), 2, "2 dimensions, as v5e:"),
     "a ranking of one": (
         no_damage,
         ("plan", "--fastest", "--config.accumulation=2"),
@@ -482,8 +512,8 @@ def assert_refused(result, code, said):
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=ascii)
-def test_bad_flags(results, flags):
-    assert_refused(results[flags], 2, FLAGS[flags])
+def test_bad_flags(trained, results, flags):
+    assert_refused(results[flags], 2, FLAGS[flags].replace("{here}", str(trained[0])))
 
 
 @pytest.mark.parametrize("content", FILES, ids=ascii)
@@ -496,6 +526,50 @@ def test_bad_inputs(results, name):
     if name not in ("report of nothing",) and INPUTS[name][1][0] == "report":
         pytest.importorskip("matplotlib")
     assert_refused(results[name], *INPUTS[name][2:])
+
+
+# ---------------------------------------------------------------- output that is the product
+FULL = 74, "error: the output cannot be written: No space left on device\n"
+CLOSED = 74, "error: the output cannot be written: Bad file descriptor\n"
+# a command, where its output goes, and with what it ends and says
+OUTPUTS = [
+    (("plan", "--json"), ">/dev/full", FULL),
+    (("train", "--print_config"), ">/dev/full", FULL),
+    (("train", "--print_config"), ">&-", CLOSED),
+    (("train", "--print_config"), "| true", (0, "")),
+    (("train", "--help"), ">/dev/full", FULL),
+    (("train", "--config.help"), ">/dev/full", FULL),
+    (("checkpoints", "--workdir={run}"), ">/dev/full", FULL),
+    (("checkpoints", "--workdir={run}"), "| true", (0, "")),
+    (GENERATE, ">/dev/full", FULL),
+    (TRAIN, ">/dev/full", (0, "")),  # of which the product is the run
+]
+
+
+def test_output_that_is_the_product_is_there_or_missed(trained):
+    here, cache = trained
+    told = [[part.replace("{run}", str(here / "run")) for part in case[0]] for case in OUTPUTS]
+    cases = [(name, [*flags, place]) for (name, *flags), (_, place, _) in zip(told, OUTPUTS)]
+    for case, expected, result in zip(cases, OUTPUTS, run_all(cases, cache)):
+        lines = [line for line in result.err.splitlines(True) if line.startswith("error: ")]
+        assert (result.code, "".join(lines)) == expected[2], (case, result)
+        assert "Traceback" not in result.err and "Exception" not in result.err, result
+
+
+def test_streams_that_are_closed_from_the_start_are_no_traceback(tmp_path):
+    """Nor are their numbers those of the files that a command opens."""
+    python = f"cd {ROOT}; {sys.executable} -m experiments"
+    said, number, file = (tmp_path / name for name in ("said", "number", "config.py"))
+    file.write_text(f"with open({str(number)!r}, 'w') as f: f.write(str(f.fileno()))\n1 / 0")
+    lines = {
+        f"{python} >&- 2>{said}": 74,
+        f"{python} >/dev/full 2>&-": 74,
+        f"{python}.train --config={file} <&- >&- 2>&-": 2,
+        f"{python}.train --print_config >&- 2>&-": 74,
+    }
+    begun = {line: subprocess.Popen(["sh", "-c", line]) for line in lines}
+    assert {line: process.wait(timeout=60) for line, process in begun.items()} == lines
+    assert said.read_text() == CLOSED[1] and int(number.read_text()) > 2
 
 
 # ---------------------------------------------------------------- by itself

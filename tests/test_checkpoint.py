@@ -1,10 +1,12 @@
 """Checkpoints: what is damaged, foreign, of another tree or unfinished never counts, and what is
 good stays."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from kha_jax import sharding
 from kha_jax.errors import CheckpointError
 from kha_jax.runs import faults
 from kha_jax.runs.checkpoint import Checkpoints
-from kha_jax.runs.manifest import MANIFEST, verify
+from kha_jax.runs.manifest import MANIFEST, SEAL, read_manifest, sealed, verify
 from kha_jax.sharding import MeshConfig
 
 STATE = {"params": {"w": jnp.arange(12.0).reshape(3, 4)}, "count": jnp.int32(7)}
@@ -60,6 +62,15 @@ def small_disk(tmp_path):
 def newest(folder, accepts=(OURS,), **options):
     with Checkpoints(folder, accepts=accepts) as checkpoints:
         return checkpoints.newest_good(**options)
+
+
+def same_tree(one, other):
+    """Whether two folders hold the same files."""
+    content = [
+        {p.relative_to(top): p.read_bytes() for p in top.rglob("*") if p.is_file()}
+        for top in (one, other)
+    ]
+    return content[0] == content[1]
 
 
 def cut(path):
@@ -121,7 +132,7 @@ def test_the_next_step_reuses_the_state_while_a_save_reads_its_copy(tmp_path, si
 def forged(**changes):
     def forge(folder):
         path = folder / "00000002" / MANIFEST
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        path.write_text(json.dumps(sealed({**json.loads(path.read_text()), **changes})))
 
     return forge
 
@@ -166,6 +177,21 @@ def test_a_foreign_checkpoint_is_passed_over_and_alone_refused(folder, name, cap
     assert (folder / "NEWEST").exists()
 
 
+def test_every_flipped_digit_of_a_manifest_is_the_manifests_fault(folder):
+    """Whatever it stands in; one without a checksum of its own is older and taken as it is."""
+    path = folder / "00000002" / MANIFEST
+    whole = path.read_text()
+    digits = [i for i, character in enumerate(whole) if character.isdigit()]
+    for i in digits[:: max(1, len(digits) // 50)]:
+        path.write_text(f"{whole[:i]}{(int(whole[i]) + 1) % 10}{whole[i + 1 :]}")
+        with pytest.raises(CheckpointError, match=MANIFEST):
+            read_manifest(path.parent)
+    older = json.loads(whole)
+    del older[SEAL]
+    path.write_text(json.dumps(older))
+    assert newest(folder) == 2
+
+
 def test_a_run_whose_manifests_are_gone_does_not_start_again(folder):
     for manifest in folder.glob(f"*/{MANIFEST}"):
         manifest.unlink()
@@ -199,6 +225,38 @@ def test_retention_counts_verified_checkpoints(folder):
     with Checkpoints(folder, 2, lambda step: OURS, [OURS]) as checkpoints:
         checkpoints.save(4, STATE)
     assert [p.name for p in sorted(folder.glob("*/"))] == ["00000003", "00000004"]
+
+
+@pytest.mark.parametrize("where", ["busy", "elsewhere"])
+def test_an_old_checkpoint_that_cannot_be_removed_stays_and_a_save_goes_on(
+    two, folder, tmp_path, monkeypatch, caplog, where
+):
+    """One that is a link to an archive is never written through."""
+    if where == "busy":
+
+        def busy(path, ignore_errors=False):
+            if not ignore_errors:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+        monkeypatch.setattr(shutil, "rmtree", busy)
+    else:
+        shutil.move(folder / "00000001", tmp_path / "archive")
+        (folder / "00000001").symlink_to(tmp_path / "archive")
+    with Checkpoints(folder, 2, lambda step: OURS, [OURS]) as checkpoints:
+        checkpoints.save(3, STATE)
+    assert f"{folder / '00000001'} is too old and stays: " in caplog.text
+    assert newest(folder, set_aside=False) == 3
+    if where == "elsewhere":
+        assert same_tree(tmp_path / "archive", two / "00000001")
+
+
+def test_a_damaged_checkpoint_behind_a_link_is_set_aside_here_alone(two, folder, tmp_path):
+    shutil.move(folder / "00000002", tmp_path / "archive")
+    flip(max((tmp_path / "archive" / "state" / "d").iterdir(), key=lambda p: p.stat().st_size))
+    shutil.copytree(tmp_path / "archive", tmp_path / "before")
+    (folder / "00000002").symlink_to(tmp_path / "archive")
+    assert newest(folder) == 1 and newest(saved(folder, 2)) == 2
+    assert same_tree(tmp_path / "archive", tmp_path / "before")
 
 
 OTHER = {
@@ -242,6 +300,16 @@ def test_a_save_that_fails_is_told_once_and_leaves_the_old_one(folder, monkeypat
         with Checkpoints(folder, 9, lambda step: OURS) as checkpoints:
             checkpoints.save(3, STATE)
     assert newest(folder) == 2 and not (folder / "00000003").exists()
+
+
+@pytest.mark.parametrize("inodes", [0, 5])
+def test_a_disk_without_inodes_does_not_lack_bytes(tmp_path, monkeypatch, inodes):
+    disk = types.SimpleNamespace(f_files=9, f_favail=inodes, f_bavail=7, f_frsize=1000)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    monkeypatch.setattr(faults, "WANTED", [["fail", "arrays_written", "3"]])
+    said = "7,000 bytes are free" if inodes else "no file can be added there: all 9 inodes are in u"
+    with pytest.raises(CheckpointError, match=said):
+        saved(tmp_path / "checkpoints", 3)
 
 
 def test_the_first_error_is_the_one_that_shows(folder, monkeypatch, caplog):

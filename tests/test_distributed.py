@@ -3,15 +3,20 @@ a stop and a resume."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jax._src import distributed
 
+from kha_jax.config import ConfigError
+from kha_jax.runs import processes
 from tests.runs import joined
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +37,7 @@ RUN = (
 )
 
 
-def start(workdir, cache, devices, *flags, base=RUN, fault=""):
+def start(workdir, cache, devices, *flags, base=RUN, fault="", root=ROOT):
     environment = {
         **os.environ,
         "KHA_JAX_CACHE": str(cache),
@@ -41,7 +46,7 @@ def start(workdir, cache, devices, *flags, base=RUN, fault=""):
     }
     line = [sys.executable, "-m", "experiments.train", *base, f"--workdir={workdir}", *flags]
     return subprocess.Popen(
-        line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        line, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -169,6 +174,69 @@ def test_a_run_goes_on_with_another_number_of_processes(cache, tmp_path):
     assert [rows.keys() for rows in ours] == [rows.keys() for rows in theirs]
     for one, other in zip(ours, theirs):
         np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5)
+
+
+class Table:
+    """The runtime's table of words, for threads in place of processes."""
+
+    def __init__(self, count):
+        self.words, self.all_here = {}, threading.Barrier(count)
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite or key not in self.words
+        self.words[key] = value
+
+    def blocking_key_value_get(self, key, timeout_in_ms):
+        while key not in self.words:
+            time.sleep(0.01)
+        return self.words[key]
+
+    def key_value_try_get(self, key):
+        if key not in self.words:
+            raise RuntimeError("NOT_FOUND")
+        return self.words[key]
+
+    def wait_at_barrier(self, name, timeout_in_ms):
+        self.all_here.wait(timeout_in_ms / 1000)
+
+
+@pytest.mark.parametrize("name", [None, *processes.program()])
+def test_every_process_hears_of_the_one_whose_program_differs(name, monkeypatch):
+    monkeypatch.setattr(distributed, "global_state", state := threading.local())
+    table, mine, said = Table(3), processes.program(), {}
+
+    def process(number):
+        state.client, state.process_id = table, number
+        try:
+            other = {name: "another"} if name and number == 1 else {}
+            processes.same_program({**mine, **other}, 20)
+            said[number] = None
+        except ConfigError as error:
+            said[number] = str(error)
+
+    threads = [threading.Thread(target=process, args=[number]) for number in range(3)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    told = name and (
+        f"the program: process 1 has {name} another, not {mine[name]} as process 0; start all of "
+        "them with the same"
+    )
+    assert said == dict.fromkeys(range(3), told)
+
+
+@pytest.mark.slow
+def test_processes_with_different_code_leave_and_say_which(cache, tmp_path):
+    copy = tmp_path / "copy"
+    for name in ("kha_jax", "experiments", "configs"):
+        shutil.copytree(ROOT / name, copy / name)
+    with open(copy / "kha_jax" / "metrics.py", "a") as file:
+        file.write("# another version\n")
+    both = [
+        start(tmp_path / "run", cache, 4, *join, root=root)
+        for join, root in zip(joined(2), (ROOT, copy))
+    ]
+    for process in both:
+        code, err = finish(process)
+        assert code == 2 and "the program: process 1 has the code " in err, err
 
 
 @pytest.mark.slow

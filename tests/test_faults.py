@@ -98,7 +98,7 @@ POINTS = ("evaluation:40", "arrays_written:30", "manifest_written:30")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", [*POINTS, "arrays_written:15", "retention:45"])
+@pytest.mark.parametrize("point", [*POINTS, "arrays_written:15", "retention:15"])
 def test_a_run_killed_anywhere_ends_bit_equal(golden, cache, tmp_path, point):
     ends_as(start(cache, tmp_path, fault=f"kill:{point}"), KILLED)
     ends_as(start(cache, tmp_path), 0)

@@ -15,7 +15,7 @@ from experiments.cli.terminal import Terminal
 from experiments.train_loop import progress
 from kha_jax import metrics, spikes
 from kha_jax.analysis.reading import read_metrics
-from kha_jax.errors import CheckpointError
+from kha_jax.errors import CheckpointError, StorageError
 from kha_jax.metrics import MetricsFile, Spared, TensorBoard, read_lines
 from kha_jax.spikes import Spikes
 
@@ -131,6 +131,10 @@ def test_a_terminal_that_is_gone_counts_what_nobody_saw(tmp_path):
         print("a line", file=terminal, flush=True)
     assert terminal.gone and terminal.lost == 2
     terminal.stream.close()
+    needed = Terminal(open("/dev/full", "w"), needed=True)
+    with pytest.raises(StorageError, match="the output cannot be written: No space"):
+        print("a line", file=needed, flush=True)
+    needed.stream.close()
 
 
 def test_a_table_is_shown_in_parts_that_fit():

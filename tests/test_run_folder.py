@@ -1,26 +1,33 @@
 """The run folder: what may change between two starts, who may write, and what is found out before
 anything compiles."""
 
+import contextlib
 import json
+import os
+import platform
 import pwd
 import runpy
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from experiments.cli.command_line import UsageError
+from experiments.run_folders import stored
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
+from experiments.sweeps import runner
 from experiments.train import evaluate, open_sources
 from experiments.train_loop import data_check
 from kha_jax import sharding
 from kha_jax.config import ConfigError, from_dict
 from kha_jax.data import Draws, MultiQueryAssociativeRecall, PythonSource
 from kha_jax.errors import CheckpointError, DataError, RunError, StorageError
-from kha_jax.metrics import plain_row
+from kha_jax.metrics import MetricsFile, plain_row
 from kha_jax.ops.losses import TokenSums
-from kha_jax.storage import cache_folder
+from kha_jax.runs.results import write_results
+from kha_jax.storage import cache_folder, writable, write_text
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import batch_sizes, config_hash, read_lineage
 from tests.runs import CONFIGS
@@ -130,6 +137,20 @@ def test_a_text_that_an_older_folder_does_not_name_is_taken_for_equal_and_said_o
         begin(folder)
 
 
+def test_another_interpreters_text_names_both(folder):
+    """And only where there are two."""
+    other = types.SimpleNamespace(fingerprint="another text")
+    path = folder / "checkpoints" / "00000001" / "MANIFEST.json"
+    about = {"step": 1, "files": {"a": {"bytes": 1, "sha256": ""}}}
+    for version, said in (
+        ("2.7.18", "changes=data; its newest checkpoint is of Python 2.7.18, this is 3[.]"),
+        (platform.python_version(), "changes=data$"),
+    ):
+        path.write_text(json.dumps({**about, "versions": {"python": version}}))
+        with pytest.raises(DataError, match=said):
+            begin(folder, source=other)
+
+
 def test_another_tokenizer_is_refused(folder):
     path = folder / "lineage.json"
     path.write_text(path.read_text().replace("bytes-v1", "bpe"))
@@ -158,6 +179,53 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"--workdir={path} cannot be written"):
             begin(path)
+
+
+def test_the_home_folder_is_written_as_people_write_it(tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir(), (home / "module.py").write_text("pass\n" * 99)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("KHA_JAX_CACHE", "~/k")
+    assert cache_folder("data") == home / "k" / "data"
+    assert stored.local_folder("workdir", "~/x") == stored.own_folder("out", "~/x") == home / "x"
+    PythonSource(cache_dir="~/c", held_out=0.01, roots=("~",)).open("train", 8, 0)
+    assert any((home / "c").iterdir()) and not any(here.iterdir())
+    monkeypatch.setenv("HOME", "")
+    assert cache_folder("data") == Path(pwd.getpwuid(os.getuid()).pw_dir) / "k" / "data"
+
+
+FIXED = {
+    "lock": lambda run: RunFolder(run, RUN, []),
+    "metrics.jsonl": lambda run: MetricsFile(run / "metrics.jsonl", 0).write(1, {}),
+    "metrics.tmp": lambda run: MetricsFile(run / "metrics.jsonl", 0),
+    "config.json": lambda run: begin(run).keep(0),
+    "lineage.json": lambda run: begin(run).keep(0),
+    f"config.{os.getpid()}.tmp": lambda run: begin(run).keep(0),
+    f".probe-{os.getpid()}": lambda run: writable(run),
+    "runs.csv": lambda run: write_results(run / "runs.csv", []),
+    "runs.tmp": lambda run: write_results(run / "runs.csv", []),
+    "claim": lambda run: runner._locked(run / "claim").__enter__(),
+    "report.md": lambda run: write_text(run / "report.md", "new"),
+}
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize("name", FIXED)
+def test_a_file_of_a_fixed_name_is_not_opened_through_a_link(tmp_path, name, kind):
+    """It is refused or replaced; what the link leads to stays as it is. A pipe hangs nobody."""
+    (tmp_path / "outside").write_text('{"step": 5}\n')
+    run = tmp_path / "run"
+    run.mkdir()
+    if kind == "link":
+        (run / name).symlink_to(tmp_path / "outside")
+    elif name != "metrics.jsonl":  # which is read first
+        os.mkfifo(run / name)
+    with contextlib.suppress(UsageError, OSError):
+        FIXED[name](run)
+    assert (tmp_path / "outside").read_text() == '{"step": 5}\n'
+    left = {p.name for p in run.iterdir()} - {*FIXED, "run"}
+    assert not left, left
 
 
 def test_a_cache_of_programs_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch, caplog):
@@ -274,6 +342,16 @@ def test_every_config_has_the_data_that_its_steps_and_evaluations_need(path, cac
         config = config.replace(data=config.data.replace(cache_dir=cache))
     train, validation = open_sources(config)
     assert len(train) >= config.batch_size and len(validation) > 0
+
+
+@pytest.mark.parametrize("split, share", [("validation", 1e-9), ("train", 1 - 1e-9)])
+def test_a_split_of_no_module_is_the_fault_of_held_out(tmp_path, split, share):
+    (tmp_path / "module.py").write_text("pass\n")
+    source = PythonSource(held_out=share, roots=(str(tmp_path),), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(
+        DataError, match=f"held_out={share}: leaves none of the 1 modules for {split}"
+    ):
+        source.open(split, 8, 0)
 
 
 def test_too_little_data_is_found_before_anything_compiles(cache):

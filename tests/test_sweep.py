@@ -3,6 +3,7 @@ one real sweep that is killed."""
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -189,13 +190,16 @@ def test_a_run_that_another_process_trains_is_passed_over(tmp_path, trained):
     assert not trained
 
 
-def test_a_sweep_that_is_told_to_stop_begins_no_other_run(tmp_path):
-    """Also where the run that trains ends well before it hears of it."""
+def test_a_sweep_that_is_told_to_stop_begins_no_other_run(tmp_path, monkeypatch):
+    """Also where the run that trains ends well before it hears of it. Paths mean the same to both,
+    wherever a sweep is started."""
+    monkeypatch.chdir(tmp_path)
     sweep = Sweep(tmp_path, [])
-    log = tmp_path / "log"
+    log = pathlib.Path("log")
     log.touch()
     handler = "signal.signal(15, lambda *_: sys.exit(0))"
-    child = f"import signal, sys, time; {handler}; print('ready', flush=True); time.sleep(60)"
+    imports = "import os, signal, sys, time, experiments"
+    child = f"{imports}; {handler}; print(os.getcwd(), flush=True); time.sleep(60)"
 
     def stop():
         while not log.read_text():
@@ -204,6 +208,7 @@ def test_a_sweep_that_is_told_to_stop_begins_no_other_run(tmp_path):
 
     threading.Thread(target=stop).start()
     assert sweep._train([sys.executable, "-c", child], log, print) == 0 and sweep.asked_to_stop
+    assert log.read_text().strip() == str(tmp_path)
 
 
 def test_runs_of_a_seed_start_from_the_same_values():
@@ -256,6 +261,6 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_results(tmp_path):
         }
 
     assert figures("killed") == figures("whole") and len(figures("whole")) == 2
-    bad = sweep("bad", "--set=config.optimizer.learning_rate=3e-3,1e38", "--index=1")
+    bad = sweep("bad", "--set=config.optimizer.weight_decay=0.1,3e38", "--index=1")
     out, _ = bad.communicate(timeout=300)
-    assert bad.returncode == 76 and "baseline-learning_rate=1e38-seed0 failed with 76" in out
+    assert bad.returncode == 76 and "baseline-weight_decay=3e38-seed0 failed with 76" in out

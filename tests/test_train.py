@@ -145,7 +145,8 @@ def test_a_profile_is_written(cache, tmp_path):
 
 
 def test_steps_that_are_never_finite_stop_the_run_with_its_own_code(cache, tmp_path):
-    rate = "--config.optimizer.learning_rate=3.4e38", "--config.optimizer.warmup_fraction=0"
+    rate = "--config.optimizer.learning_rate=999", "--config.optimizer.weight_decay=3.4e38"
+    rate = *rate, "--config.optimizer.warmup_fraction=0"
     flags = *rate, "--config.max_nonfinite_steps=3"
     code, _, err = finish(start(cache, tmp_path, *flags))
     assert code == 76 and "not applied" in err and "examples" in err

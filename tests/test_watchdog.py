@@ -1,6 +1,9 @@
 """The watchdog by itself; on a run in test_faults, between processes in test_distributed."""
 
 import queue
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -33,6 +36,32 @@ def test_what_is_no_step_has_its_own_allowance(monkeypatch):
     with Watchdog(0.1, said.put) as guard:
         guard.allow("the first compilation")
         assert "no end of the first compilation within 0.2 s" in said.get(timeout=10)
+
+
+STOPPED = """
+import os, runpy, sys, time
+def hung(message):
+    print(message, flush=True)
+    os._exit(70)
+with runpy.run_path(sys.argv[1])["Watchdog"](1.0, hung) as guard:
+    guard.step(7)
+    print("begun", flush=True)
+    for _ in range(10):
+        time.sleep(0.05)
+    print("went on", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count():
+    line = [sys.executable, "-c", STOPPED, watchdog.__file__]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        said = process.stdout.read()  # a real hang is still seen
+        assert said.startswith("went on\nno end of step 7") and process.wait() == 70
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 0.5, float("inf"), float("nan")])

@@ -1,5 +1,6 @@
-"""Settings of the C library, which reads them before a program begins: a command sets them and
-starts itself again. It imports nothing that takes time, since it runs before everything else."""
+"""What has to be right before a program begins: its streams, and settings of the C library, for
+which a command starts itself again. It imports nothing that takes time, since it runs before
+everything else."""
 
 import os
 import signal
@@ -19,12 +20,25 @@ KEPT = (
 ONE_ARENA, FEW_CORES = ":glibc.malloc.arena_max=1", 16
 
 
+def open_streams() -> None:
+    """Opens the streams that were closed, as by `>&-`: the next file would take such a number, and
+    whoever prints would write into it. What cannot be written to fails, but for errors."""
+    for number, way in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, way), True)  # the lowest free number
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+
+
 def prepare() -> None:
     """For a command that is run with `python -m`: starts it again with the settings, where there
     are none yet, and makes Ctrl-C during the seconds of imports leave without a traceback; a
     command that can save installs its own handlers later."""
     if sys.argv[0] != "-m":  # what Python says while it looks for the command
         return
+    open_streams()
     if sys.platform == "linux" and MALLOC not in os.environ:
         os.environ[MALLOC] = KEPT + (ONE_ARENA if os.cpu_count() <= FEW_CORES else "")
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

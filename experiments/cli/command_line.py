@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import difflib
+import errno
 import faulthandler
 import functools
 import logging
@@ -20,10 +21,14 @@ from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict
 
 from experiments.cli import c_library, help_text, hints
-from experiments.cli.terminal import Log, Terminal
+from experiments.cli.terminal import Log, Terminal, spare
 from kha_jax.config import ConfigError, from_dict, near
 
 DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
+# What the system says of a disk, not of a mistake in this code.
+OF_THE_MACHINE = {
+    getattr(errno, name) for name in ("ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ELOOP".split())
+}
 GRACE = 10.0  # seconds in which a process that hangs says so
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = str(REPOSITORY / "configs" / "kha_tiny.py")
@@ -48,7 +53,7 @@ def define_config(default: str = DEFAULT_CONFIG) -> None:
         _define_flag(arguments, default, flags.FLAGS)
         flags.DEFINE_bool("config.help", False, "List the config's fields with their meaning.")
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=Terminal(sys.stderr))
         sys.exit(USAGE)
 
 
@@ -71,32 +76,41 @@ def _define_flag(arguments: list[str], default: str, values: flags.FlagValues) -
 def _check_config_arguments(arguments: list[str], default: str) -> None:
     """Raises UsageError when the config file does not load or an override names no field or has the
     wrong type."""
-    path, _, variant = _named_config(arguments, default).partition(":")
+    path, colon, variant = _named_config(arguments, default).partition(":")
     if not path.strip():
         raise UsageError("--config: names no file; write --config=FILE.py or --config=FILE.py:NAME")
+    if colon and not variant.strip():
+        raise UsageError(f"--config={path}:{variant}: names no variant; write --config={path}")
     check_config_file(path)
     sys.path.insert(0, str(REPOSITORY))  # config files share pieces through the package configs
     config = run_config_file(path, variant)
     for argument in arguments:
-        match = re.match(r"--?(?:no)?config\.([\w.\[\]]+)(?:=(.*))?$", argument)
+        match = re.match(r"--?(?:no)?config\.([^=]*)(?:=(.*))?$", argument, re.DOTALL)
         if match:
             check_override(config, match[1], match[2])
 
 
 def check_config_file(path: str, flag: str = "--config") -> None:
     """Raises UsageError where there is no such file, with the one of configs/ that has the name."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # False also where the name is no name
         hint = hints.config_file(path, REPOSITORY / "configs")
         raise UsageError(f"{flag}: no file {path}; {hint}")
 
 
 def _named_config(arguments: list[str], default: str) -> str:
-    """What --config=FILE, or --config FILE, names last."""
-    named = default
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
-            named = following if match[1] is None else match[1]
-    return named
+    """What --config=FILE, or --config FILE, names.
+
+    Raises:
+        UsageError: there are two of them.
+    """
+    named = [
+        following if match[1] is None else match[1]
+        for argument, following in zip(arguments, [*arguments[1:], ""])
+        if (match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL))
+    ]
+    if len(named) > 1:
+        raise UsageError(f"--config={named[1]}: there is --config={named[0]} too; leave out one")
+    return named[0] if named else default
 
 
 @functools.cache
@@ -269,8 +283,14 @@ def give_up(message: str, code: int = HANG, stacks: bool = False) -> None:
     if stacks:
         with contextlib.suppress(OSError, ValueError):
             faulthandler.dump_traceback(sys.stderr)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def one_line(said: Any) -> str:
+    """What an error says in one line, whose characters a terminal shows and does not obey."""
+    words = " ".join(str(said).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 
 def code_of(error: BaseException) -> int | None:
@@ -283,6 +303,8 @@ def code_of(error: BaseException) -> int | None:
         (PeerError, WaitError): HANG,
         StorageError: STORAGE,
     }
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        return STORAGE
     return next((code for kinds, code in codes.items() if isinstance(error, kinds)), None)
 
 
@@ -320,32 +342,42 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
 
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no text ends a program
-    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
-    if help_text.wanted():
-        about = sys.modules["__main__"].__doc__
-        print("\n".join(help_text.of_program(about, own_flags(), REPOSITORY)))
-        sys.exit(DONE)
-    _quiet_libtpu()
+    sys.stdout, sys.stderr = Terminal(sys.stdout, needed=True), Terminal(sys.stderr)
     log = logging.getLogger("kha_jax")
     log.setLevel(logging.INFO)
     log.propagate = False
     log.addHandler(Log())
-    # pages of tracebacks for a full disk, of which our one line tells
+    # pages of tracebacks for a save that failed, of which our one line tells
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     sys.unraisablehook = _report
     try:
-        code = main(*_parse_flags(sys.argv, words)) or DONE
+        code = _outcome(main, words)
+        sys.stdout.flush()
     except Exception as error:
         code = code_of(error)
         if isinstance(error, WaitError):
             give_up(str(error))
         if lost_peer(error):
-            reason = " ".join(str(error).split())
             give_up(
                 "another process of the run is gone; start all of them again and they go on from "
-                f"the newest checkpoint ({reason})"
+                f"the newest checkpoint ({error})"
             )
         if code is None:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        spare()  # what is still to be written of it
+        print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _outcome(main: Callable[..., int | None], words: int) -> int:
+    """The exit code of what the command line asks for."""
+    if help_text.wanted():
+        about = sys.modules["__main__"].__doc__
+        print("\n".join(help_text.of_program(about, own_flags(), REPOSITORY)))
+        return DONE
+    _quiet_libtpu()
+    try:
+        return main(*_parse_flags(sys.argv, words)) or DONE
+    except SystemExit as left:
+        return left.code or DONE

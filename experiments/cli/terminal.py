@@ -11,12 +11,20 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Column, Table
 
+from kha_jax.errors import StorageError
+
 LINE = 80  # columns of a terminal that nobody has made wider
 PIPE = 1000  # columns of what is no terminal: nothing is wrapped there
 # The one console. It prints to what sys.stdout is at that moment, above a bar while there is one.
 CONSOLE = Console(
     highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else PIPE
 )
+
+
+def spare() -> None:
+    """What the program prints is not its product from here on: it goes on where it cannot."""
+    if isinstance(sys.stdout, Terminal):
+        sys.stdout.needed = False
 
 
 def say(text: str) -> None:
@@ -72,30 +80,42 @@ class Log(logging.Handler):
 
 
 class Terminal:
-    """A stream that may go away, as in `train | head -1`, or be full, without stopping the program.
-    Afterwards it leads nowhere; the lines that nobody saw are counted in `lost`."""
+    """A stream that may go away, as in `train | head -1`, or be full. Afterwards it leads nowhere;
+    the lines that nobody saw are counted in `lost`.
 
-    def __init__(self, stream: Any):
-        self.stream, self.lost, self.gone = stream, 0, False
+    needed: the program is over then, without a word where its reader has left.
+
+    Raises:
+        StorageError: what is needed cannot be written.
+    """
+
+    def __init__(self, stream: Any, needed: bool = False):
+        self.stream, self.needed, self.lost, self.gone = stream, needed, 0, False
 
     def write(self, text: str) -> int:
         try:
             self.stream.write(text)
-        except (OSError, ValueError):
-            self._leave()
+        except (OSError, ValueError) as error:
+            self._leave(error)
         self.lost += self.gone * text.count("\n")
         return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except (OSError, ValueError):
-            self._leave()
+        except (OSError, ValueError) as error:
+            self._leave(error)
 
-    def _leave(self) -> None:
+    def _leave(self, error: Exception) -> None:
         self.gone = True
         with open(os.devnull, "w") as nowhere:  # what is still buffered goes there
             os.dup2(nowhere.fileno(), self.stream.fileno())
+        if not self.needed:
+            return
+        if isinstance(error, BrokenPipeError):
+            sys.exit()
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"the output cannot be written: {reason}") from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

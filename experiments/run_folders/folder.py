@@ -6,6 +6,7 @@ tokenizer, the batch size, the step from which they hold, and the changed fields
 `registered.json` says which modules registered kinds of one's own, where there are any.
 """
 
+import contextlib
 import errno
 import fcntl
 import importlib.metadata
@@ -26,8 +27,8 @@ from kha_jax.data import Draws, Source, batch_hash
 from kha_jax.errors import CheckpointError, DataError
 from kha_jax.hardware import chips
 from kha_jax.runs.checkpoint import Checkpoints, state_bytes
-from kha_jax.runs.manifest import read_manifest
-from kha_jax.storage import PROBE, cache_folder, read_json, writable, write_json
+from kha_jax.runs.manifest import MANIFEST, read_manifest, room
+from kha_jax.storage import PROBE, cache_folder, not_followed, read_json, writable, write_json
 from kha_jax.training.optimizer import jump
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import (
@@ -77,7 +78,7 @@ class RunFolder:
         self.lineage: list[dict[str, Any]] = []
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(path / "lock", "a+")
+            self.lock = open(path / "lock", "a+", opener=not_followed)
             if jax.process_index() == 0:
                 self._take_lock()
                 writable(path)
@@ -85,7 +86,7 @@ class RunFolder:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CheckpointError(
                     f"{path}: {error.strerror}; {len(PROBE):,} bytes are needed to begin with, "
-                    f"{shutil.disk_usage(path).free:,} are free"
+                    f"{room(path)}"
                 ) from None
             raise UsageError(
                 f"--workdir={path} cannot be written: {error.strerror}; name another folder"
@@ -179,9 +180,20 @@ class RunFolder:
                 raise DataError(
                     f"{source} is not what this run has read: it began with {before[:12]}, found "
                     f"{after[:12]}; use another --workdir or --allow_changes=data"
+                    f"{self._interpreters()}"
                 )
             if before != after:
                 self.changes[name] = before, after
+
+    def _interpreters(self) -> str:
+        """Where text differs: that of the standard library comes with the interpreter."""
+        manifests = sorted((self.path / "checkpoints").glob(f"*/{MANIFEST}"))
+        before = now = platform.python_version()
+        with contextlib.suppress(IndexError, CheckpointError, KeyError, TypeError):
+            before = read_manifest(manifests[-1].parent)["versions"]["python"]
+        if before == now:
+            return ""
+        return f"; its newest checkpoint is of Python {before}, this is {now}, with other text"
 
     def checkpoints(self, state: Any) -> Checkpoints:
         """Those of this run, whose manifests say whose they are and how they go on.
@@ -249,7 +261,8 @@ class RunFolder:
         elif self.changes:
             print(f"{said} is not the checkpoint's {foreseen[:12]}, after the allowed changes")
         else:
-            raise DataError(f"{said} of {self.source} is not the checkpoint's {foreseen[:12]}")
+            problem = f"{said} of {self.source} is not the checkpoint's {foreseen[:12]}"
+            raise DataError(problem + self._interpreters())
 
     def keep(self, step: int) -> None:
         """Writes config.json and what has changed; called once the state of this step is there."""

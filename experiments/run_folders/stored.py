@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.cli.command_line import UsageError
+from kha_jax.storage import as_written
 
 if TYPE_CHECKING:
     from kha_jax.training.run_folder import StoredRun
@@ -16,8 +17,10 @@ def local_folder(flag: str, name: str | None) -> Path:
     Raises:
         UsageError: there is none, or it cannot be one of this machine.
     """
-    if not name:
+    if name is None:
         raise UsageError(f"--{flag}: is required; name the folder of a run, such as runs/kha_tiny")
+    if not name.strip():
+        raise UsageError(f"--{flag}={name}: names no folder; is a variable of the shell not set?")
     if "://" in name:
         raise UsageError(
             f"--{flag}={name}: object stores are not supported yet; name a folder, which may be a "
@@ -27,7 +30,22 @@ def local_folder(flag: str, name: str | None) -> Path:
         name.encode()
     except UnicodeEncodeError:
         raise UsageError(f"--{flag}={name!a}: the name is not UTF-8; rename the folder") from None
-    return Path(name)
+    return as_written(name)
+
+
+def own_folder(flag: str, name: str | None) -> Path:
+    """The folder that a flag names for what is to be written.
+
+    Raises:
+        UsageError: it cannot be one of this machine, or lies in the checkpoints of a run.
+    """
+    folder = local_folder(flag, name)
+    whole = folder.absolute()
+    for inner in (whole, *whole.parents):
+        if inner.name == "checkpoints" and os.path.isfile(inner.parent / "config.json"):
+            problem = f"lies in the checkpoints of the run {inner.parent}"
+            raise UsageError(f"--{flag}={name}: {problem}; name that run, or another folder")
+    return folder
 
 
 def run_folder(flag: str, name: str | None) -> Path:

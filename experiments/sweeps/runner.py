@@ -34,7 +34,7 @@ from kha_jax.metrics import read_lines
 from kha_jax.runs.manifest import read_manifest
 from kha_jax.runs.results import RunResult, read_results, write_results
 from kha_jax.spikes import spike_score
-from kha_jax.storage import write_json
+from kha_jax.storage import not_followed, write_json
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import config_hash
 
@@ -187,7 +187,7 @@ class Sweep:
 
     def keep(self, result: RunResult) -> None:
         """Adds a line to runs.csv."""
-        with open(self.folder / "lock", "a") as lock:
+        with open(self.folder / "lock", "a", opener=not_followed) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             together = {**self.results(), result.name: result}
             write_results(self.folder / RESULTS, list(together.values()))
@@ -261,9 +261,15 @@ class Sweep:
         return command_line.PREEMPTED if self.asked_to_stop else code
 
     def _train(self, line: list[str], path: Path, watch: Callable[[], None]) -> int:
-        with open(path, "ab") as log:
+        with open(path, "ab", opener=not_followed) as log:
+            # where this process is, so that paths mean the same
+            known = str(command_line.REPOSITORY), os.environ.get("PYTHONPATH")
             child = subprocess.Popen(
-                line, stdout=log, stderr=log, cwd=command_line.REPOSITORY, start_new_session=True
+                line,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, known))},
+                start_new_session=True,
             )
         with self._passed_on(child):
             while True:
@@ -312,7 +318,7 @@ class Sweep:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Whether nobody else has the file locked; it is locked for as long as this lasts."""
-    with open(path, "a") as file:
+    with open(path, "a", opener=not_followed) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

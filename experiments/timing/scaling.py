@@ -1,6 +1,5 @@
 """Step time and memory of ways for heads to interact against the length of a row."""
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from experiments.timing.steps import TrainingStep
 from kha_jax.analysis import costs, style
 from kha_jax.attention import AttentionConfig
 from kha_jax.config import ConfigError
+from kha_jax.storage import write_json
 from kha_jax.training.run_config import RunConfig
 
 WAYS = ("baseline", "linear", "mlp", "talking", "mea", "mixture", "gated_elements")
@@ -75,7 +75,7 @@ def run(config: RunConfig, lengths: list[str], rounds: int, out: Path) -> dict[s
     as_json = {str(n): {way: c._asdict() for way, c in of.items()} for n, of in found.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "scaling.json").write_text(json.dumps(as_json, indent=1))
+        write_json(out / "scaling.json", as_json)
         style.save(lambda: costs.scaling(found), out / "scaling")
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror}") from None

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
+from kha_jax.storage import replacing, write_text
+
 KINDS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#AA3377", "#66CCEE")
 STROKES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)))
 MARKERS = "osD^vP"
@@ -168,21 +170,26 @@ def save(draw: Callable[[], Any], path: Path) -> str:
     draw: makes the figure anew under each theme. SVG and PDF have no background. The SVG's ink is
     the text colour of the page around it; as a file it follows what the reader's system prefers.
     """
+
+    def write(figure: Any, ending: str, **options: Any) -> None:
+        with replacing(Path(f"{path}{ending}")) as temporary:
+            figure.savefig(temporary, **options)
+
     with using("dark") as plots:
         figure = draw()
-        figure.savefig(f"{path}_dark.png", dpi=SCREEN)
+        write(figure, "_dark.png", dpi=SCREEN)
         plots.close(figure)
     with using("light") as plots:
         figure = draw()
-        figure.savefig(f"{path}.png", dpi=PRINT)
-        figure.savefig(f"{path}.pdf", transparent=True, metadata={"CreationDate": None})
+        write(figure, ".png", dpi=PRINT)
+        write(figure, ".pdf", transparent=True, metadata={"CreationDate": None})
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(f"{path}.svg", transparent=True, metadata=nothing)
+        write(figure, ".svg", transparent=True, metadata=nothing)
         plots.close(figure)
     text = _inked_by_the_page(Path(f"{path}.svg").read_text())
     light, dark = (ink for ink, _ in THEMES.values())
     alone = f"<style>svg{{color:{light}}}@media(prefers-color-scheme:dark){{svg{{color:{dark}}}}}"
-    Path(f"{path}.svg").write_text(text.replace(">", f">{alone}</style>", 1))
+    write_text(Path(f"{path}.svg"), text.replace(">", f">{alone}</style>", 1))
     return text
 
 

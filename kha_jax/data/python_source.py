@@ -16,7 +16,7 @@ from typing import Iterator, Sequence
 from kha_jax.data.loader import DataConfig
 from kha_jax.data.tokens import NAMED, ByteTokenizer, TokenWindows, write_stream
 from kha_jax.errors import DataError
-from kha_jax.storage import cache_folder, open_regular, write_json
+from kha_jax.storage import as_written, cache_folder, open_regular, write_json
 
 LEFT_OUT = {
     "site-packages",
@@ -127,7 +127,7 @@ class PythonSource(DataConfig):
         problem = f"object stores are not supported; name a folder, found {self.cache_dir}"
         self.require(not remote, "cache_dir", problem)
         for root in self.roots:
-            usable = root in INSTALLED or os.path.isdir(root)
+            usable = root in INSTALLED or os.path.isdir(as_written(root))
             names = ", ".join(INSTALLED)
             self.require(usable, "roots", f"must be {names} or folders, found {root!r}")
         once = len({*self.roots}) == len(self.roots) > 0
@@ -155,13 +155,18 @@ class PythonSource(DataConfig):
                 f"data.source=python_source found no module below {', '.join(self.roots)}; use an "
                 "interpreter that ships its source"
             )
-        base = Path(self.cache_dir) if self.cache_dir else cache_folder("data")
+        base = as_written(self.cache_dir) if self.cache_dir else cache_folder("data")
         base = base / "python_source"
         entry = base / "index" / f"{self._listing(split, modules)}.json"
         folder = base / _indexed(entry, split)
         if not os.path.exists(folder / "meta.json"):  # Path.exists raises in another user's folder
             held_out = split == "validation"
-            chosen = (p for name, p, _ in modules if self._is_held_out(name) == held_out)
+            chosen = [p for name, p, _ in modules if self._is_held_out(name) == held_out]
+            if not chosen:
+                raise DataError(
+                    f"config.data.held_out={self.held_out}: leaves none of the {len(modules)} "
+                    f"modules for {split}; choose another share, or more roots"
+                )
             settled = _settled(modules)
             texts = map(_read, chosen)
             folder = write_stream(base, split, texts, self.tokenizer())
@@ -185,7 +190,7 @@ class PythonSource(DataConfig):
         """Every module; names below the first root are relative to it. say: what is left out of
         folders of one's own."""
         for number, root in enumerate(self.roots):
-            place = sysconfig.get_path(INSTALLED[root]) if root in INSTALLED else root
+            place = sysconfig.get_path(INSTALLED[root]) if root in INSTALLED else as_written(root)
             folder = Path(os.path.realpath(place))
             prefix = f"{root}/" if number else ""
             paths, left_out = _walk(folder)

@@ -40,11 +40,20 @@ def topology(name: str) -> Topology:
         return one._replace(chips=one.chips * slices, slices=slices)
     full = SLICES.get(name, name)
     kind, _, shape = full.partition(":")
-    if kind not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    if kind not in TPUS or not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})*", shape):
         sized = of_size(name)
         hint = f"{sized} is the slice of that size" if sized else near(name, SLICES)
         raise SliceError(f"{name!r} is not KIND:SHAPE with a kind of {', '.join(TPUS)}; {hint}")
+    if shape.count("x") + 1 != dimensions(kind):
+        example = next(reversed(TPUS[kind].slices.values()))
+        problem = f"{kind} has {dimensions(kind)} dimensions, as {kind}:{example}"
+        raise SliceError(f"{name!r} is no slice: a {problem}")
     return Topology(full, chips.chips(full), TPUS[kind])
+
+
+def dimensions(kind: str) -> int:
+    """Those in which the chips of a kind are linked."""
+    return next(iter(TPUS[kind].slices.values())).count("x") + 1
 
 
 def of_size(name: str) -> str | None:
@@ -54,6 +63,6 @@ def of_size(name: str) -> str | None:
     count = int(size) // (2 if kind == "v5p" else 1) if size.isdecimal() else 0
     if kind not in TPUS or count < 1 or count & (count - 1):
         return None
-    dimensions, doublings = (3 if kind == "v5p" else 2), count.bit_length() - 1
-    sides = sorted(2 ** ((doublings + i) // dimensions) for i in range(dimensions))
+    axes, doublings = dimensions(kind), count.bit_length() - 1
+    sides = sorted(2 ** ((doublings + i) // axes) for i in range(axes))
     return f"{kind}:{'x'.join(map(str, sides))}"

@@ -9,9 +9,11 @@ which finds none any more does not start again.
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import logging
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -29,7 +31,9 @@ from kha_jax.runs.manifest import (
     checksum,
     folder_name,
     read_manifest,
+    room,
     same_size,
+    sealed,
     verify,
     why,
 )
@@ -149,13 +153,13 @@ class Checkpoints:
 
     def _failure(self, step: int, size: int, error: Exception) -> CheckpointError:
         """The error of a save, whose half-written files are removed."""
-        room = ""
+        reason, hint = why(error), "; raise the limit, as by `ulimit -n 4096`"
         with contextlib.suppress(OSError):
+            if reason != os.strerror(errno.EMFILE):
+                hint = f"; about {size:,} bytes are needed, {room(self.folder)}"
             if jax.process_index() == 0:
                 shutil.rmtree(self.path(step), ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free
-            room = f"; about {size:,} bytes are needed, {free:,} are free"
-        return CheckpointError(f"{self.path(step)} could not be written: {why(error)}{room}")
+        return CheckpointError(f"{self.path(step)} could not be written: {reason}{hint}")
 
     def _commit(self, step: int, size: int) -> None:
         """Waits for the arrays, then makes them count and removes what is too old."""
@@ -170,25 +174,40 @@ class Checkpoints:
                 for p in sorted(target.rglob("*"))
                 if p.is_file()
             }
-            write_json(target / MANIFEST, {"step": step, **self.about(step), "files": files})
+            about = {"step": step, **self.about(step), "files": files}
+            write_json(target / MANIFEST, sealed(about))
             self.verified.add(step)
             faults.at("manifest_written", step, self.folder)
             write_json(self.folder / NEWEST, step)
         except Exception as error:
             raise self._failure(step, size, error) from error
-        self._retain(step)
+        self._retain()
 
-    def _retain(self, now: int) -> None:
+    def _retain(self) -> None:
         """Removes what is older than the newest `keep` verified checkpoints."""
         kept = 0
         for step in reversed(self.steps()):
             if kept < self.keep:
                 kept += self._is_good(step)
                 continue
-            # The manifest goes first, so that a half-removed checkpoint never counts.
-            (self.path(step) / MANIFEST).unlink()
-            faults.at("retention", now, self.folder)
-            shutil.rmtree(self.path(step))
+            try:  # the new checkpoint counts, whatever becomes of an old one
+                self.remove(step)
+            except OSError as error:
+                log.warning("%s is too old and stays: %s", self.path(step), why(error))
+
+    def remove(self, step: int) -> None:
+        """Removes a checkpoint; one that is a link leads to what others keep, and stays.
+
+        Raises:
+            OSError: it could not be removed, at least not as a whole.
+        """
+        path = self.path(step)
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link to another folder", str(path))
+        # The manifest goes first, so that a half-removed checkpoint never counts.
+        (path / MANIFEST).unlink(missing_ok=True)
+        faults.at("retention", step, self.folder)
+        shutil.rmtree(path)
 
     def _is_good(self, step: int) -> bool:
         """Whether a checkpoint verifies; the content of one that has before is not read again."""
@@ -272,7 +291,14 @@ class Checkpoints:
     def _set_aside(self, rejected: list[int]) -> None:
         for step in rejected:
             # It stays for whoever wants to look, but retention must not count it.
-            (self.path(step) / MANIFEST).rename(self.path(step) / REJECTED)
+            path = self.path(step)
+            try:
+                if path.is_symlink():  # what it leads to is not this run's to change
+                    path.rename(path.with_suffix(".rejected"))
+                else:
+                    (path / MANIFEST).rename(path / REJECTED)
+            except OSError as error:
+                log.warning("%s could not be set aside: %s", path, why(error))
         for path in self.folders():
             if not (path / MANIFEST).exists() and not (path / REJECTED).exists():
                 shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,7 @@ and the size and checksum of every file."""
 
 import errno
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any, Sequence
@@ -10,14 +11,33 @@ from typing import Any, Sequence
 from kha_jax.errors import CheckpointError
 from kha_jax.storage import read_json
 
-MANIFEST = "MANIFEST.json"
+MANIFEST, SEAL = "MANIFEST.json", "manifest_sha256"
+REASONS = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE
 
 
 def why(error: Exception) -> str:
     """What the system said, out of the many lines that a storage library makes of it."""
     said = " ".join(str(error).split())
-    known = (os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES))
+    known = map(os.strerror, REASONS)
     return next((reason for reason in known if reason in said), said[:300])
+
+
+def room(folder: Path) -> str:
+    """What is free on the disk of a folder: bytes, or no file where those are used up first."""
+    found = os.statvfs(folder)
+    if found.f_files and not found.f_favail:
+        return f"no file can be added there: all {found.f_files:,} inodes are in use"
+    return f"{found.f_bavail * found.f_frsize:,} bytes are free"
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a checksum of its own."""
+    return {**manifest, SEAL: _digest(manifest)}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    rest = {name: value for name, value in manifest.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def folder_name(step: int) -> str:
@@ -37,7 +57,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, whatever its files hold.
 
     Raises:
-        CheckpointError: there is none, or it is no manifest.
+        CheckpointError: there is none, it is no manifest, or not as it was written.
     """
     path = folder / MANIFEST
     try:
@@ -49,6 +69,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not readable: {error!r}") from None
     if not files:
         raise CheckpointError(f"{path} names no file")
+    if manifest.get(SEAL, found := _digest(manifest)) != found:  # older ones have none
+        raise CheckpointError(f"{path} differs from its own checksum")
     return manifest
 
 

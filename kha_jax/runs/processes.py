@@ -4,12 +4,16 @@ by name and not for ever."""
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
 import itertools
+import json
 import logging
 import os
+import platform
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import jax
@@ -25,6 +29,7 @@ log = logging.getLogger("kha_jax")
 HINT_SECONDS = 60
 HEARTBEAT_SECONDS = 100  # the runtime's own default
 FAILED, LISTENS = "kha_jax failed", 1.0  # where a process says so; seconds between two looks
+PROGRAM, OTHER_PROGRAM = "kha_jax program", "kha_jax other program"
 _waits = itertools.count()
 
 
@@ -218,6 +223,49 @@ def from_leader(name: str, compute: Callable[[], int], seconds: int) -> int:
     if jax.process_count() > 1:
         found = multihost_utils.broadcast_one_to_all(np.array(found, np.int32))
     return int(found)
+
+
+def program(*commands: Path) -> dict[str, str]:
+    """What computes: a hash of the sources of this package and those in folders of commands, the
+    interpreter and the libraries."""
+    digest, folders = hashlib.sha256(), (Path(__file__).parents[1], *commands)
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.py"))):
+        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return {
+        "the code": digest.hexdigest()[:12],
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+    }
+
+
+def same_program(mine: dict[str, str], seconds: int) -> None:
+    """Checks that all processes run the same program, before they compute anything together: with
+    different ones a collective waits for ever, or computes what neither of them means.
+
+    Raises:
+        ConfigError: names a process and what it has that process 0 has not, in every process.
+        WaitError: not every process was here in time.
+    """
+    client, index = distributed.global_state.client, distributed.global_state.process_id
+    if client is None:
+        return
+    if index == 0:
+        client.key_value_set(PROGRAM, json.dumps(mine))
+    try:
+        first = json.loads(client.blocking_key_value_get(PROGRAM, 1000 * seconds))
+        differing = [name for name in mine if mine[name] != first.get(name)]
+        if differing:
+            found = ", ".join(f"{name} {mine[name]}, not {first.get(name)}" for name in differing)
+            said = f"process {index} has {found} as process 0"
+            client.key_value_set(OTHER_PROGRAM, said, allow_overwrite=True)
+        client.wait_at_barrier(PROGRAM, 1000 * seconds)
+    except RuntimeError as raised:
+        raise WaitError(
+            f"not every process said within {seconds} s what program it runs: {raised}"
+        ) from None
+    with contextlib.suppress(RuntimeError):  # where there is none
+        told = client.key_value_try_get(OTHER_PROGRAM)
+        raise ConfigError("the program", f"{told}; start all of them with the same")
 
 
 def same(name: str, content: str, remedy: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 from kha_jax.errors import SweepError
-from kha_jax.storage import open_regular
+from kha_jax.storage import open_regular, write_text
 
 
 class RunResult(NamedTuple):
@@ -98,6 +98,4 @@ def write_results(path: Path, results: Sequence[RunResult]) -> None:
     for result in results:
         curve = " ".join(f"{step}:{loss:.5f}" for step, loss in result.curve.items())
         writer.writerow(result._replace(curve=curve))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text.getvalue())
-    temporary.rename(path)
+    write_text(path, text.getvalue())

@@ -36,6 +36,9 @@ class MixerOptimizerConfig(Config):
         self.at_least(0, "learning_rate_multiplier")
 
 
+LARGEST_RATE = 1000.0  # beyond any that trains; a larger one is a slip of the exponent
+
+
 class OptimizerConfig(Config):
     """AdamW (arXiv 1711.05101), the paper's section 4.1 by default.
 
@@ -78,6 +81,8 @@ class OptimizerConfig(Config):
                 field,
                 f"must be in [0, 1), found {value}",
             )
+        largest, found = f"must be at most {LARGEST_RATE:g}", self.learning_rate
+        self.require(found <= LARGEST_RATE, "learning_rate", f"{largest}, found {found}")
         self.at_least(0, "weight_decay")
         given = self.decay_fraction
         problem = f"does nothing with schedule={self.schedule!r}, found {given}"
