@@ -201,8 +201,8 @@ FIXED = {
     "metrics.tmp": lambda run: MetricsFile(run / "metrics.jsonl", 0),
     "config.json": lambda run: begin(run).keep(0),
     "lineage.json": lambda run: begin(run).keep(0),
-    f"config.{os.getpid()}.tmp": lambda run: begin(run).keep(0),
-    f".probe-{os.getpid()}": lambda run: writable(run),
+    "config.PID.tmp": lambda run: begin(run).keep(0),
+    ".probe-PID": lambda run: writable(run),
     "runs.csv": lambda run: write_results(run / "runs.csv", []),
     "runs.tmp": lambda run: write_results(run / "runs.csv", []),
     "claim": lambda run: runner._locked(run / "claim").__enter__(),
@@ -217,14 +217,15 @@ def test_a_file_of_a_fixed_name_is_not_opened_through_a_link(tmp_path, name, kin
     (tmp_path / "outside").write_text('{"step": 5}\n')
     run = tmp_path / "run"
     run.mkdir()
+    place = run / name.replace("PID", str(os.getpid()))
     if kind == "link":
-        (run / name).symlink_to(tmp_path / "outside")
+        place.symlink_to(tmp_path / "outside")
     elif name != "metrics.jsonl":  # which is read first
-        os.mkfifo(run / name)
+        os.mkfifo(place)
     with contextlib.suppress(UsageError, OSError):
         FIXED[name](run)
     assert (tmp_path / "outside").read_text() == '{"step": 5}\n'
-    left = {p.name for p in run.iterdir()} - {*FIXED, "run"}
+    left = {p.name for p in run.iterdir()} - {*FIXED, "run", place.name}
     assert not left, left
 
 
