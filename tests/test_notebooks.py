@@ -41,8 +41,8 @@ def test_notebooks_define_nothing_and_hold_no_outputs(path):
     assert said.startswith("# ") and said.count("**Look for**") >= 3
 
 
-def test_there_are_four_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+def test_there_are_three_notebooks():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ import os, runpy, sys, time
 def hung(message):
     print(message, flush=True)
     os._exit(70)
-with runpy.run_path(sys.argv[1])["Watchdog"](1.0, hung) as guard:
+with runpy.run_path(sys.argv[1])["Watchdog"](2.0, hung) as guard:
     guard.step(7)
     print("begun", flush=True)
     for _ in range(10):

@@ -11,7 +11,7 @@ from typing import Any, Sequence
 from kha_jax.errors import CheckpointError
 from kha_jax.storage import read_json
 
-MANIFEST, SEAL = "MANIFEST.json", "manifest_sha256"
+MANIFEST, SEAL = "MANIFEST.json", "own_checksum"
 REASONS = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE
 
 
