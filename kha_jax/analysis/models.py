@@ -13,10 +13,7 @@ import numpy as np
 from kha_jax.accounting import Accounting
 from kha_jax.analysis.reading import MIXER, Run
 from kha_jax.attention.mixers import StreamMixerModule
-from kha_jax.config import from_dict
-from kha_jax.errors import CheckpointError
 from kha_jax.ops.linear import linear
-from kha_jax.training.run_config import RunConfig
 
 
 class Stream(NamedTuple):
@@ -26,21 +23,10 @@ class Stream(NamedTuple):
     after: np.ndarray
 
 
-def config_of(run: Run) -> RunConfig:
-    """The run's config.
-
-    Raises:
-        CheckpointError: a bare checkpoint has none.
-    """
-    if run.config is None:
-        raise CheckpointError(f"{run.folder}: a bare checkpoint has no config.json")
-    return from_dict(RunConfig, run.config)
-
-
 def streams(run: Run, rows: int = 4) -> dict[str, Stream]:
     """The mixable streams (query, key, value) of every layer on the first `rows` sequences of the
     run's validation data, padding left out. Reads all parameters and runs the model once."""
-    config = config_of(run)
+    config = run.run_config()
     source = config.data.open("validation", config.seq_len, config.seed)
     examples = [source[index] for index in range(min(rows, len(source)))]
     batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
@@ -96,7 +82,7 @@ def variants(runs: list[Run]) -> list[Variant]:
 
 
 def _variant(run: Run) -> Variant:
-    config, rows = config_of(run), run.metrics()
+    config, rows = run.run_config(), run.metrics()
     last: dict[str, Any] = {}
     for row in rows:
         last |= row

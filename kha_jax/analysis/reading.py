@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from kha_jax.metrics import plain_row, read_lines
 from kha_jax.model import ModelConfig
 from kha_jax.runs.manifest import MANIFEST
 from kha_jax.training.run_config import RunConfig, with_new_names
+from kha_jax.training.run_folder import register_again
 from kha_jax.training.trace import TRACE
 
 MIXER = "_mixer"  # every small matrix between heads lives at .../SLOT_mixer/NAME
@@ -200,12 +202,23 @@ class Run:
         """The parameters of mixers that training began with, see `training.step`."""
         if self.config is None:
             return {}
-        config = from_dict(RunConfig, self.config)
+        config = self.run_config()
         return _initial(config.model, config.seed)
+
+    def run_config(self) -> RunConfig:
+        """The run's config, whose own kinds are registered again.
+
+        Raises:
+            CheckpointError: a bare checkpoint has none.
+        """
+        if self.config is None:
+            raise CheckpointError(f"{self.folder}: a bare checkpoint has no config.json")
+        register_again(Path(self.folder))
+        return from_dict(RunConfig, self.config)
 
     def _attention(self, layer: int) -> AttentionConfig:
         """The attention of a layer, by the run's config."""
-        model = from_dict(RunConfig, self.config).model
+        model = self.run_config().model
         later = model.later
         return later.attention if layer >= getattr(later, "layer", math.inf) else model.attention
 
