@@ -30,7 +30,6 @@ from rich.table import Table
 from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import identity, stored
-from kha_jax import sharding
 from kha_jax.accounting import cache_bytes
 from kha_jax.analysis import costs, style
 from kha_jax.attention import AttentionConfig
@@ -38,6 +37,7 @@ from kha_jax.attention.mixers import LinearMixer
 from kha_jax.config import ConfigError, near, to_dict
 from kha_jax.inference import compression
 from kha_jax.inference.folding import fold_model, foldable_slots
+from kha_jax.mesh import make_mesh
 from kha_jax.model import ModelConfig
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import folder_name, read_manifest
@@ -116,7 +116,7 @@ def write_run(
     """A run folder with one checkpoint, whose optimiser has no moments yet. It goes on with the
     text of the run that it was made from."""
     manifest = read_manifest(Path(source) / "checkpoints" / folder_name(step))
-    trainer = make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    trainer = make_trainer(config, make_mesh(config.mesh, jax.devices()[:1]))
     fresh = trainer.init(jax.random.key(config.seed)).optimizer
     schedule = fresh[-1]._replace(count=jnp.int32(step))
     state = TrainState(step=jnp.int32(step), optimizer=(*fresh[:-1], schedule), **variables)

@@ -31,8 +31,9 @@ from configs.tables import SCALES, TABLES, load
 from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import results, stored
-from experiments.sweeps import runner
-from experiments.sweeps.runner import Planned, Sweep, Wanted
+from experiments.sweeps import planned
+from experiments.sweeps.planned import Planned, Wanted
+from experiments.sweeps.runner import Sweep
 from kha_jax.config import near
 from kha_jax.runs.results import RunResult
 from kha_jax.training.run_config import RunConfig
@@ -111,7 +112,7 @@ def wanted() -> tuple[str, list[Wanted]]:
             rates = f"--learning_rates={','.join(RATES.value)}"
             raise UsageError(f"--set={text}: sets the same as {rates}; leave out one of them")
     title, rows = table_rows() if TABLE.value else config_rows()
-    return title, runner.varied(rows, SET.value)
+    return title, planned.varied(rows, SET.value)
 
 
 def measured_rate(sweep: Sweep) -> tuple[float, str]:
@@ -266,7 +267,7 @@ def command() -> str:
 def main() -> int:
     """See the module's docstring."""
     title, rows = wanted()
-    runs = runner.planned(rows, SEEDS.value, RATES.value)
+    runs = planned.runs(rows, SEEDS.value, RATES.value)
     if INDEX.value is not None and INDEX.value >= len(runs):
         raise UsageError(f"--index={INDEX.value}: there are {len(runs)} runs, from 0 on")
     name = TABLES.get(TABLE.value or "", "ablation")

@@ -40,6 +40,7 @@ from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
 from kha_jax.errors import DataError
 from kha_jax.hardware import chips, tpu
+from kha_jax.mesh import make_mesh
 from kha_jax.metrics import bits_per_byte
 from kha_jax.runs import faults, processes
 from kha_jax.runs.checkpoint import Checkpoints
@@ -133,7 +134,7 @@ def build(config: RunConfig) -> tuple[jax.sharding.Mesh, Trainer]:
         ConfigError: the config does not fit them.
     """
     with under("config.mesh"):
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh)
     with under("config"):
         config.check_on(mesh.shape, jax.default_backend())
         memory = mesh.devices.size * chips.device_bytes(jax.local_devices()[0])

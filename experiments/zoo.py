@@ -27,8 +27,9 @@ from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import results, stored
 from experiments.run_folders.identity import changed
-from experiments.sweeps import members, runner
+from experiments.sweeps import members, planned, runner
 from experiments.sweeps.members import Member, Row
+from experiments.sweeps.planned import Planned, Wanted
 from kha_jax.analysis.significance import paired
 from kha_jax.comparing.budget import MEASURES, TOLERANCE
 from kha_jax.config import near
@@ -80,10 +81,8 @@ def sweep_of(found: dict[str, Member]) -> runner.Sweep:
     usual = str(command_line.REPOSITORY / "runs" / "zoo")
     folder = stored.own_folder("out", usual if OUT.value is None else OUT.value)
     steps = f"--config.steps={TRAIN.value}"
-    wanted = [
-        runner.Wanted(name, (*member.line(), steps), "baseline") for name, member in found.items()
-    ]
-    sweep = runner.Sweep(folder, runner.planned(wanted, SEEDS.value))
+    wanted = [Wanted(name, (*member.line(), steps), "baseline") for name, member in found.items()]
+    sweep = runner.Sweep(folder, planned.runs(wanted, SEEDS.value))
     for run in sweep.runs:
         check_free(folder, run)
     fields = ("name", "baseline", "printed", "note")
@@ -98,7 +97,7 @@ def sweep_of(found: dict[str, Member]) -> runner.Sweep:
     return sweep
 
 
-def check_free(folder: Path, run: runner.Planned) -> None:
+def check_free(folder: Path, run: Planned) -> None:
     """Raises UsageError where a folder of --train holds the run with what learns otherwise."""
     path = folder / run.name / "config.json"
     if not path.exists() or not any((path.parent / "checkpoints").glob("*")):

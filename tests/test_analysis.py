@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import tensorstore
 
-from kha_jax import accounting, analysis, sharding
+from kha_jax import accounting, analysis
 from kha_jax.analysis import curves, figures, measures, reading, style
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import UnsharedLinear
 from kha_jax.config import from_dict, to_dict
 from kha_jax.errors import CheckpointError
+from kha_jax.mesh import make_mesh
 from kha_jax.model import ModelConfig
 from kha_jax.ops import matrices
 from kha_jax.runs.checkpoint import Checkpoints
@@ -188,7 +189,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def trainer():
     config = tiny()
-    return config, make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    return config, make_trainer(config, make_mesh(config.mesh, jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,9 @@ from kha_jax.comparing import properties
 from kha_jax.comparing.properties import EXACT, PAD, POSITIONS, SEGMENTS, B, T, relative_error
 from kha_jax.config import ConfigError, from_dict, to_dict
 from kha_jax.inference.folding import fold, foldable, folded_config
+from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.modules import Numerics
 from kha_jax.ops import attention as ops
-from kha_jax.sharding import MeshConfig
 from kha_jax.training.run_config import RunConfig
 from tests import cases, reference
 from tests.cases import (
@@ -159,7 +159,7 @@ def test_eight_devices_compute_what_one_does(name, projection):
 @each_row
 def test_eight_devices_have_the_gradients_of_one(name, projection):
     config = config_of(name, projection)
-    mesh = sharding.make_mesh(MeshConfig(data=2, model=4))
+    mesh = make_mesh(MeshConfig(data=2, model=4))
     cotangent = np.asarray(jax.random.normal(jax.random.key(5), (B, T, D)))
 
     def loss(params, x):

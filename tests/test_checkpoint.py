@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kha_jax import sharding
 from kha_jax.errors import CheckpointError
+from kha_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from kha_jax.runs import faults
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import MANIFEST, SEAL, read_manifest, sealed, verify
-from kha_jax.sharding import MeshConfig
 
 STATE = {"params": {"w": jnp.arange(12.0).reshape(3, 4)}, "count": jnp.int32(7)}
 OURS = {"config": "ours", "data": "text"}
@@ -108,8 +107,8 @@ def test_the_next_step_reuses_the_state_while_a_save_reads_its_copy(tmp_path, si
     def places(tree):
         return [shard.data.unsafe_buffer_pointer() for shard in tree["w"].addressable_shards]
 
-    config = MeshConfig(**dict(zip(sharding.MESH_AXES, sizes)))
-    mesh = sharding.make_mesh(config, jax.devices()[: np.prod(sizes)])
+    config = MeshConfig(**dict(zip(MESH_AXES, sizes)))
+    mesh = make_mesh(config, jax.devices()[: np.prod(sizes)])
     w = np.random.default_rng(0).standard_normal((2**11, 2**11), np.float32)
     # jax would borrow memory of NumPy's that happens to be aligned, and give none of it to a step.
     state = {"w": jax.device_put(jnp.array(w), NamedSharding(mesh, PartitionSpec("data", "model")))}
@@ -343,8 +342,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(small_disk):
 def test_a_state_comes_back_bit_equal_on_another_mesh(tmp_path, before, after):
     random, shardings = np.random.default_rng(0), []
     for sizes in (before, after):
-        config = MeshConfig(**dict(zip(sharding.MESH_AXES, sizes)))
-        mesh = sharding.make_mesh(config, jax.devices()[: np.prod(sizes)])
+        config = MeshConfig(**dict(zip(MESH_AXES, sizes)))
+        mesh = make_mesh(config, jax.devices()[: np.prod(sizes)])
         shardings.append(NamedSharding(mesh, PartitionSpec("data", "model")))
     w = random.standard_normal((8, 16)).astype(np.float32)
     saved(tmp_path, 1, state={"w": jax.device_put(w, shardings[0])})

@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from kha_jax import sharding
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery
 from kha_jax.comparing.properties import collectives
 from kha_jax.feed_forward import MoE
-from kha_jax.sharding import MeshConfig
+from kha_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from kha_jax.training.step import make_trainer
 from tests.test_training import MODEL, RUN
 
@@ -25,7 +24,7 @@ MIXTURE = DENSE.replace(feed_forward=MoE(experts=8, top_k=2, width=16, kernel="r
 def compiled(model, sizes, what):
     """(trainer, HLO text) of the train step or of the evaluation step, which is the forward
     pass."""
-    mesh = sharding.make_mesh(MeshConfig(**dict(zip(sharding.MESH_AXES, sizes))))
+    mesh = make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes))))
     trainer = make_trainer(RUN.replace(model=model), mesh)
     step = {"train": trainer.train_step, "evaluation": trainer.evaluation_step}[what]
     return trainer, step.lower(trainer.abstract, trainer.abstract_batch).compile().as_text()

@@ -13,9 +13,9 @@ import jax
 import pytest
 
 from configs import tables
-from kha_jax import sharding
 from kha_jax.accounting import account
 from kha_jax.config import from_dict, to_dict
+from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.step import make_trainer
 from tests.runs import CONFIGS, ROOT
@@ -25,7 +25,7 @@ ALONE = [path for path in CONFIGS if path.stem not in tables.TABLES.values()]
 
 
 def describe(config: RunConfig) -> str:
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     trainer = make_trainer(config, mesh)
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(trainer.abstract.params):

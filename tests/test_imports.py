@@ -12,6 +12,7 @@ LAYERS = {
     "errors": 0,
     "hardware": 0,
     "ops": 0,
+    "mesh": 0,
     "sharding": 0,
     "storage": 0,
     "data": 1,

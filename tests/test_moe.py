@@ -13,19 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kha_jax import sharding
 from kha_jax.accounting import account
 from kha_jax.attention.outputs import MixtureOfHeads
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.feed_forward.moe import MoE, load_metrics, update_bias
+from kha_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from kha_jax.model import AttentionFrom, in_order
 from kha_jax.modules import Aux, Numerics, no_aux
 from kha_jax.ops import experts_cpu
 from kha_jax.ops.experts import KERNELS, experts
 from kha_jax.runs import checkpoint
-from kha_jax.sharding import MeshConfig
 from kha_jax.training.step import make_trainer
 from tests import reference
 from tests.test_training import RUN, begun, random_batch, trained
@@ -293,7 +292,7 @@ def test_meshes_train_as_one_device(mesh):
         model=MIXTURE.model.replace(feed_forward=EXPERTS.replace(kernel="auto"))
     )
     _, one, one_metrics = trained(config)
-    sizes = dict(zip(sharding.MESH_AXES, mesh))
+    sizes = dict(zip(MESH_AXES, mesh))
     _, eight, eight_metrics = trained(config.replace(mesh=MeshConfig(**sizes)), devices=8)
     for a, b in zip(one_metrics, eight_metrics):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
@@ -357,7 +356,7 @@ def test_layers_that_differ_are_segments_of_their_own_and_none_loses_what_it_rep
     assert "output_mixer" in params["layers"]["attention"]
     assert params["layers_2"]["attention"]["logits_mixer"]["kernel"].shape == (2, 4, 4)
     run = MIXTURE.replace(model=SEGMENTED)
-    trainer = make_trainer(run, sharding.make_mesh(run.mesh, jax.devices()[:1]))
+    trainer = make_trainer(run, make_mesh(run.mesh, jax.devices()[:1]))
     state, metrics = jax.eval_shape(trainer.train_step, trainer.abstract, random_batch(0))
     assert metrics["max_violation"].shape == (3,) and metrics["head_max_violation"].shape == (2,)
     assert [bias.shape for bias in jax.tree.leaves(state.balance)] == [(1, 8), (2, 8)]

@@ -16,11 +16,11 @@ from kha_jax import planning
 from kha_jax.config import ConfigError, from_dict
 from kha_jax.hardware import tpu
 from kha_jax.hardware.chips import SLICES, TPUS
+from kha_jax.mesh import MeshConfig
 from kha_jax.ops.attention import KERNELS
 from kha_jax.planning import SliceError, faster, fastest, placed, plan, remedies, topology
 from kha_jax.planning.memory import Compiled
 from kha_jax.planning.search import MARGIN, settings
-from kha_jax.sharding import MeshConfig
 from kha_jax.training.run_config import RunConfig
 from tests import published
 

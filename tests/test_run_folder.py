@@ -20,10 +20,10 @@ from experiments.run_folders.folder import RunFolder, use_compilation_cache
 from experiments.sweeps import runner
 from experiments.train import evaluate, open_sources
 from experiments.train_loop import data_check
-from kha_jax import sharding
 from kha_jax.config import ConfigError, from_dict
 from kha_jax.data import Draws, MultiQueryAssociativeRecall, PythonSource
 from kha_jax.errors import CheckpointError, DataError, RunError, StorageError
+from kha_jax.mesh import make_mesh
 from kha_jax.metrics import MetricsFile, plain_row
 from kha_jax.ops.losses import TokenSums
 from kha_jax.runs.results import write_results
@@ -323,7 +323,7 @@ def test_an_evaluation_counts_every_window_once_in_micro_batches(windows, accumu
         tokens = (np.asarray(batch["tokens"]) * counted).sum()
         return TokenSums(loss=tokens, z_loss=0.0, correct=0.0, tokens=counted.sum())
 
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     values = evaluate(step, None, source, config, mesh)
     expected = [source[i] for i in range(min(windows, 16))]
     total = sum((one["tokens"] * one["weights"]).sum() for one in expected)
@@ -380,7 +380,7 @@ def test_the_mean_of_no_target_is_none(tmp_path):
     def step(state, batch):
         return TokenSums(loss=0.0, z_loss=0.0, correct=0.0, tokens=np.sum(batch["weights"]))
 
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     values = evaluate(step, None, validation, config, mesh)
     assert plain_row(values) == {"val_loss": None, "val_accuracy": None}
 

@@ -15,22 +15,18 @@ from kha_jax.attention.projections import GroupedQuery
 from kha_jax.config import ConfigError
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.hardware.chips import SLICES
+from kha_jax.mesh import MESH_AXES, PRESETS, MeshConfig, hybrid_devices, make_mesh
 from kha_jax.model import ModelConfig
 from kha_jax.modules import Numerics
 from kha_jax.planning import topology
 from kha_jax.sharding import (
-    MESH_AXES,
-    PRESETS,
     RULES,
-    MeshConfig,
     axis_size,
     batch_sharding,
     constrain,
     gather,
-    hybrid_devices,
     index_along,
     local_rows,
-    make_mesh,
     on_mesh,
     per_device,
     scatter_sum,

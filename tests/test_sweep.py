@@ -17,12 +17,13 @@ import pytest
 from experiments.cli import command_line
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import results
-from experiments.sweeps import runner
-from experiments.sweeps.runner import Sweep, Wanted
+from experiments.sweeps import planned
+from experiments.sweeps.planned import Wanted
+from experiments.sweeps.runner import Sweep
 from kha_jax.errors import DataError, SweepError
+from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.runs.checkpoint import leaves
 from kha_jax.runs.results import read_results
-from kha_jax.sharding import MeshConfig, make_mesh
 from kha_jax.training.step import make_trainer
 from tests.runs import ROOT, SMALL
 
@@ -77,7 +78,7 @@ def train_all(folder, runs, known=()):
 
 
 def test_settings_make_rows_with_their_baselines():
-    varied = runner.varied(
+    varied = planned.varied(
         rows("baseline", "mlp"), ["config.optimizer.b1=0.8,0.9", "config.steps=2"]
     )
     assert [(row.name, row.baseline) for row in varied] == [
@@ -86,7 +87,7 @@ def test_settings_make_rows_with_their_baselines():
         ("mlp-b1=0.8", "baseline-b1=0.8"),
         ("mlp-b1=0.9", "baseline-b1=0.9"),
     ]
-    runs = runner.planned(varied, seeds=2, learning_rates=["1e-3", "0.1"])
+    runs = planned.runs(varied, seeds=2, learning_rates=["1e-3", "0.1"])
     assert [run.name for run in runs[:2]] == [
         "baseline-b1=0.8-lr1e-3-seed0",
         "baseline-b1=0.8-lr0.1-seed0",
@@ -95,7 +96,7 @@ def test_settings_make_rows_with_their_baselines():
     last = runs[-1]
     assert (last.seed, last.config.seed, last.config.steps) == (1, 1, 2)
     assert (last.config.optimizer.b1, last.config.optimizer.learning_rate) == (0.9, 0.1)
-    alone = runner.varied([ROW], ["config.optimizer.b1=0.8,0.9"])
+    alone = planned.varied([ROW], ["config.optimizer.b1=0.8,0.9"])
     assert {row.baseline for row in alone} == {"mlp-b1=0.8"}
 
 
@@ -115,18 +116,18 @@ def test_settings_make_rows_with_their_baselines():
 )
 def test_what_cannot_be_planned_is_one_line(settings, rates, message):
     with pytest.raises(UsageError, match=message):
-        runner.planned(runner.varied([ROW], settings), learning_rates=rates)
+        planned.runs(planned.varied([ROW], settings), learning_rates=rates)
 
 
 def test_the_commas_of_a_tuple_make_no_axis():
-    (one,) = runner.varied([ROW], ["config.data.roots=('stdlib','packages')"])
+    (one,) = planned.varied([ROW], ["config.data.roots=('stdlib','packages')"])
     assert one.arguments[-1] == "--config.data.roots=('stdlib','packages')"
-    two = runner.varied([ROW], ["config.data.roots=('stdlib',),('/usr/lib',)"])
+    two = planned.varied([ROW], ["config.data.roots=('stdlib',),('/usr/lib',)"])
     assert [row.name for row in two] == ["mlp-roots=stdlib", "mlp-roots=usr_lib"]  # are folders
 
 
 def test_a_sweep_trains_what_is_missing_and_goes_past_what_fails(tmp_path, trained):
-    runs = runner.planned(rows("baseline", "gate", "mlp"))
+    runs = planned.runs(rows("baseline", "gate", "mlp"))
     sweep, _, codes = train_all(tmp_path, runs)
     assert trained == ["baseline-seed0", "gate-seed0", "mlp-seed0"]
     assert codes == [0, 76, 0] and sweep.failed == {"gate-seed0": 76}
@@ -137,7 +138,7 @@ def test_a_sweep_trains_what_is_missing_and_goes_past_what_fails(tmp_path, train
     assert (line.val_loss, line.train_loss, line.step_seconds) == (0.3, 1.0, 1.0)
     assert (line.hardware, line.curve) == ("a machine", {4: 0.3})
     assert (line.data, line.validation) == ("text" * 3, "held" * 3)
-    longer = runner.planned(
+    longer = planned.runs(
         [row._replace(arguments=(*row.arguments, "--config.steps=5")) for row in rows("mlp")]
     )
     assert not Sweep(tmp_path, longer).done()  # of another config
@@ -145,7 +146,7 @@ def test_a_sweep_trains_what_is_missing_and_goes_past_what_fails(tmp_path, train
 
 def test_known_results_are_not_trained_again_whatever_they_are_called(tmp_path, trained, caplog):
     caplog.set_level("INFO", "kha_jax")
-    runs = runner.planned(rows("baseline", "mlp"))
+    runs = planned.runs(rows("baseline", "mlp"))
     train_all(tmp_path / "here", runs)
     path = tmp_path / "here" / "runs.csv"
     known = results.known([str(path)])
@@ -177,7 +178,7 @@ def test_known_results_are_not_trained_again_whatever_they_are_called(tmp_path, 
 
 
 def test_a_run_that_another_process_trains_is_passed_over(tmp_path, trained):
-    (run,) = runner.planned([ROW])
+    (run,) = planned.runs([ROW])
     for name in ("claim", "lock"):  # of a sweep, and of a run that outlived its sweep
         folder = tmp_path / name / run.name
         folder.mkdir(parents=True)
@@ -214,7 +215,7 @@ def test_a_sweep_that_is_told_to_stop_begins_no_other_run(tmp_path, monkeypatch)
 def test_runs_of_a_seed_start_from_the_same_values():
     """Every leaf that two rows have in common is equal to the bit."""
     starts, mesh = {}, make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    for run in runner.planned(runner.varied(rows("baseline", "mlp"), ONE_LAYER)):
+    for run in planned.runs(planned.varied(rows("baseline", "mlp"), ONE_LAYER)):
         params = make_trainer(run.config, mesh).init(jax.random.key(run.seed)).params
         starts[run.row] = leaves(params)
     base = starts.pop("baseline")

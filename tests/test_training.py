@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from kha_jax import data, sharding
+from kha_jax import data
 from kha_jax.attention import Attention, AttentionConfig
 from kha_jax.attention.attention import LARGEST
 from kha_jax.attention.mixers import KnockingLinear, KnockingMLP, NoMixer
@@ -21,10 +21,10 @@ from kha_jax.data.loader import to_device
 from kha_jax.errors import CheckpointError
 from kha_jax.feed_forward import MoE, SwiGLU
 from kha_jax.inference.folding import foldable_slots
+from kha_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from kha_jax.model import AttentionFrom, LossConfig, ModelConfig
 from kha_jax.modules import Numerics
 from kha_jax.runs.checkpoint import Checkpoints
-from kha_jax.sharding import MeshConfig
 from kha_jax.training import optimizer
 from kha_jax.training.optimizer import learning_rate, make, roles, schedule
 from kha_jax.training.run_config import MixerOptimizerConfig, OptimizerConfig, RunConfig
@@ -77,9 +77,7 @@ def random_batch(seed=0, uneven=True):
 @functools.cache
 def fresh(model):
     """Initial parameters, compiled once for all meshes and optimisers."""
-    trainer = make_trainer(
-        RUN.replace(model=model), sharding.make_mesh(RUN.mesh, jax.devices()[:1])
-    )
+    trainer = make_trainer(RUN.replace(model=model), make_mesh(RUN.mesh, jax.devices()[:1]))
     return jax.device_get(trainer.init(jax.random.key(0)).params)
 
 
@@ -87,7 +85,7 @@ def fresh(model):
 def begun(config, devices=1):
     """(trainer, initial state, step that takes NumPy batches and leaves its state) on the first
     devices."""
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
     trainer = make_trainer(config, mesh)
     zeros = jax.tree.map(lambda z: np.zeros(z.shape, z.dtype), trainer.abstract)
     state = jax.device_put(
@@ -127,7 +125,7 @@ def test_accumulation_is_weighted_by_tokens():
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (2, 1, 4)])
 def test_eight_devices_train_as_one(mesh):
     _, one, one_metrics = trained(RUN)
-    sizes = dict(zip(sharding.MESH_AXES, mesh))
+    sizes = dict(zip(MESH_AXES, mesh))
     _, eight, eight_metrics = trained(RUN.replace(mesh=MeshConfig(**sizes)), devices=8)
     for a, b in zip(one_metrics, eight_metrics):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
@@ -177,7 +175,7 @@ def test_every_variant_trains_on_meshes_as_on_one_device(name, mesh):
     config = RUN.replace(model=model, optimizer=OptimizerConfig(learning_rate=1e-3))
     one = trained(config, steps=20)[2]
     eight = trained(
-        config.replace(mesh=MeshConfig(**dict(zip(sharding.MESH_AXES, mesh)))), devices=8, steps=20
+        config.replace(mesh=MeshConfig(**dict(zip(MESH_AXES, mesh)))), devices=8, steps=20
     )[2]
     np.testing.assert_allclose([m["loss"] for m in eight], [m["loss"] for m in one], rtol=1e-5)
 
@@ -213,9 +211,7 @@ def test_parameters_and_optimiser_state_are_born_sharded():
 
 def test_a_kernel_that_needs_long_rows_still_makes_its_parameters():
     model = MODEL.replace(attention=ATTENTION.replace(kernel="splash"))
-    trainer = make_trainer(
-        RUN.replace(model=model), sharding.make_mesh(RUN.mesh, jax.devices()[:1])
-    )
+    trainer = make_trainer(RUN.replace(model=model), make_mesh(RUN.mesh, jax.devices()[:1]))
     chex.assert_trees_all_equal_shapes_and_dtypes(
         trainer.abstract.params, trained(RUN)[0].abstract.params
     )
@@ -341,7 +337,7 @@ def test_rounding_at_random_takes_a_neighbour_and_is_exact_in_the_mean(x):
 def test_moments_are_float32_over_bfloat16_parameters(accumulation):
     numerics = Numerics(param_dtype="bfloat16")
     config = RUN.replace(model=MODEL.replace(numerics=numerics), accumulation=accumulation)
-    trainer = make_trainer(config, sharding.make_mesh(RUN.mesh, jax.devices()[:1]))
+    trainer = make_trainer(config, make_mesh(RUN.mesh, jax.devices()[:1]))
     after, _ = trainer.train_step.eval_shape(trainer.abstract, trainer.abstract_batch)
     kinds = ("params", jnp.bfloat16), ("optimizer", jnp.float32)
     for state in (trainer.abstract, after):

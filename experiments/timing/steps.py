@@ -8,6 +8,7 @@ from experiments.timing.turns import Step
 from kha_jax import sharding
 from kha_jax.inference.decoding import Decoder
 from kha_jax.inference.folding import fold_if_linear
+from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.model import ModelConfig
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.step import make_trainer
@@ -20,8 +21,8 @@ class TrainingStep:
     one. temporaries: bytes that it holds beside its arguments and results."""
 
     def __init__(self, config: RunConfig):
-        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-        trainer = make_trainer(config.replace(mesh=sharding.MeshConfig()), mesh)
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        trainer = make_trainer(config.replace(mesh=MeshConfig()), mesh)
         self._compiled = trainer.lower().compile()
         self._batch = jax.device_put(random_batch(config), sharding.batch_sharding(mesh))
         self._state = trainer.init(jax.random.key(0))

@@ -20,9 +20,9 @@ from kha_jax.accounting import count_parameters
 from kha_jax.attention import AttentionConfig
 from kha_jax.config import ConfigError
 from kha_jax.inference.folding import fold, foldable, folded_config
+from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.model import ModelConfig
 from kha_jax.modules import Numerics
-from kha_jax.sharding import MeshConfig
 
 EXACT = Numerics(dtype="float32")
 LIMIT, SHOWS = 1e-5, 1e-2  # relative errors: up to which two are equal, from which they are not
@@ -162,7 +162,7 @@ def decoded(layer: Layer) -> Callable:
 def on_devices(layer: Layer, params: Any, sizes: MeshConfig) -> np.ndarray:
     """`output` on a mesh of virtual or real devices."""
     module = layer.config.build(width=layer.width, numerics=EXACT)
-    mesh = sharding.make_mesh(sizes, jax.devices()[: max(1, sizes.data) * sizes.model])
+    mesh = make_mesh(sizes, jax.devices()[: max(1, sizes.data) * sizes.model])
 
     def apply(params, x, positions, segments):
         return module.apply({"params": params}, x, positions, segments)[0]
@@ -349,7 +349,7 @@ def collectives(text: str) -> Counter:
 def collectives_of(layer: Layer, devices: int) -> Counter:
     """What one forward pass of the layer moves where this many devices split its heads: compiled
     for virtual CPU devices, never run."""
-    mesh = sharding.make_mesh(MeshConfig(data=1, model=devices), jax.devices("cpu")[:devices])
+    mesh = make_mesh(MeshConfig(data=1, model=devices), jax.devices("cpu")[:devices])
     module = layer.config.build(width=layer.width, numerics=EXACT)
 
     def apply(params, x, positions):

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from kha_jax import remat, sharding
+from kha_jax.mesh import make_mesh
 from kha_jax.model import Segment
 from kha_jax.ops.attention import ROWS
 from kha_jax.ops.attention_splash import LIMITS, Blocks, splash_blocks
@@ -51,7 +52,7 @@ def compiled_memory(config: RunConfig, slice_: Topology) -> Compiled:
         raise SliceError(
             f"libtpu knows no slice {slice_.name}: {' '.join(str(error).split())}"
         ) from None
-    trainer = make_trainer(config, sharding.make_mesh(config.mesh, devices))
+    trainer = make_trainer(config, make_mesh(config.mesh, devices))
     lowered, began = trainer.lower(), time.perf_counter()
     try:
         memory = lowered.compile().memory_analysis()

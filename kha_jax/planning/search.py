@@ -5,10 +5,11 @@ from typing import Any, Iterator, NamedTuple
 
 from kha_jax.config import ConfigError, differences
 from kha_jax.hardware.chips import SLICES
+from kha_jax.mesh import MeshConfig
 from kha_jax.planning.plans import Plan, placed, plan
 from kha_jax.planning.slices import Topology, topology
 from kha_jax.remat import POLICIES
-from kha_jax.sharding import MeshConfig, axis_size_of
+from kha_jax.sharding import axis_size_of
 from kha_jax.training.run_config import RunConfig
 
 # The memory estimate errs by up to this much of what a device has, and a setting that fits only by

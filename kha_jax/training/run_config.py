@@ -10,9 +10,10 @@ from kha_jax import accounting, data
 from kha_jax.config import Config, choice
 from kha_jax.data import DataConfig
 from kha_jax.hardware import tpu
+from kha_jax.mesh import MeshConfig
 from kha_jax.model import ModelConfig
 from kha_jax.ops.attention import why_not
-from kha_jax.sharding import MeshConfig, axis_size_of, mesh_axes
+from kha_jax.sharding import axis_size_of, mesh_axes
 
 # What a batch holds, all [B, T].
 BATCH = {

@@ -18,9 +18,9 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 
-from kha_jax import sharding
 from kha_jax.config import Config, choices_in, departures, dotted, from_dict
 from kha_jax.errors import RunError
+from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.storage import read_json, write_json
 from kha_jax.training.run_config import RunConfig, old_name, with_new_names
 
@@ -75,7 +75,7 @@ def read_run(folder: Path, step: int | None = None) -> StoredRun:
 
     config = read_config(folder)
     accepts = read_lineage(folder, config)
-    config = config.replace(mesh=sharding.MeshConfig())
+    config = config.replace(mesh=MeshConfig())
     with Checkpoints(folder / "checkpoints", accepts=accepts) as checkpoints:
         if step is None:
             step = checkpoints.newest_good(set_aside=False)
@@ -85,7 +85,7 @@ def read_run(folder: Path, step: int | None = None) -> StoredRun:
             verify(checkpoints.path(step), accepts)
         if step is None:
             raise RunError(f"{folder}: holds no checkpoint yet")
-        state = make_trainer(config, sharding.make_mesh(config.mesh, jax.devices()[:1])).abstract
+        state = make_trainer(config, make_mesh(config.mesh, jax.devices()[:1])).abstract
         return StoredRun(config, step, checkpoints.restore_part(step, variables(state)))
 
 
