@@ -14,7 +14,8 @@ import pytest
 
 from kha_jax.config import ConfigError
 from kha_jax.data import TASKS, Draws, PythonSource, batches, python_source
-from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
+from kha_jax.data.tokenizers import ByteTokenizer
+from kha_jax.data.tokens import TokenWindows, write_stream
 from kha_jax.errors import DataError, StorageError
 
 DOCUMENTS = [b"first document", b"", b"second", b"the third is longer than a window of eight"]

@@ -23,7 +23,7 @@ from kha_jax.attention.outputs import HeadGroupNorm, MixtureOfHeads
 from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
-from kha_jax.data.tokens import ByteTokenizer
+from kha_jax.data.tokenizers import ByteTokenizer
 from kha_jax.feed_forward import MoE, SwiGLU
 from kha_jax.inference.decoding import Decoder, extend, prefill
 from kha_jax.inference.folding import fold_model

@@ -12,7 +12,8 @@ import pytest
 from experiments.cli.command_line import UsageError, check_override
 from kha_jax import accounting
 from kha_jax.config import ConfigError, dotted, from_dict, to_dict
-from kha_jax.data.tokens import ByteTokenizer, TokenWindows, write_stream
+from kha_jax.data.tokenizers import ByteTokenizer
+from kha_jax.data.tokens import TokenWindows, write_stream
 from kha_jax.errors import DataError
 from kha_jax.training.run_config import RunConfig
 

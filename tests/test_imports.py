@@ -43,7 +43,7 @@ ROOMS = {
 }
 COMMAND = 4  # what one types
 ALONE = ("config", "ops")  # these import nothing of kha_jax but themselves
-OPTIONAL = ("torch", "transformers", "tensorboardX", "matplotlib", "wandb")
+OPTIONAL = ("tokenizers", "torch", "transformers", "tensorboardX", "matplotlib", "wandb")
 SOURCES = sorted(
     path.relative_to(ROOT)
     for folder in ("kha_jax", "experiments")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Iterator, Sequence
 
 from kha_jax.data.loader import DataConfig
-from kha_jax.data.tokens import NAMED, ByteTokenizer, TokenWindows, write_stream
+from kha_jax.data.tokenizers import ByteTokenizer
+from kha_jax.data.tokens import NAMED, TokenWindows, write_stream
 from kha_jax.errors import DataError
 from kha_jax.storage import as_written, cache_folder, open_regular, write_json
 

@@ -15,6 +15,7 @@ from typing import Any, Iterable
 import numpy as np
 
 from kha_jax.data.loader import Example
+from kha_jax.data.tokenizers import ByteTokenizer
 from kha_jax.errors import DataError, StorageError
 from kha_jax.storage import being_built, open_regular, read_json
 
@@ -31,23 +32,6 @@ META = {
     "tokenizer": str,
     "end_of_document": int,
 }
-
-
-class ByteTokenizer:
-    """UTF-8 bytes as they are, then <end of document>, then seven reserved ids so that the
-    vocabulary divides by 8."""
-
-    vocabulary_size = 264
-    end_of_document = 256
-    fingerprint = "bytes-v1"
-
-    def encode(self, text: bytes) -> np.ndarray:
-        """[length] uint16 ids of a document, without its end."""
-        return np.frombuffer(text, np.uint8).astype(np.uint16)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the byte ids; special ids are dropped."""
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
 def write_stream(
