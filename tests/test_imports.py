@@ -36,6 +36,7 @@ LAYERS = {
 # The commands stand on these, which stand on the library.
 ROOMS = {
     "cli": 0,
+    "preparing": 1,
     "run_folders": 1,
     "sweeps": 3,
     "timing": 2,
@@ -43,7 +44,10 @@ ROOMS = {
 }
 COMMAND = 4  # what one types
 ALONE = ("config", "ops")  # these import nothing of kha_jax but themselves
-OPTIONAL = ("tokenizers", "torch", "transformers", "tensorboardX", "matplotlib", "wandb")
+OPTIONAL = (
+    *("torch", "transformers", "tensorboardX", "matplotlib", "wandb"),
+    *("pyarrow", "zstandard", "tokenizers"),
+)
 SOURCES = sorted(
     path.relative_to(ROOT)
     for folder in ("kha_jax", "experiments")
