@@ -198,12 +198,13 @@ class Block(Module):
         cache: State,
         slot: jax.Array,
         pad_B: jax.Array,
+        first_BT: jax.Array | None = None,
     ):
         """The block's output for T more tokens and the cache that holds them; see
         Attention.extend."""
 
         def attend(y_BTD):
-            return self.attention.extend(y_BTD, positions_BT, cache, slot, pad_B)
+            return self.attention.extend(y_BTD, positions_BT, cache, slot, pad_B, first_BT)
 
         return self._residuals(x_BTD, attend)[:2]
 

@@ -34,6 +34,7 @@ SLOTS = ("query", "key", "value")
 SCORES = ("logits", "probabilities")
 LARGEST = "attention/largest_logit"  # the metric; see Attention.largest_logit
 SAMPLE = 64  # queries that it looks at
+KEYS = 128  # cached ones at once, at least, that branches look at
 
 
 class AttentionConfig(ModuleConfig):
@@ -235,12 +236,15 @@ class Attention(Module):
         cache: State,
         slot: jax.Array,
         pad_B: jax.Array,
+        first_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
         """T more tokens: their output [B, T, D] and the cache with their state written from `slot`
         on.
 
         cache: as from `prefill`, with room for S tokens, of which row b sees those from pad_B[b] up
-        to its own. One new token looks at all of them, T new ones at T after another.
+        to its own. One new token looks at all of them, T new ones at T after another. first_BT:
+        where the new tokens are branches, the slot at which each one's branch begins: of the others
+        it sees nothing.
         """
         projection, (B, T, _) = self.config.projection, x_BTD.shape
         # project, mix streams, norm and rotate
@@ -257,7 +261,10 @@ class Attention(Module):
 
         def visible(places_C):
             own_T1 = slot + jnp.arange(T)[:, None]
-            return (places_C >= pad_B[:, None, None]) & (places_C <= own_T1)
+            seen_BTC = (places_C >= pad_B[:, None, None]) & (places_C <= own_T1)
+            if first_BT is None:
+                return seen_BTC
+            return seen_BTC & ((places_C < slot) | (places_C >= first_BT[..., None]))
 
         # scores
         scale, maps = projection.scale(), self._maps()
@@ -268,7 +275,8 @@ class Attention(Module):
                 o = attention_cached.one_query(parts, values, seen_BS, scale, maps)
                 o_BTNU = self.projection.finish(o, self.mixers)
             else:
-                keys = min(T, slots), slots, slot + T
+                block = T if first_BT is None else max(T, KEYS)
+                keys = min(block, slots), slots, slot + T
                 read = self._reader(cache, B, keys[0])
                 o_BTNU = attention_cached.many_queries(q_BTNH, read, visible, keys, scale, maps)
         # output

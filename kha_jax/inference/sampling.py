@@ -32,7 +32,7 @@ class Sampling(Config):
 def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """Token ids [B] drawn from the logits."""
     if sampling.temperature == 0:
-        return _likeliest(logits_BV)
+        return likeliest(logits_BV)
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None:
         least = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
@@ -53,8 +53,9 @@ def draw(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> tuple[jax.
     return sample(logits_BV, now, sampling), key
 
 
-def _likeliest(logits_BV):
-    """The first of the largest. XLA's CPU backend does not vectorise argmax, but it does this."""
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """The first of the largest over the last axis. XLA's CPU backend does not vectorise argmax, but
+    it does this."""
     V = logits_BV.shape[-1]
     largest = logits_BV == jnp.max(logits_BV, axis=-1, keepdims=True)
     # nothing equals the largest where it is no number

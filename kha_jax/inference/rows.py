@@ -1,0 +1,173 @@
+"""What is to be scored, as rows of tokens, and rows as batches of few shapes.
+
+A row is a prefix, computed as a whole, and branches behind it, of which each sees the prefix and
+itself. So requests with one context are computed with one prefix, and a request alone is a prefix
+without branches.
+"""
+
+from typing import Iterator, NamedTuple, Sequence
+
+import numpy as np
+
+PROGRAMS = 12  # shapes at most, all of them compiled
+PROGRAM = 1024  # tokens of padding that one more shape has to save
+BRANCHES = 512  # tokens behind one prefix, unless a single branch has more
+
+
+class Request(NamedTuple):
+    """How likely is this continuation behind this context? Token ids."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Target(NamedTuple):
+    """A token that is scored: of which request, and by which token of its row it is predicted."""
+
+    request: int
+    column: int
+    token: int
+
+
+class Row(NamedTuple):
+    """Tokens that are computed together. Columns of targets count prefix and branches as one."""
+
+    prefix: Sequence[int]
+    branches: list[Sequence[int]]
+    targets: list[Target]
+
+    @property
+    def branched(self) -> int:
+        """Tokens of all branches."""
+        return sum(map(len, self.branches))
+
+
+class Shape(NamedTuple):
+    """Of a batch: rows, tokens of their prefixes and of their branches, targets in all."""
+
+    rows: int
+    prefix: int
+    branches: int
+    targets: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed, padding too."""
+        return self.rows * (self.prefix + self.branches)
+
+
+def windows(
+    ids: Sequence[int], before: int, length: int, stride: int | None = None
+) -> Iterator[Request]:
+    """A text as requests that predict each of its tokens once.
+
+    before: the token that the first one is predicted from. length: tokens that a model reads at
+    most. stride: tokens that each window but the first predicts, the others being context; `length`
+    by default, where all that one window shares with the next is a token.
+    """
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride: must be between 1 and {length}, found {stride}")
+    text, end = np.concatenate([[before], np.asarray(ids, np.int64)]), length
+    begin = 1
+    while begin < len(text):
+        end = min(begin + (length if begin == 1 else stride), len(text))
+        yield Request(text[max(0, end - 1 - length) : begin], text[begin:end])
+        begin = end
+
+
+def rows_of(requests: Sequence[tuple[int, Request]]) -> list[Row]:
+    """Rows that score (number, request) pairs, whose contexts and continuations are not empty."""
+    same: dict[bytes, list[int]] = {}
+    for at, (_, request) in enumerate(requests):
+        same.setdefault(np.asarray(request.context, np.int64).tobytes(), []).append(at)
+    return [row for group in same.values() for row in _rows([requests[at] for at in group])]
+
+
+def _rows(group: list[tuple[int, Request]]) -> Iterator[Row]:
+    """Those of requests that have one context."""
+    (number, (context, continuation)), size = group[0], len(group[0][1].context)
+    if len(group) == 1:
+        prefix = [*context, *continuation[:-1]]
+        columns = range(size - 1, len(prefix))
+        yield Row(prefix, [], [Target(number, *pair) for pair in zip(columns, continuation)])
+        return
+    row = Row(context, [], [])
+    for number, (_, continuation) in group:
+        branch = continuation[:-1]
+        if row.branches and row.branched + len(branch) > BRANCHES:
+            yield row
+            row = Row(context, [], [])
+        first = size + row.branched
+        columns = [size - 1, *range(first, first + len(branch))]
+        row.targets.extend(Target(number, *pair) for pair in zip(columns, continuation))
+        if len(branch):
+            row.branches.append(branch)
+    yield row
+
+
+def eighth(size: int) -> int:
+    """The size, up to the next of eight steps to the next power of two."""
+    step = max(1, 2 ** (size.bit_length() - 1) // 8) if size else 1
+    return -(-size // step) * step
+
+
+def plan(
+    rows: Sequence[Row], tokens: int, multiple: int = 1, programs: int = PROGRAMS
+) -> list[tuple[Shape, list[Row]]]:
+    """Batches of at most `tokens` tokens, unless one row has more, of at most `programs` shapes;
+    the longest rows come first. Their number of rows divides by `multiple`."""
+    whole = [row for row in rows if not row.branches]
+    branched = [row for row in rows if row.branches]
+    kinds, batches = [kind for kind in (whole, branched) if kind], []
+    for kind in kinds:
+        for part in _parts(kind, tokens, multiple, max(1, programs // len(kinds))):
+            batches += _batches(part, tokens, multiple)
+    return sorted(batches, key=lambda batch: -(batch[0].prefix + batch[0].branches))
+
+
+def _size(row: Row) -> tuple[int, int]:
+    return eighth(len(row.prefix)), eighth(row.branched)
+
+
+def _parts(rows: list[Row], tokens: int, multiple: int, parts: int) -> list[list[Row]]:
+    """Rows of similar sizes, in at most so many parts that little is padded: of all ways to cut the
+    sizes, in order, the one with the fewest tokens."""
+    rows = sorted(rows, key=_size)
+    sizes, counts = np.unique([_size(row) for row in rows], axis=0, return_counts=True)
+    upto = np.concatenate([[0], np.cumsum(counts)])
+    best = np.full((parts + 1, len(sizes) + 1), np.inf)
+    cut = np.zeros((parts + 1, len(sizes) + 1), int)
+    best[0, 0] = 0
+    for end in range(1, len(sizes) + 1):
+        branches = np.maximum.accumulate(sizes[end - 1 :: -1, 1])[::-1]  # by where the part begins
+        length = sizes[end - 1, 0] + branches
+        many, each = _split(upto[end] - upto[:end], length, tokens, multiple)
+        cost = many * each * length + PROGRAM
+        for part in range(1, parts + 1):
+            total = best[part - 1, :end] + cost
+            cut[part, end] = np.argmin(total)
+            best[part, end] = total[cut[part, end]]
+    part, end, out = int(np.argmin(best[:, -1])), len(sizes), []
+    while end:
+        begin = cut[part, end]
+        out.append(rows[upto[begin] : upto[end]])
+        part, end = part - 1, begin
+    return out
+
+
+def _split(count, length, tokens: int, multiple: int):
+    """(batches, rows of each) for so many rows of a length; numbers or arrays."""
+    most = np.maximum(tokens // length // multiple, 1) * multiple
+    many = -(-count // most)
+    return many, -(-(-(-count // many)) // multiple) * multiple
+
+
+def _batches(rows: list[Row], tokens: int, multiple: int) -> list[tuple[Shape, list[Row]]]:
+    """Those of one part, all of one shape."""
+    prefix, branches = (max(sizes) for sizes in zip(*map(_size, rows)))
+    _, each = _split(len(rows), prefix + branches, tokens, multiple)
+    batches = [rows[begin : begin + each] for begin in range(0, len(rows), each)]
+    targets = max(sum(len(row.targets) for row in batch) for batch in batches)
+    shape = Shape(int(each), prefix, branches, eighth(targets))
+    return [(shape, batch) for batch in batches]
