@@ -6,14 +6,14 @@ Legend: B batch, T position.
 import hashlib
 from typing import TYPE_CHECKING, Any, Iterable, Iterator, Protocol
 
-import jax
 import numpy as np
 
 from kha_jax.config import Config
 from kha_jax.errors import DataError
 
-if TYPE_CHECKING:
-    import grain  # nearly a second, which whoever wants configs alone does not pay
+if TYPE_CHECKING:  # seconds and memory, which who wants configs or tokenizers alone does not pay
+    import grain
+    import jax
 
 Example = dict[str, np.ndarray]
 
@@ -159,8 +159,10 @@ def batch_hash(source: Source, *, draws: Draws, seed: int, step: int) -> str:
     return digest.hexdigest()
 
 
-def to_device(batch: Example, sharding: jax.sharding.Sharding, batch_size: int) -> dict[str, Any]:
+def to_device(batch: Example, sharding: "jax.sharding.Sharding", batch_size: int) -> dict[str, Any]:
     """The global arrays [B, T] of which `batch` holds this process's rows."""
+    import jax
+
     return {
         name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
         for name, rows in batch.items()
