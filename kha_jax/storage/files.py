@@ -12,11 +12,14 @@ import stat
 from pathlib import Path
 from typing import IO, Any, Iterator
 
+import google_crc32c
+
 from kha_jax.errors import StorageError
 
 PROBE = bytes(2**16)
 LARGEST = 2**32  # bytes of a log; what is larger is no log
 LARGEST_JSON = 2**26
+BLOCK = 2**20  # bytes that are summed at once: other threads wait for no longer than that takes
 
 
 def as_written(name: str) -> Path:
@@ -87,6 +90,19 @@ def read_json(path: Path) -> Any:
     # of what is no text, an error of decoding would show all
     with open_regular(path, largest=LARGEST_JSON, errors="replace") as file:
         return json.load(file)
+
+
+def crc32c(path: Path) -> str:
+    """The checksum of a file, in eight hexadecimal digits: that which buckets keep of an object.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = google_crc32c.Checksum()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.digest().hex()
 
 
 @contextlib.contextmanager
