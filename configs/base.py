@@ -89,7 +89,7 @@ def projections(attention: AttentionConfig) -> dict[str, Callable[[], AttentionC
     and, where they have any, as many key/value heads; ConfigError where that cannot be."""
     given = attention.projection
     sizes = {"query_heads": given.query_heads, "head_dim": given.head_dim}
-    sizes["rope_theta"] = given.rope_theta
+    sizes |= {"rope_theta": given.rope_theta, "rope_scaling": given.rope_scaling}
     shared = isinstance(given, (GroupedQuery, GroupedTied))
     kv_heads = given.kv_heads if shared else given.query_heads
     known = {

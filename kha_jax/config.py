@@ -228,13 +228,7 @@ def to_config_dict(config: Config) -> config_dict.ConfigDict:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if "choices" in field.metadata:
-            slot = _unset_choice(field)
-            slot[field.metadata["by"]] = kind_of(field, value)
-            for own in dataclasses.fields(value):
-                given = getattr(value, own.name)
-                if given != own.default:
-                    slot[own.name] = to_config_dict(given) if isinstance(given, Config) else given
-            out[field.name] = slot
+            out[field.name] = _chosen(field, value)
         elif isinstance(value, Config):
             out[field.name] = to_config_dict(value)
         elif value is None:
@@ -243,6 +237,21 @@ def to_config_dict(config: Config) -> config_dict.ConfigDict:
         else:
             out[field.name] = value
     return out
+
+
+def _chosen(field: dataclasses.Field, value: Config) -> config_dict.ConfigDict:
+    """A choice with its kind and what departs from that kind's defaults, None for all else."""
+    slot = _unset_choice(field)
+    slot[field.metadata["by"]] = kind_of(field, value)
+    for own in dataclasses.fields(value):
+        given = getattr(value, own.name)
+        if given == own.default:
+            continue
+        if "choices" in own.metadata:
+            slot[own.name] = _chosen(own, given)
+        else:
+            slot[own.name] = to_config_dict(given) if isinstance(given, Config) else given
+    return slot
 
 
 def choices_in(config: Config, path: str = "") -> Iterator[tuple[str, str, type]]:

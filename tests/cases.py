@@ -4,6 +4,7 @@ A row is a change to AttentionConfig, the projections that it is tried on, what 
 tests/reference.py is given for it. Sizes: width 16, 4 query heads of 8.
 """
 
+import dataclasses
 import functools
 from typing import Any, Callable, NamedTuple
 
@@ -26,6 +27,13 @@ from kha_jax.attention.outputs import (
     MixtureOfHeads,
 )
 from kha_jax.attention.projections import Collaborative, GroupedQuery, GroupedTied, Latent
+from kha_jax.attention.projections.rotary import (
+    ROPE_SCALINGS,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+)
 from kha_jax.attention.scores import TalkingHeads
 from kha_jax.comparing.properties import Layer
 from tests import reference
@@ -33,14 +41,27 @@ from tests import reference
 D = 16
 SLOTS = ("query", "key", "value")
 SCORES = ("logits", "probabilities")
+LINEAR = LinearScaling(factor=2.0)
+LLAMA3 = Llama3Scaling(factor=8.0, original_max_position_embeddings=16)
+YARN = YarnScaling(
+    factor=16.0, original_max_position_embeddings=64, beta_fast=8.0, mscale=0.7, mscale_all_dim=1.5
+)
+SCALINGS = {
+    "linear": LINEAR,
+    "llama3": LLAMA3,
+    "llama3.1": Llama3Scaling(),
+    "yarn": YARN,
+    "yarn, whole": YarnScaling(truncate=False),
+    "yarn, factor": YarnScaling(factor=40.0, attention_factor=0.8, mscale_all_dim=1.0),
+}
 PROJECTIONS = {
-    "mha": GroupedQuery(query_heads=4, kv_heads=4, head_dim=8),
+    "mha": GroupedQuery(query_heads=4, kv_heads=4, head_dim=8, rope_scaling=LLAMA3),
     "gqa": GroupedQuery(query_heads=4, kv_heads=2, head_dim=8),
-    "mqa": GroupedQuery(query_heads=4, kv_heads=1, head_dim=8),
-    "no_norm": GroupedQuery(query_heads=4, kv_heads=2, head_dim=8, qk_norm="none"),
-    "gta": GroupedTied(query_heads=4, kv_heads=2, head_dim=8),
+    "mqa": GroupedQuery(query_heads=4, kv_heads=1, head_dim=8, rope_dim=6, rope_scaling=YARN),
+    "no_norm": GroupedQuery(query_heads=4, kv_heads=2, head_dim=8, qk_norm="none", rope_dim=0),
+    "gta": GroupedTied(query_heads=4, kv_heads=2, head_dim=8, rope_scaling=LINEAR),
     "mla": Latent(query_heads=4, head_dim=8, value_dim=6, rope_dim=4, kv_lora=12),
-    "mla_q_lora": Latent(query_heads=4, head_dim=8, kv_lora=12, q_lora=10),
+    "mla_q_lora": Latent(query_heads=4, head_dim=8, kv_lora=12, q_lora=10, rope_scaling=YARN),
     "gla": Latent(query_heads=4, head_dim=8, kv_lora=12, groups=2),
     "shared": Collaborative(query_heads=4, head_dim=8),
     "narrow": Collaborative(query_heads=4, head_dim=8, shared_dim=16, mixing="uniform"),
@@ -205,19 +226,28 @@ def for_reference(name: str, projection: str, params: dict[str, Any]) -> tuple:
     return layer, {**out, **given}, settings
 
 
+def scaling(config: RopeScaling) -> dict[str, Any]:
+    """What the reference is given for it."""
+    kind = next(kind for kind, cls in ROPE_SCALINGS.items() if cls is type(config))
+    return {"scaling": {"kind": kind, **dataclasses.asdict(config)}}
+
+
 def grouped_query(config: GroupedQuery, ours: dict[str, Any]) -> tuple:
     norms = ("query_norm", "key_norm") if config.qk_norm == "rms" else ()
     given = {**{n: ours[n] for n in SLOTS}, **{n: ours[n]["scale"] for n in norms}}
-    return reference.grouped_query, given, {"qk_norm": config.qk_norm == "rms"}
+    settings = {"qk_norm": config.qk_norm == "rms", "rope_dim": config.rope_dim}
+    return reference.grouped_query, given, {**settings, **scaling(config.rope_scaling)}
 
 
 def grouped_tied(config: GroupedTied, ours: dict[str, Any]) -> tuple:
-    return reference.grouped_tied, {n: ours[n] for n in ("query", "state", "rotary_key")}, {}
+    given = {n: ours[n] for n in ("query", "state", "rotary_key")}
+    return reference.grouped_tied, given, scaling(config.rope_scaling)
 
 
 def collaborative(config: Collaborative, ours: dict[str, Any]) -> tuple:
     shared = {n: ours[n] for n in (*SLOTS, "mixing")}
-    return reference.collaborative, shared, {"head_dim": config.head_dim}
+    settings = {"head_dim": config.head_dim, **scaling(config.rope_scaling)}
+    return reference.collaborative, shared, settings
 
 
 def latent(config: Latent, ours: dict[str, Any]) -> tuple:
@@ -231,7 +261,7 @@ def latent(config: Latent, ours: dict[str, Any]) -> tuple:
     else:
         given["query"] = query
     layer = reference.latent if config.groups == 1 else reference.grouped_latent
-    return layer, given, {}
+    return layer, given, scaling(config.rope_scaling)
 
 
 # A projection's config -> function (config, the projection's parameters) -> (layer in NumPy, its

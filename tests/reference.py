@@ -20,6 +20,8 @@ What is left out is the identity. `segment_ids_BT` may be None (one document a r
 layer does not read are refused.
 """
 
+import math
+
 import numpy as np
 
 
@@ -61,28 +63,68 @@ def rms_norm(x, scale, eps):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * scale
 
 
-def rotate(x_BTNR, positions_BT, theta):
-    """Rotary embedding, half-split: coordinate i pairs with i + R/2 and turns by position *
-    theta^(-2i/R), i < R/2.
+def magnitude(scaling, share):
+    """YaRN's m = 1 + 0.1 share log(factor), 1 without a share."""
+    return 1 + 0.1 * (share or 0) * math.log(scaling["factor"])
 
-    [a | b] -> [a cos - b sin | b cos + a sin]
+
+def frequency(theta, i, R, scaling):
+    """theta^(-2i/R), as `scaling` has it: its kind (Hugging Face's rope_type) and its numbers."""
+    plain, kind = float(theta) ** (-2 * i / R), scaling.get("kind", "none")
+    if kind == "none":
+        return plain
+    slow = plain / scaling["factor"]
+    if kind == "linear":
+        return slow
+    length = scaling["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wave = 2 * math.pi / plain
+        if wave < length / high:
+            return plain
+        if wave > length / low:
+            return slow
+        smooth = (length / wave - low) / (high - low)
+        return (1 - smooth) * slow + smooth * plain
+    # yarn: the pair that turns so often in `length` positions, R log(length / 2 pi turns) / 2 log b
+    ends = [
+        R * math.log(length / (2 * math.pi * turns)) / (2 * math.log(theta))
+        for turns in (scaling["beta_fast"], scaling["beta_slow"])
+    ]
+    first, last = (math.floor(ends[0]), math.ceil(ends[1])) if scaling["truncate"] else ends
+    first, last = max(first, 0), min(last, R - 1)
+    ramp = min(max((i - first) / ((last - first) or 0.001), 0), 1)
+    return plain * (1 - ramp) + slow * ramp
+
+
+def rotate(x_BTNR, positions_BT, theta, scaling=None, width=None):
+    """Rotary embedding, half-split: of the first R = `width` coordinates, all by default, i pairs
+    with i + R/2 and turns by position * frequency i, i < R/2.
+
+    [a | b | rest] -> [a cos - b sin | b cos + a sin | rest], cos and sin times yarn's factor.
     """
-    x_BTNR = float64(x_BTNR)
-    half, odd = divmod(x_BTNR.shape[-1], 2)
+    x_BTNR, scaling = float64(x_BTNR), scaling or {}
+    R = x_BTNR.shape[-1] if width is None else width
+    half, odd = divmod(R, 2)
     if odd:
-        raise ValueError(f"rotary width {x_BTNR.shape[-1]} is odd")
-    frequencies = float(theta) ** (-np.arange(half) / half)
+        raise ValueError(f"rotary width {R} is odd")
+    frequencies = np.array([frequency(theta, i, R, scaling) for i in range(half)])
     angles = np.asarray(positions_BT)[:, :, None, None] * frequencies  # [B, T, 1, R/2]
-    a, b = x_BTNR[..., :half], x_BTNR[..., half:]
-    return np.concatenate(
-        [a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], axis=-1
-    )
+    factor = 1.0
+    if scaling.get("kind") == "yarn":
+        both = magnitude(scaling, scaling["mscale"]) / magnitude(scaling, scaling["mscale_all_dim"])
+        factor = scaling["attention_factor"] or (
+            both if scaling["mscale"] else magnitude(scaling, 1)
+        )
+    cos, sin = factor * np.cos(angles), factor * np.sin(angles)
+    a, b, rest = np.split(x_BTNR, [half, R], axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def rotate_tail(z_BTNH, width, positions_BT, theta):
+def rotate_tail(z_BTNH, width, positions_BT, theta, scaling=None):
     """[z_nope | z_rope] -> [z_nope | RoPE(z_rope)], z_nope the first `width` coordinates."""
     return np.concatenate(
-        [z_BTNH[..., :width], rotate(z_BTNH[..., width:], positions_BT, theta)], axis=-1
+        [z_BTNH[..., :width], rotate(z_BTNH[..., width:], positions_BT, theta, scaling)], axis=-1
     )
 
 
@@ -331,11 +373,14 @@ def grouped_query(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
 
     q = RoPE(norm(T_q(x W_Q))), k = RoPE(norm(T_k(x W_K))), v = T_v(x W_V), scale 1/sqrt(H); mixers
     act on the K heads. parameters: query [D,N,H], key [D,K,H], value [D,K,U], output [N,U,D]; with
-    the norm query_norm [H], key_norm [H]. settings: theta 10 000, eps 1e-6, qk_norm True. Where
-    `heads` changes the number of heads, attention reads the new number, and so does W_O.
+    the norm query_norm [H], key_norm [H]. settings: theta 10 000, scaling None,
+    rope_dim None (all), eps 1e-6, qk_norm True. Where `heads` changes the number of heads,
+    attention reads the new number, and so does W_O.
     after_norm: {slot: {kernel}} composes heads between the norm and the rotation.
     """
-    settings = complete(settings, theta=10_000.0, eps=1e-6, qk_norm=True)
+    settings = complete(
+        settings, theta=10_000.0, scaling=None, rope_dim=None, eps=1e-6, qk_norm=True
+    )
     x_BTD, p = float64(x_BTD), float64(parameters)
     q_BTNH, k_BSKH, v_BSKU = (mix_slot(heads(x_BTD, p[slot]), slot, p, SLOTS) for slot in SLOTS)
     q_BTNH, k_BSKH = normalise(q_BTNH, k_BSKH, p, settings)
@@ -344,7 +389,8 @@ def grouped_query(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
         compose(z, after[slot]["kernel"]) if slot in after else z
         for slot, z in zip(SLOTS, (q_BTNH, k_BSKH, v_BSKU))
     )
-    q_BTNH, k_BSKH = (rotate(z, positions_BT, settings["theta"]) for z in (q_BTNH, k_BSKH))
+    turn = [settings[name] for name in ("theta", "scaling", "rope_dim")]
+    q_BTNH, k_BSKH = (rotate(z, positions_BT, *turn) for z in (q_BTNH, k_BSKH))
     return finish(q_BTNH, k_BSKH, v_BSKU, x_BTD, p, segment_ids_BT)
 
 
@@ -355,12 +401,13 @@ def grouped_tied(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     [q_nope | q_rope] = T_q(x W_Q), q = [q_nope | RoPE(q_rope)], scale 1/sqrt(H). There is no key
     mixer: the mixer of `value` acts on the tied state, before it is split into k and v. parameters:
     query [D,N,H], state [D,K,H], rotary_key [D,H/2], output [N,H,D]; where normalised query_norm
-    [H], key_norm [H]. settings: theta 10 000, eps 1e-6, qk_norm False (or True, or any of "query",
-    "key"). The query norm spans the whole query head; the key norm spans the whole assembled key
-    [KV_j[:H/2] | x W_R] of head j; both come before rotation. The value is never normalised. So
+    [H], key_norm [H]. settings: theta 10 000, scaling None, eps 1e-6, qk_norm False (or True, or
+    any of "query", "key"). The query norm spans the whole query head; the key norm spans the whole
+    assembled key [KV_j[:H/2] | x W_R] of head j; both come before rotation. The value is never
+    normalised. So
     normalised, the rotary half differs between heads by a factor, but follows from the same cache.
     """
-    settings = complete(settings, theta=10_000.0, eps=1e-6, qk_norm=False)
+    settings = complete(settings, theta=10_000.0, scaling=None, eps=1e-6, qk_norm=False)
     x_BTD, p = float64(x_BTD), float64(parameters)
     q_BTNH = mix_slot(heads(x_BTD, p["query"]), "query", p, ("query", "value"))
     state_BSKH = mix_slot(heads(x_BTD, p["state"]), "value", p, ("query", "value"))
@@ -375,7 +422,8 @@ def grouped_tied(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     )
     q_BTNH, k_BSKH = normalise(q_BTNH, k_BSKH, p, settings)
     q_BTNH, k_BSKH = (
-        rotate_tail(z, half, positions_BT, settings["theta"]) for z in (q_BTNH, k_BSKH)
+        rotate_tail(z, half, positions_BT, settings["theta"], settings["scaling"])
+        for z in (q_BTNH, k_BSKH)
     )
     return finish(q_BTNH, k_BSKH, state_BSKH, x_BTD, p, segment_ids_BT)
 
@@ -390,16 +438,14 @@ def latent_query(x_BTD, p, width, positions_BT, settings):
             p["query_up"],
         )
     nope = mix_slot(q_BTNH[..., :width], "query", p, SLOTS, LINEAR)
-    return rotate_tail(
-        np.concatenate([nope, q_BTNH[..., width:]], axis=-1), width, positions_BT, settings["theta"]
-    )
+    q_BTNH = np.concatenate([nope, q_BTNH[..., width:]], axis=-1)
+    return rotate_tail(q_BTNH, width, positions_BT, settings["theta"], settings["scaling"])
 
 
 def with_rotary_key(nope_BSNP, x_BTD, p, positions_BT, settings):
     """[k_nope_n | RoPE(x W_KR)]: the one rotary key behind each head."""
-    rope_BSR = rotate((x_BTD @ p["rotary_key"])[:, :, None], positions_BT, settings["theta"])[
-        :, :, 0
-    ]
+    key_BS1R = (x_BTD @ p["rotary_key"])[:, :, None]
+    rope_BSR = rotate(key_BS1R, positions_BT, settings["theta"], settings["scaling"])[:, :, 0]
     return np.stack(
         [
             np.concatenate([nope_BSNP[:, :, n], rope_BSR], axis=-1)
@@ -409,6 +455,13 @@ def with_rotary_key(nope_BSNP, x_BTD, p, positions_BT, settings):
     )
 
 
+def latent_width(q_BTNH, scaling):
+    """What the logits are divided by the root of: P + R, and under yarn with mscale_all_dim they
+    are multiplied by its m^2 (DeepSeek-V3)."""
+    share = (scaling or {}).get("mscale_all_dim")
+    return q_BTNH.shape[-1] / (magnitude(scaling, share) ** 4 if share else 1)
+
+
 def latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     """MLA, expanded: keys and values of all N heads are made from one latent.
 
@@ -416,9 +469,10 @@ def latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     [T_q(q_nope) | RoPE(q_rope)], scale 1/sqrt(P + R). Mixers are linear only and never touch a
     rotary part; the only norms are those of the latents. parameters: query [D,N,P+R], or query_down
     [D,L], query_latent_norm [L], query_up [L,N,P+R]; latent_down [D,1,C], latent_norm [1,C],
-    rotary_key [D,R], key_up [1,C,N,P], value_up [1,C,N,U], output [N,U,D]. settings: theta, eps.
+    rotary_key [D,R], key_up [1,C,N,P], value_up [1,C,N,U], output [N,U,D]. settings: theta,
+    scaling, eps.
     """
-    settings = complete(settings, theta=10_000.0, eps=1e-6)
+    settings = complete(settings, theta=10_000.0, scaling=None, eps=1e-6)
     x_BTD, p = float64(x_BTD), float64(parameters)
     if p["latent_down"].shape[1] != 1:
         raise ValueError(
@@ -432,7 +486,8 @@ def latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     )
     k_BSNH = with_rotary_key(nope_BSNP, x_BTD, p, positions_BT, settings)
     q_BTNH = latent_query(x_BTD, p, nope_BSNP.shape[-1], positions_BT, settings)
-    return finish(q_BTNH, k_BSNH, v_BSNU, x_BTD, p, segment_ids_BT)
+    width = latent_width(q_BTNH, settings["scaling"])
+    return finish(q_BTNH, k_BSNH, v_BSNU, x_BTD, p, segment_ids_BT, width)
 
 
 def grouped_latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
@@ -441,9 +496,10 @@ def grouped_latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
 
     k_n = [T_k(c_g W_UK_gm) | RoPE(x W_KR)], v_n = T_v(c_g W_UV_gm); one rotary key and one T per
     slot for all groups; the rest as MLA, which is J = 1. parameters: as for MLA with latent_down
-    [D,J,C], latent_norm [J,C], key_up [J,C,M,P], value_up [J,C,M,U]. settings: theta, eps.
+    [D,J,C], latent_norm [J,C], key_up [J,C,M,P], value_up [J,C,M,U]. settings: theta, scaling,
+    eps.
     """
-    settings = complete(settings, theta=10_000.0, eps=1e-6)
+    settings = complete(settings, theta=10_000.0, scaling=None, eps=1e-6)
     x_BTD, p = float64(x_BTD), float64(parameters)
     J, _, M, P = p["key_up"].shape
     q_BTNH = latent_query(x_BTD, p, P, positions_BT, settings)
@@ -458,7 +514,8 @@ def grouped_latent(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     nope_BSNP = mix_slot(np.stack(nope, axis=2), "key", p, SLOTS, LINEAR)
     v_BSNU = mix_slot(np.stack(values, axis=2), "value", p, SLOTS, LINEAR)
     k_BSNH = with_rotary_key(nope_BSNP, x_BTD, p, positions_BT, settings)
-    return finish(q_BTNH, k_BSNH, v_BSNU, x_BTD, p, segment_ids_BT)
+    width = latent_width(q_BTNH, settings["scaling"])
+    return finish(q_BTNH, k_BSNH, v_BSNU, x_BTD, p, segment_ids_BT, width)
 
 
 def collaborative(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
@@ -472,16 +529,18 @@ def collaborative(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     H and m_n 1 on block n and 0 elsewhere (`concatenate`) it is multi-head attention without q/k
     norm. The mixers of query and key act on the blocks as on heads, that of value on the N heads.
     parameters: query [D,C], key [D,C], mixing [N,C/2], entry b H/2 + i for coordinates b H + i and
-    b H + i + H/2; value [D,N,U], output [N,U,D]. settings: head_dim (H, no default), theta 10 000.
+    b H + i + H/2; value [D,N,U], output [N,U,D]. settings: head_dim (H, no default),
+    theta 10 000, scaling None.
     """
-    settings = complete(settings, theta=10_000.0, head_dim=None)
+    settings = complete(settings, theta=10_000.0, scaling=None, head_dim=None)
     x_BTD, p, H = float64(x_BTD), float64(parameters), settings["head_dim"]
     (D, C), N = p["query"].shape, p["mixing"].shape[0]
     if C % H:
         raise ValueError(f"shared width {C} is not blocks of head_dim={H}")
     weights = {s: p[s].reshape(D, C // H, H) for s in ("query", "key")} | {"value": p["value"]}
     q_BTbH, k_BSbH, v_BSNU = (mix_slot(heads(x_BTD, weights[s]), s, p, SLOTS) for s in SLOTS)
-    q_BTbH, k_BSbH = (rotate(z, positions_BT, settings["theta"]) for z in (q_BTbH, k_BSbH))
+    turn = settings["theta"], settings["scaling"]
+    q_BTbH, k_BSbH = (rotate(z, positions_BT, *turn) for z in (q_BTbH, k_BSbH))
     m_Nbi = p["mixing"].reshape(N, C // H, H // 2)
     m_NbH = np.concatenate([m_Nbi, m_Nbi], axis=-1)
     q_BTNC = np.stack([(q_BTbH * m_NbH[n]).reshape(*x_BTD.shape[:2], C) for n in range(N)], axis=2)

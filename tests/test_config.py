@@ -22,6 +22,7 @@ from kha_jax.attention.mixers import (
     NoMixer,
 )
 from kha_jax.attention.projections import GroupedQuery
+from kha_jax.attention.projections.rotary import Llama3Scaling, YarnScaling
 from kha_jax.config import (
     Config,
     ConfigError,
@@ -352,7 +353,10 @@ CONFIGS = {
     "switched": ModelConfig(layers=2, embeddings="untied", stack="unroll", remat="full"),
     "nested": ModelConfig(
         attention=AttentionConfig(
-            projection=GroupedQuery(query_heads=6, kv_heads=3, rope_theta=5e5), kernel="reference"
+            projection=GroupedQuery(
+                query_heads=6, kv_heads=3, rope_theta=5e5, rope_scaling=YarnScaling(factor=8.0)
+            ),
+            kernel="reference",
         ),
         feed_forward=SwiGLU(width=11),
         loss=LossConfig(z_loss=1e-4),
@@ -404,9 +408,12 @@ def test_mixers_are_switched_on_the_command_line():
     values.attention.value.kind = "mlp"
     values.attention.query.kind = "linear"
     values.attention.query.parameterization = "residual"
+    values.attention.projection.rope_scaling.kind = "llama3"
+    values.attention.projection.rope_scaling.factor = 16.0
     config = from_dict(ModelConfig, values)
     assert config.attention.value == KnockingMLP() and config.attention.key == NoMixer()
     assert config.attention.query == KnockingLinear(parameterization="residual")
+    assert config.attention.projection.rope_scaling == Llama3Scaling(factor=16.0)
 
 
 BAD_MODELS = [
@@ -443,6 +450,18 @@ BAD_MODELS = [
     ("attention.projection.head_dims", 32, "is not a known field; did you mean 'head_dim'?"),
     ("attention.projection.qk_norm", True, "True is not known; use one of rms, none"),
     ("attention.projection.rope_theta", 0, "must be at least 1, found 0"),
+    ("attention.projection.rope_dim", 3, "must be even and at most head_dim=64, found 3"),
+    ("attention.projection.rope_dim", 66, "must be even and at most head_dim=64, found 66"),
+    (
+        "attention.projection.rope_scaling.kind",
+        "dynamic",
+        "'dynamic' is not known; use one of none, linear, llama3, yarn",
+    ),
+    (
+        "attention.projection.rope_scaling.factor",
+        2.0,
+        "does nothing with kind='none'; it belongs to linear and llama3 and yarn",
+    ),
     ("attention.value.kind", "linaer", "'linaer' is not known; did you mean 'linear'?"),
     ("attention.value.diag_init", 1.0, "does nothing with kind='none'; it belongs to linear"),
     ("attention.value.diag", 1.0, "is not a known field; it has none"),

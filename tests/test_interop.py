@@ -1,6 +1,7 @@
 """The transformer against stock Qwen3 of transformers on PyTorch (extra: interop)."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,14 @@ from kha_jax.attention.projections import GroupedQuery
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.model import ModelConfig
 from kha_jax.modules import Numerics
+from tests import cases
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install -e '.[interop]'")
 transformers = pytest.importorskip(
     "transformers", reason="needs the extra: pip install -e '.[interop]'"
 )
+modeling_rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+modeling_deepseek_v3 = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
 
 D, N, K, H, F, V, LAYERS = 48, 6, 2, 16, 80, 97, 2
 
@@ -96,6 +100,21 @@ def params_from(model):
         "layers": layers,
         "final_norm": final,
     }
+
+
+@pytest.mark.parametrize("name", cases.SCALINGS)
+def test_scaled_rotary_is_that_of_transformers(name):
+    """Frequencies, the factor on cos and sin, and the one on latent attention's logits."""
+    scaling = cases.SCALINGS[name]
+    given = cases.scaling(scaling)["scaling"]
+    rope = {"rope_type": given.pop("kind"), "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    rope |= {name: number for name, number in given.items() if number is not None}
+    config = transformers.LlamaConfig(head_dim=128, rope_parameters=rope)
+    theirs, factor = modeling_rope_utils.ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
+    np.testing.assert_allclose(scaling.frequencies(5e5, 64), theirs.numpy(), rtol=2e-6)
+    assert math.isclose(scaling.rotation_factor(), factor)
+    latent = modeling_deepseek_v3.yarn_apply_mscale(rope, 1.0)
+    assert math.isclose(scaling.latent_factor(), latent)
 
 
 TOKENS = np.random.default_rng(0).integers(0, V, (3, 150))

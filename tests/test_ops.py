@@ -14,7 +14,7 @@ from kha_jax.ops.attention_splash import LARGE, Blocks, splash, splash_blocks
 from kha_jax.ops.gating import sigmoid_gate, swiglu
 from kha_jax.ops.linear import linear
 from kha_jax.ops.norm import rms_norm
-from tests import reference
+from tests import cases, reference
 
 
 def normal(seed, *shape):
@@ -68,7 +68,8 @@ def test_norms_are_float32_inside():
 def test_rotary_is_the_reference_and_relative():
     x = normal(0, 2, 7, 3, 8)
     positions = np.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 900]])
-    ours = rope.rotate(jnp.asarray(x), jnp.asarray(positions), 10_000.0)
+    frequencies = rope.frequencies(10_000.0, 8)
+    ours = rope.rotate(jnp.asarray(x), jnp.asarray(positions), frequencies)
     np.testing.assert_allclose(
         ours, reference.rotate(x.astype(np.float64), positions, 10_000.0), atol=1e-4
     )
@@ -78,12 +79,24 @@ def test_rotary_is_the_reference_and_relative():
         return np.einsum(
             "btnr,bsnr->bnts",
             *(
-                rope.rotate(jnp.asarray(x), jnp.asarray(positions + shift), 10_000.0)
+                rope.rotate(jnp.asarray(x), jnp.asarray(positions + shift), frequencies)
                 for _ in range(2)
             ),
         )
 
     np.testing.assert_allclose(dot(0), dot(37), atol=2e-3)
+
+
+@pytest.mark.parametrize("name", cases.SCALINGS)
+def test_scaled_frequencies_are_the_references(name):
+    scaling = cases.SCALINGS[name]
+    given = cases.scaling(scaling)["scaling"]
+    for theta, width in ((10_000.0, 64), (5e5, 128), (2.0, 2)):
+        ours = scaling.frequencies(theta, width)
+        expected = [reference.frequency(theta, i, width, given) for i in range(width // 2)]
+        np.testing.assert_allclose(ours, expected, rtol=1e-12)
+        assert ours.dtype == np.float64
+    assert len(scaling.frequencies(10_000.0, 0)) == 0  # no positions
 
 
 def case(T, N, K, H, U, packed, seed=0):

@@ -71,7 +71,7 @@ def _mark_features(axes: Any, stack: Stack) -> None:
     axes.tick_params(length=2, labelsize=6, labelleft=False, labelbottom=False)
     first, last = stack.rotary
     look = {"color": "grey", "linewidth": 0.8, "linestyle": "--"}
-    for edge in {first, (first + last) // 2} - {0}:
+    for edge in {first, (first + last) // 2, last} - {0, stack.T.shape[2]}:
         axes.axvline(edge - 0.5, label=HALVES, **look)
         axes.axhline(edge - 0.5, **look)
 

@@ -134,7 +134,7 @@ class Run:
                 for head, at in ({"": ()} if T.ndim == 3 else heads).items():
                     stack = Stack(T[at], layers, starts[name][at], mixer.axis)
                     if mixer.axis == "feature":
-                        stack = stack._replace(rotary=self._rotary(layers[0], slot, T.shape[-1]))
+                        stack = stack._replace(rotary=self._rotary(layers[0], slot))
                     found[segment, f"{slot}/{name}{head}"] = stack
         return _joined(found)
 
@@ -222,11 +222,10 @@ class Run:
         later = model.later
         return later.attention if layer >= getattr(later, "layer", math.inf) else model.attention
 
-    def _rotary(self, layer: int, slot: str, width: int) -> tuple[int, int]:
+    def _rotary(self, layer: int, slot: str) -> tuple[int, int]:
         if self.config is None:
             return 0, 0
-        first, last = self._attention(layer).projection.rotary.get(slot, (0, 0))
-        return int(first * width), int(last * width)
+        return self._attention(layer).projection.rotary().get(slot, (0, 0))
 
     def stream_weights(
         self, slot: str, widest: float = math.inf

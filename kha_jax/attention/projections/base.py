@@ -14,6 +14,7 @@ import jax
 
 from kha_jax.attention.mixers import StreamMixer, StreamMixerModule
 from kha_jax.modules import Module, ModuleConfig
+from kha_jax.ops import rope
 
 Mixers = dict[str, StreamMixerModule]
 State = dict[str, jax.Array]
@@ -35,13 +36,15 @@ class Projection(ModuleConfig):
     """Entries of the state that no values are read from, cached with their slots last."""
     mixes_heads: ClassVar[bool] = False
     """Whether heads share what tells them apart."""
-    rotary: ClassVar[dict[str, tuple[float, float]]] = {}
-    """Of a mixed stream the features that are rotated, from and to, as shares of its width."""
 
     def streams(self, width: int) -> dict[str, tuple[int, int, int]]:
         """(heads, head width, rows of the weights that make it) of each mixable stream, for a model
         of this width."""
         raise NotImplementedError
+
+    def rotary(self) -> dict[str, tuple[int, int]]:
+        """Of mixed streams the features that are rotated, from and to."""
+        return {}
 
     def why_not(self, slot: str, mixer: StreamMixer) -> str | None:
         """Why this mixer cannot stand in this slot, or None."""
@@ -114,6 +117,15 @@ class ProjectionModule(Module):
     """
 
     width: int
+
+    def rotated(
+        self, z_BTNH: jax.Array, positions_BT: jax.Array, width: int | None = None
+    ) -> jax.Array:
+        """z with its first `width` features turned, all by default, as the config's `rope_theta`
+        and `rope_scaling` say."""
+        c, width = self.config, z_BTNH.shape[-1] if width is None else width
+        frequencies = c.rope_scaling.frequencies(c.rope_theta, width)
+        return rope.rotate(z_BTNH, positions_BT, frequencies, c.rope_scaling.rotation_factor())
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, mixers: Mixers):
         """(queries [B, T, N, H] as the scores read them, state): the state is what is cached, each

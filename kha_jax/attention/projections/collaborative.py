@@ -17,7 +17,8 @@ from kha_jax.attention.projections.base import (
     by_row,
     cached_heads,
 )
-from kha_jax.ops import rope
+from kha_jax.attention.projections.rotary import ROPE_SCALINGS, NoScaling, RopeScaling
+from kha_jax.config import choice
 from kha_jax.ops.linear import linear
 from kha_jax.sharding import constrain
 
@@ -48,9 +49,12 @@ class Collaborative(Projection):
     """m at the start: ones on a block of each head's own, or normal(0.2)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling = choice(ROPE_SCALINGS, NoScaling())
+    """What becomes of the frequencies in rows longer than those of training."""
 
     def validate(self):
-        self.at_least(1, "query_heads", "head_dim", "shared_dim", "rope_theta")
+        self.at_least(1, "query_heads", "head_dim", "shared_dim")
+        self.at_least(self.rope_scaling.smallest_theta, "rope_theta")
         H, C, whole = self.head_dim, self.shared_width, self.query_heads * self.head_dim
         self.require(H % 2 == 0, "head_dim", f"must be even for rotary embedding, found {H}")
         self.require(C % H == 0, "shared_dim", f"must be a multiple of head_dim={H}, found {C}")
@@ -116,7 +120,8 @@ class CollaborativeModule(ProjectionModule):
 
     def __call__(self, x_BTD, positions_BT, mixers):
         query, key = (
-            self._rotated(linear(x_BTD, weight), positions_BT) for weight in (self.query, self.key)
+            self._in_blocks(linear(x_BTD, weight), positions_BT)
+            for weight in (self.query, self.key)
         )
         N, half = self.config.query_heads, self.config.head_dim // 2
         mixing_NJ1h = self.mixing.reshape(N, -1, 1, half)
@@ -128,9 +133,9 @@ class CollaborativeModule(ProjectionModule):
         v_BTNH = constrain(v_BTNH, "batch", "length", "heads", None)
         return q_BTNC, {"key": key[:, :, None], "value": v_BTNH}
 
-    def _rotated(self, z_BTC, positions_BT):
+    def _in_blocks(self, z_BTC, positions_BT):
         z_BTJH = z_BTC.reshape(*z_BTC.shape[:2], -1, self.config.head_dim)
-        return rope.rotate(z_BTJH, positions_BT, self.config.rope_theta).reshape(z_BTC.shape)
+        return self.rotated(z_BTJH, positions_BT).reshape(z_BTC.shape)
 
     def keys_and_values(self, state, mixers):
         value = mixers["value"].read(state["value"], 2)

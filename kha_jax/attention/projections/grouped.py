@@ -17,8 +17,9 @@ from kha_jax.attention.projections.base import (
     cached_heads,
     why_not_shared,
 )
+from kha_jax.attention.projections.rotary import ROPE_SCALINGS, NoScaling, RopeScaling
+from kha_jax.config import choice
 from kha_jax.modules import RMSNorm
-from kha_jax.ops import rope
 from kha_jax.ops.linear import linear
 from kha_jax.sharding import constrain
 
@@ -32,7 +33,6 @@ class GroupedQuery(Projection):
 
     stream_weights = {"query": "query", "key": "key", "value": "value"}
     cache_fields = ("kv_heads", "head_dim")
-    rotary = {"query": (0, 1), "key": (0, 1)}
     keys_only = ("key", "key_factor")
     query_heads: int = 8
     """Query heads, N."""
@@ -42,11 +42,16 @@ class GroupedQuery(Projection):
     """Width of a head, H; even."""
     qk_norm: Literal["rms", "none"] = "rms"
     """RMS norm over H of queries and keys, one weight for all heads; or none."""
+    rope_dim: int | None = None
+    """First features of a query and key that are rotated, R, even; None: all, 0: no positions."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling = choice(ROPE_SCALINGS, NoScaling())
+    """What becomes of the frequencies in rows longer than those of training."""
 
     def validate(self):
-        self.at_least(1, "query_heads", "kv_heads", "head_dim", "rope_theta")
+        self.at_least(1, "query_heads", "kv_heads", "head_dim")
+        self.at_least(self.rope_scaling.smallest_theta, "rope_theta")
         few = range(1, min(self.query_heads, 256) + 1)
         fitting = [k for k in few if self.query_heads % k == 0]
         problem = (
@@ -54,15 +59,26 @@ class GroupedQuery(Projection):
             f"{fitting}"
         )
         self.require(self.query_heads % self.kv_heads == 0, "kv_heads", problem)
-        self.require(
-            self.head_dim % 2 == 0,
-            "head_dim",
-            f"must be even for rotary embedding, found {self.head_dim}",
-        )
+        R, H = self.rotary_width, self.head_dim
+        problem = f"must be even for rotary embedding, found {H}"
+        self.require(R != H or H % 2 == 0, "head_dim", problem)
+        problem = f"must be even and at most head_dim={H}, found {R}"
+        self.require(R % 2 == 0 and 0 <= R <= H, "rope_dim", problem)
+        plain = self.rope_theta == 10_000.0 and isinstance(self.rope_scaling, NoScaling)
+        problem = "rotates nothing with 0, so leave out rope_theta and rope_scaling"
+        self.require(R > 0 or plain, "rope_dim", problem)
+
+    @property
+    def rotary_width(self) -> int:
+        """Features of a query and key that are rotated, R."""
+        return self.head_dim if self.rope_dim is None else self.rope_dim
 
     def streams(self, width):
         kv = (self.kv_heads, self.head_dim, width)
         return {"query": (self.query_heads, self.head_dim, width), "key": kv, "value": kv}
+
+    def rotary(self):
+        return dict.fromkeys(("query", "key"), (0, self.rotary_width))
 
     def why_not_heads(self, read):
         return why_not_shared(self.query_heads, read, "key", "value")
@@ -129,7 +145,7 @@ class GroupedQueryModule(ProjectionModule):
         q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
         k_BTKH = constrain(k_BTKH, "batch", "length", "kv_heads", None)
         v_BTKH = constrain(v_BTKH, "batch", "length", "kv_heads", None)
-        q_BTNH, k_BTKH = (rope.rotate(z, positions_BT, c.rope_theta) for z in (q_BTNH, k_BTKH))
+        q_BTNH, k_BTKH = (self.rotated(z, positions_BT, c.rotary_width) for z in (q_BTNH, k_BTKH))
         return mixers["query"].read(q_BTNH, 2), {"key": k_BTKH, "value": v_BTKH, **factor}
 
     def keys_and_values(self, state, mixers, axis=2):
@@ -155,7 +171,6 @@ class GroupedTied(Projection):
     stream_weights = {"query": "query", "value": "state"}
     cache_fields = ("kv_heads", "head_dim")
     keys_only = ("rotary_key",)
-    rotary = {"query": (1 / 2, 1)}
     query_heads: int = 8
     """Query heads, N."""
     kv_heads: int = 4
@@ -164,9 +179,12 @@ class GroupedTied(Projection):
     """Width of a head, H, half of it rotated; a multiple of 4."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling = choice(ROPE_SCALINGS, NoScaling())
+    """What becomes of the frequencies in rows longer than those of training."""
 
     def validate(self):
-        self.at_least(1, "query_heads", "kv_heads", "head_dim", "rope_theta")
+        self.at_least(1, "query_heads", "kv_heads", "head_dim")
+        self.at_least(self.rope_scaling.smallest_theta, "rope_theta")
         problem = f"must divide query_heads={self.query_heads}, found {self.kv_heads}"
         self.require(self.query_heads % self.kv_heads == 0, "kv_heads", problem)
         self.require(
@@ -180,6 +198,9 @@ class GroupedTied(Projection):
             "query": (self.query_heads, self.head_dim, width),
             "value": (self.kv_heads, self.head_dim, width),
         }
+
+    def rotary(self):
+        return {"query": (self.head_dim // 2, self.head_dim)}
 
     def why_not(self, slot, mixer):
         if slot == "key":
@@ -222,12 +243,12 @@ class GroupedTiedModule(ProjectionModule):
         self.rotary_key = self.weight("rotary_key", embed=D, head_dim=c.head_dim // 2)
 
     def __call__(self, x_BTD, positions_BT, mixers):
-        half, theta = self.config.head_dim // 2, self.config.rope_theta
+        half = self.config.head_dim // 2
         q_BTNH = mixers["query"].project(x_BTD, self.query)
-        rotated = rope.rotate(q_BTNH[..., half:], positions_BT, theta)
+        rotated = self.rotated(q_BTNH[..., half:], positions_BT)
         q_BTNH = jnp.concatenate([q_BTNH[..., :half], rotated], axis=-1)
         q_BTNH = constrain(mixers["query"].read(q_BTNH, 2), "batch", "length", "heads", None)
-        rotary_key = rope.rotate(linear(x_BTD, self.rotary_key)[:, :, None], positions_BT, theta)
+        rotary_key = self.rotated(linear(x_BTD, self.rotary_key)[:, :, None], positions_BT)
         tied = mixers["value"].project(x_BTD, self.tied)
         tied = constrain(tied, "batch", "length", "kv_heads", None)
         return q_BTNH, {"tied": tied, "rotary_key": rotary_key}

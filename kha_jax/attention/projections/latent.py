@@ -7,8 +7,9 @@ heads of a group, C latent width, H unrotated query and key width, R rotary widt
 import jax.numpy as jnp
 
 from kha_jax.attention.projections.base import Projection, ProjectionModule
+from kha_jax.attention.projections.rotary import ROPE_SCALINGS, NoScaling, RopeScaling
+from kha_jax.config import choice
 from kha_jax.modules import RMSNorm
-from kha_jax.ops import rope
 from kha_jax.ops.checkpoint_names import PROJECTED, checkpoint_name
 from kha_jax.ops.linear import linear
 from kha_jax.sharding import constrain
@@ -45,9 +46,12 @@ class Latent(Projection):
     """Rank that queries go through, with an RMS norm; None: straight from x."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling = choice(ROPE_SCALINGS, NoScaling())
+    """What becomes of the frequencies in rows longer than those of training."""
 
     def validate(self):
-        self.at_least(1, "query_heads", "head_dim", "groups", "rope_theta")
+        self.at_least(1, "query_heads", "head_dim", "groups")
+        self.at_least(self.rope_scaling.smallest_theta, "rope_theta")
         self.at_least(1, "value_dim", "rope_dim", "kv_lora", "q_lora")
         problem = f"must divide query_heads={self.query_heads}, found {self.groups}"
         self.require(self.query_heads % self.groups == 0, "groups", problem)
@@ -105,6 +109,9 @@ class Latent(Projection):
     def key_width(self):
         return self.head_dim + self.rotary_width
 
+    def scale(self):
+        return super().scale() * self.rope_scaling.latent_factor()
+
     def cache_floats(self, mixers):
         return self.groups * self.latent_width + self.rotary_width
 
@@ -143,14 +150,13 @@ class LatentModule(ProjectionModule):
         self.value_up = self.weight("value_up", **up, head_dim=c.value_width)
 
     def __call__(self, x_BTD, positions_BT, mixers):
-        theta = self.config.rope_theta
         source = self.query_norm(linear(x_BTD, self.query_down)) if self.config.q_lora else x_BTD
         nope = mixers["query"].project(source, self.query)
-        rotated = rope.rotate(linear(source, self.query_rope), positions_BT, theta)
+        rotated = self.rotated(linear(source, self.query_rope), positions_BT)
         q_BTNH = jnp.concatenate([nope, rotated], axis=-1)
         latents = checkpoint_name(linear(x_BTD, self.down), PROJECTED)
         normed = [norm(latents[:, :, g]) for g, norm in enumerate(self.latent_norms)]
-        rotary_key = rope.rotate(linear(x_BTD, self.rotary_key)[:, :, None], positions_BT, theta)
+        rotary_key = self.rotated(linear(x_BTD, self.rotary_key)[:, :, None], positions_BT)
         state = {"latent": jnp.stack(normed, axis=2), "rotary_key": rotary_key}
         return constrain(q_BTNH, "batch", "length", "heads", None), state
 
