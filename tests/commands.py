@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 300  # seconds, after which a command hangs, also on a machine that is busy
 SLOW_IMPORTS = (
+    "experiments.evaluating.models",
     "kha_jax.inference.decoding",
     "kha_jax.analysis",
     "experiments.train_loop.reporter",

@@ -36,6 +36,7 @@ LAYERS = {
 # The commands stand on these, which stand on the library.
 ROOMS = {
     "cli": 0,
+    "evaluating": 2,
     "preparing": 1,
     "run_folders": 1,
     "sweeps": 3,
@@ -46,7 +47,7 @@ COMMAND = 4  # what one types
 ALONE = ("config", "ops")  # these import nothing of kha_jax but themselves
 OPTIONAL = (
     *("torch", "transformers", "tensorboardX", "matplotlib", "wandb"),
-    *("pyarrow", "zstandard", "tokenizers"),
+    *("pyarrow", "zstandard", "tokenizers", "jinja2", "lm_eval"),
 )
 SOURCES = sorted(
     path.relative_to(ROOT)

@@ -8,6 +8,8 @@ from experiments.cli.command_line import UsageError
 from kha_jax.storage import as_written
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from kha_jax.training.run_folder import StoredRun
 
 
@@ -60,7 +62,9 @@ def run_folder(flag: str, name: str | None) -> Path:
     return folder
 
 
-def read_run(workdir: str | None, step: int | None = None) -> "StoredRun":
+def read_run(
+    workdir: str | None, step: int | None = None, mesh: "Mesh | None" = None
+) -> "StoredRun":
     """A checkpoint of the run that --workdir names; see `kha_jax.training.run_folder.read_run`.
 
     Raises:
@@ -68,4 +72,4 @@ def read_run(workdir: str | None, step: int | None = None) -> "StoredRun":
     """
     from kha_jax.training.run_folder import read_run
 
-    return read_run(run_folder("workdir", workdir), step)
+    return read_run(run_folder("workdir", workdir), step, mesh)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from kha_jax.config import Config, choices_in, departures, dotted, from_dict
 from kha_jax.errors import RunError
@@ -41,7 +42,7 @@ REGISTERED = "registered.json"
 
 
 class StoredRun(NamedTuple):
-    """A checkpoint of a run, on one device."""
+    """A checkpoint of a run, on one device or on a mesh."""
 
     config: RunConfig
     step: int
@@ -63,8 +64,10 @@ def load(folder: str | os.PathLike, step: int | None = None) -> tuple[Any, dict[
     return run.config.model, run.variables, run.config.data.tokenizer()
 
 
-def read_run(folder: Path, step: int | None = None) -> StoredRun:
+def read_run(folder: Path, step: int | None = None, mesh: Mesh | None = None) -> StoredRun:
     """A checkpoint of a run, by default the newest good one.
+
+    mesh: the devices that it is split over; by default one has all of it.
 
     Raises: see `load`.
     """
@@ -85,7 +88,8 @@ def read_run(folder: Path, step: int | None = None) -> StoredRun:
             verify(checkpoints.path(step), accepts)
         if step is None:
             raise RunError(f"{folder}: holds no checkpoint yet")
-        state = make_trainer(config, make_mesh(config.mesh, jax.devices()[:1])).abstract
+        mesh = make_mesh(config.mesh, jax.devices()[:1]) if mesh is None else mesh
+        state = make_trainer(config, mesh).abstract
         return StoredRun(config, step, checkpoints.restore_part(step, variables(state)))
 
 
