@@ -213,7 +213,7 @@ def watch(out: Path) -> None:
                 ]
                 if now != seen:
                     runs, seen = write(out), now
-                    if all(run.step >= run.config["steps"] for run in runs):
+                    if all(run.step >= run.config.steps for run in runs):
                         return
             except CheckpointError as error:
                 # none yet, or retention removed it while it was read

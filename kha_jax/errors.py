@@ -2,7 +2,8 @@
 
 
 class DataError(Exception):
-    """Data that cannot be trained on. The message names the file or source and what to do."""
+    """Data that cannot be trained on, or a config.json that is not the one of its run. The message
+    names the file or source and what to do."""
 
 
 class StorageError(Exception):

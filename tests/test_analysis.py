@@ -25,6 +25,7 @@ from kha_jax.ops import matrices
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.training import trace
 from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import config_hash
 from kha_jax.training.step import TrainState, make_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,7 +198,8 @@ def run(tmp_path_factory, trainer):
     """A run folder with two checkpoints of random parameters, and what it was written from."""
     config, made = trainer
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    checkpoints = Checkpoints(workdir / "checkpoints", 2)
+    about = {"config": config_hash(config)}
+    checkpoints = Checkpoints(workdir / "checkpoints", 2, lambda step: about)
     draw = np.random.default_rng(1).normal
 
     def fill(leaf):

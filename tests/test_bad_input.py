@@ -155,6 +155,13 @@ def write(name, content):
     return damage
 
 
+def edited(run):
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["attention"]["projection"]["rope_theta"] = 10.0
+    path.write_text(json.dumps(config))
+
+
 def manifest(change):
     def damage(run):
         path = run / "checkpoints" / "00000002" / "MANIFEST.json"
@@ -431,9 +438,26 @@ INPUTS = {
     "analyze of a damaged config": (
         write("config.json", "[3]"),
         ("analyze", "--workdir={run}"),
-        74,
+        2,
         "config.json: is damaged",
     ),
+    **{
+        f"a config that was edited, {words[0]} {words[-1]}": (
+            edited,
+            words,
+            65,
+            "config.json: model.attention.projection.rope_theta=10.0 is not what lineage.json rec",
+        )
+        for words in (
+            GENERATE,
+            TRAIN,
+            (*TRAIN, "--replay_step=2"),
+            ("convert", "fold", "--workdir={run}", "--out={here}/folded"),
+            ("analyze", "--workdir={run}"),
+            ("checkpoints", "--workdir={run}"),
+            ("report", "--workdir={run}", "--out={here}/report.png"),
+        )
+    },
     "analyze of nothing": (no_damage, ("analyze",), 2, "--workdir: is required"),
     "analyze of no folder": (no_damage, ("analyze", "--workdir={here}/none"), 2, "no such folder"),
     "analyze of odd storage": (no_damage, ("analyze", "--workdir=odd://a"), 2, "storage is known"),

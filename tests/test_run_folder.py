@@ -2,6 +2,7 @@
 anything compiles."""
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -15,21 +16,30 @@ import numpy as np
 import pytest
 
 from experiments.cli.command_line import UsageError
+from experiments.run_folders import folder as folder_module
 from experiments.run_folders import stored
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
 from experiments.sweeps import runner
 from experiments.train import evaluate, open_sources
 from experiments.train_loop import data_check
-from kha_jax.config import ConfigError, from_dict
+from kha_jax.config import ConfigError, from_dict, to_dict
 from kha_jax.data import Draws, MultiQueryAssociativeRecall, PythonSource
 from kha_jax.errors import CheckpointError, DataError, RunError, StorageError
 from kha_jax.mesh import make_mesh
 from kha_jax.metrics import MetricsFile, plain_row
 from kha_jax.ops.losses import TokenSums
+from kha_jax.runs import faults
 from kha_jax.runs.results import write_results
 from kha_jax.storage import cache_folder, writable, write_text
 from kha_jax.training.run_config import RunConfig
-from kha_jax.training.run_folder import batch_sizes, config_hash, read_lineage
+from kha_jax.training.run_folder import (
+    NEXT,
+    batch_sizes,
+    config_hash,
+    load,
+    read_config,
+    read_lineage,
+)
 from tests.runs import CONFIGS
 
 RUN = RunConfig(batch_size=4, seq_len=64)
@@ -100,6 +110,106 @@ def test_an_allowed_change_is_kept_once_the_state_is_there(folder, allowed):
     known = again.checkpoints({}).accepts
     assert [one["config"] for one in known[:2]] == [before["config"], after["config"]]
     again.close()
+
+
+class Cut(BaseException):
+    """A kill, at a place."""
+
+
+@pytest.mark.parametrize("point", ["config_written", "lineage_written"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_kill_between_config_and_lineage_leaves_one_of_two_runs(
+    folder, point, begun, monkeypatch
+):
+    """begun: the run had a checkpoint; otherwise it starts again, as another one."""
+    if not begun:
+        (folder / "checkpoints" / "00000001").rmdir()
+
+    def cut(where, step):
+        if where == point:
+            raise Cut
+
+    changed = begin(folder, RATE, ["optimizer"])
+    with monkeypatch.context() as patched, pytest.raises(Cut):
+        patched.setattr(faults, "at", cut)
+        changed.keep(7)
+    changed.close()
+    left = RATE if point == "lineage_written" else RUN
+    assert read_config(folder) == left
+    for config in (left, RATE):  # goes on as it is, and is changed after all
+        again = begin(folder, config, ["optimizer"])
+        again.keep(7)
+        again.close()
+        assert read_config(folder) == config
+        assert not (folder / NEXT).exists()
+
+
+def test_a_kind_is_known_while_it_is_given_up(folder, monkeypatch):
+    """The registrations of before and of now both stand until config.json is the new one."""
+    written = []
+    monkeypatch.setattr(folder_module, "write_registrations", lambda _, *of: written.append(of))
+    changed = begin(folder, RATE, ["optimizer"])
+    changed.keep(7)
+    changed.close()
+    assert written == [(RUN, RATE), (RATE,)]
+
+
+EDITED = {
+    "a default": ("model.attention.projection.rope_theta", 10.0, "rope_theta=10.0 is not what"),
+    "what had a value": ("seq_len", 32, "differs from what lineage.json records .hash"),
+    "back to a default": ("batch_size", 16, "differs from what lineage.json records .hash"),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_a_config_that_was_edited_is_refused_by_every_reader(folder, name):
+    """What decides nothing that is learnt may be."""
+    field, value, said = EDITED[name]
+    *groups, last = field.split(".")
+    path = folder / "config.json"
+
+    def edit(*change):
+        values = json.loads(path.read_text())
+        functools.reduce(dict.__getitem__, groups, values)[last] = value
+        path.write_text(json.dumps({**values, **dict(change)}))
+
+    whole = path.read_text()
+    edit(("max_nonfinite_steps", 3))
+    for read in (read_config, load, lambda _: begin(folder)):
+        with pytest.raises(DataError, match=f"config.json: .*{said}.*; put back") as found:
+            read(folder)
+        assert len(str(found.value).splitlines()) == 1
+    path.write_text(whole.replace('"max_nonfinite_steps": 10', '"max_nonfinite_steps": 3'))
+    assert read_config(folder) == RUN.replace(max_nonfinite_steps=3)
+
+
+def test_a_config_that_is_gone_is_that_of_the_lineage(folder):
+    (folder / "config.json").unlink()
+    begin(folder).close()
+    with pytest.raises(UsageError, match="is gone, and lineage.json records another"):
+        begin(folder, RATE)
+
+
+def test_an_older_config_is_none_of_the_last_entry(folder):
+    """And its checkpoints are, as before."""
+    before = (folder / "config.json").read_text()
+    changed = begin(folder, RATE, ["optimizer"])
+    changed.keep(7)
+    changed.close()
+    (folder / "config.json").write_text(before)
+    with pytest.raises(DataError, match="config.json: differs"):
+        read_config(folder)
+    assert [one["config"] for one in read_lineage(folder, RUN)] == list(
+        map(config_hash, (RUN, RATE))
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_that_is_read_back_has_its_hash(path):
+    config = from_dict(RunConfig, runpy.run_path(str(path))["get_config"]())
+    assert config_hash(from_dict(RunConfig, json.loads(json.dumps(to_dict(config))))) == (
+        config_hash(config)
+    )
 
 
 def test_what_does_not_matter_to_the_result_may_change(folder):

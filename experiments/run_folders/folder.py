@@ -32,12 +32,15 @@ from kha_jax.storage import PROBE, cache_folder, not_followed, read_json, writab
 from kha_jax.training.optimizer import jump
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import (
+    CONFIG,
     LATER,
+    LINEAGE,
     batch_sizes,
     config_hash,
     read_config,
     read_lineage,
     tokenizer_hash,
+    write_config,
     write_registrations,
 )
 
@@ -121,9 +124,13 @@ class RunFolder:
 
     def _compare(self) -> None:
         """Finds what differs from the config that the run had last."""
-        path = self.path / "config.json"
-        if not path.exists():
+        if not (self.path / CONFIG).exists():
             self.lineage = read_lineage(self.path, self.config)
+            if self.lineage[-1]["config"] != config_hash(self.config):
+                raise UsageError(
+                    f"{self.path}: its {CONFIG} is gone, and {LINEAGE} records another config than "
+                    "this one; put it back, or use another --workdir"
+                )
             return
         self.before = old = read_config(self.path)
         self.lineage = read_lineage(self.path, old)
@@ -227,7 +234,7 @@ class RunFolder:
         return self.draws
 
     def _batch_sizes(self) -> list[tuple[int, int]]:
-        config = read_config(self.path) if (self.path / "config.json").exists() else self.config
+        config = read_config(self.path) if (self.path / CONFIG).exists() else self.config
         return batch_sizes(self.path, config)
 
     def _next_batch(self, step: int) -> str:
@@ -268,20 +275,23 @@ class RunFolder:
         """Writes config.json and what has changed; called once the state of this step is there."""
         if jax.process_index() != 0:
             return
-        path = self.path / "lineage.json"
         try:
-            if self._changed(step):
-                entries = read_json(path) if path.exists() and self.lineage else []
-                size = self.config.batch_size
-                at = {"batch_size": size, "from_step": step, "changes": self.changes}
-                write_json(path, [*entries, {**self.identity, **at}])
+            write_registrations(self.path, self.before, self.config)
+            write_config(self.path, self.config, lambda: self._record(step))
             write_registrations(self.path, self.config)
-            write_json(self.path / "config.json", to_dict(self.config))
         except OSError as error:
-            found = f"{path} or config.json could not be written: {error.strerror}"
+            found = f"{self.path / LINEAGE} or {CONFIG} could not be written: {error.strerror}"
             raise CheckpointError(found) from None
         for field, (before, after) in self.changes.items():
             log.info("resuming with %s changed: %s -> %s", field, before, after)
+
+    def _record(self, step: int) -> None:
+        path = self.path / LINEAGE
+        if self._changed(step):
+            entries = read_json(path) if path.exists() and self.lineage else []
+            size = self.config.batch_size
+            at = {"batch_size": size, "from_step": step, "changes": self.changes}
+            write_json(path, [*entries, {**self.identity, **at}])
 
     def _changed(self, step: int) -> bool:
         """Whether lineage.json says something else of this step. After a walk back to one before a

@@ -4,10 +4,8 @@ Paths may be local or remote (gs://, s3://), as Orbax takes them.
 """
 
 import functools
-import json
 import math
 import re
-from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
 import numpy as np
@@ -24,13 +22,13 @@ from kha_jax.attention.mixers import (
     repetition,
 )
 from kha_jax.attention.scores import TalkingHeads
-from kha_jax.config import from_dict
 from kha_jax.errors import CheckpointError
 from kha_jax.metrics import plain_row, read_lines
 from kha_jax.model import ModelConfig
-from kha_jax.runs.manifest import MANIFEST
-from kha_jax.training.run_config import RunConfig, with_new_names
-from kha_jax.training.run_folder import register_again
+from kha_jax.runs.manifest import MANIFEST, check_whose, folder_name, read_manifest
+from kha_jax.storage import is_file
+from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import CONFIG, read_config, read_lineage
 from kha_jax.training.trace import TRACE
 
 MIXER = "_mixer"  # every small matrix between heads lives at .../SLOT_mixer/NAME
@@ -83,7 +81,8 @@ class Run:
     megabytes must not read the rest.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: there is no such checkpoint, or it is of another run.
+        RunError, DataError: see `read_config`.
     """
 
     def __init__(self, path: epath.PathLike, step: int | None = None):
@@ -97,15 +96,14 @@ class Run:
             raise CheckpointError(f"{self.folder}: step {step} is not kept; it has {self.steps}")
         self.step = step if found or step is not None else self.steps[-1]
         self.checkpoint = Checkpoint(
-            found or self.folder / "checkpoints" / f"{self.step:08d}" / "state"
+            found or self.folder / "checkpoints" / folder_name(self.step) / "state"
         )
-        config = self.folder / "config.json"
-        try:
-            self.config: dict[str, Any] | None = (
-                with_new_names(json.loads(config.read_text())) if config.is_file() else None
-            )
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{config}: is damaged ({error})") from None
+        self.config: RunConfig | None = None
+        if is_file(self.folder / CONFIG):
+            self.config = read_config(self.folder)
+            if found is None:
+                saved = self.folder / "checkpoints" / folder_name(self.step)
+                check_whose(saved, read_manifest(saved), read_lineage(self.folder, self.config))
 
     def metrics(self) -> list[dict[str, Any]]:
         """See `read_metrics`."""
@@ -206,15 +204,14 @@ class Run:
         return _initial(config.model, config.seed)
 
     def run_config(self) -> RunConfig:
-        """The run's config, whose own kinds are registered again.
+        """The run's config.
 
         Raises:
             CheckpointError: a bare checkpoint has none.
         """
         if self.config is None:
             raise CheckpointError(f"{self.folder}: a bare checkpoint has no config.json")
-        register_again(Path(self.folder))
-        return from_dict(RunConfig, self.config)
+        return self.config
 
     def _attention(self, layer: int) -> AttentionConfig:
         """The attention of a layer, by the run's config."""

@@ -88,13 +88,7 @@ def verify(
     manifest = read_manifest(folder)
     if manifest.get("step") != int(folder.name):
         raise CheckpointError(f"{folder} holds step {manifest.get('step')}")
-    differing = [[k for k in one if manifest.get(k) != one[k]] for one in accepts]
-    if all(differing):
-        name = differing[-1][0]
-        raise CheckpointError(
-            f"{folder} is of another run: its {name} is {manifest.get(name)}, this run's is "
-            f"{accepts[-1][name]}"
-        )
+    check_whose(folder, manifest, accepts)
     # what costs nothing first
     for same in (same_size, _same_content) if thorough else (same_size,):
         for name, entry in manifest["files"].items():
@@ -103,6 +97,17 @@ def verify(
             if not same(folder / name, entry):
                 raise CheckpointError(f"{folder / name} differs from its checksum")
     return manifest
+
+
+def check_whose(folder: Path, manifest: dict[str, Any], accepts: Sequence[dict[str, Any]]) -> None:
+    """Raises CheckpointError where a manifest is of another run; accepts: see verify."""
+    differing = [[k for k in one if manifest.get(k) != one[k]] for one in accepts]
+    if all(differing):
+        name = differing[-1][0]
+        raise CheckpointError(
+            f"{folder} is of another run: its {name} is {manifest.get(name)}, this run's is "
+            f"{accepts[-1][name]}"
+        )
 
 
 def same_size(path: Path, entry: dict[str, Any]) -> bool:

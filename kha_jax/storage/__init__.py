@@ -13,6 +13,7 @@ from kha_jax.storage.files import as_written as as_written
 from kha_jax.storage.files import being_built as being_built
 from kha_jax.storage.files import cache_folder as cache_folder
 from kha_jax.storage.files import crc32c as crc32c
+from kha_jax.storage.files import is_file as is_file
 from kha_jax.storage.files import not_followed as not_followed
 from kha_jax.storage.files import open_regular as open_regular
 from kha_jax.storage.files import read_json as read_json

@@ -80,6 +80,16 @@ def open_regular(path: Path, mode: str = "r", largest: int = LARGEST, **how: Any
     return open(path, mode, opener=opener, **how)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False also where the name is no name."""
+    return path.is_file() if _is_remote(path) else os.path.isfile(path)
+
+
+def _is_remote(path: Path) -> bool:
+    """Of an object store, as etils.epath names it."""
+    return "://" in os.fspath(path)
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds.
 
@@ -87,6 +97,8 @@ def read_json(path: Path) -> Any:
         OSError: see open_regular.
         ValueError, RecursionError: it is no JSON.
     """
+    if _is_remote(path):
+        return json.loads(path.read_text())
     # of what is no text, an error of decoding would show all
     with open_regular(path, largest=LARGEST_JSON, errors="replace") as file:
         return json.load(file)

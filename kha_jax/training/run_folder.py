@@ -19,10 +19,11 @@ from typing import Any, Callable, Iterator, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from kha_jax.config import Config, choices_in, departures, dotted, from_dict
-from kha_jax.errors import RunError
+from kha_jax.config import Config, choices_in, departures, dotted, from_dict, to_dict
+from kha_jax.errors import DataError, RunError
 from kha_jax.mesh import MeshConfig, make_mesh
-from kha_jax.storage import read_json, write_json
+from kha_jax.runs import faults
+from kha_jax.storage import is_file, read_json, write_json
 from kha_jax.training.run_config import RunConfig, old_name, with_new_names
 
 # Fields that may change on resume: they decide what is recorded, not what is learnt.
@@ -38,6 +39,7 @@ FREE = (
 )
 IDENTITY = ("config", "data", "validation", "tokenizer")
 LATER = {"validation"}  # what entries of older folders lack: unknown, and taken for equal
+CONFIG, NEXT, LINEAGE = "config.json", "config.next.json", "lineage.json"
 REGISTERED = "registered.json"
 
 
@@ -58,6 +60,7 @@ def load(folder: str | os.PathLike, step: int | None = None) -> tuple[Any, dict[
 
     Raises:
         RunError: there is no such run or step, or it cannot be read.
+        DataError: config.json is not the one that the run was trained with.
         CheckpointError: the checkpoint is damaged.
     """
     run = read_run(Path(folder), step)
@@ -94,15 +97,42 @@ def read_run(folder: Path, step: int | None = None, mesh: Mesh | None = None) ->
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The config of a run folder, whose own kinds are registered again.
+    """The config of a run folder, whose own kinds are registered again: the one that the last entry
+    of lineage.json has the hash of, where there are entries.
 
     Raises:
         RunError: there is none, it is damaged, or a kind of it is not to be had.
+        DataError: it is another one.
     """
-    path = folder / "config.json"
-    if not os.path.isfile(path):  # False also where the name is no name
-        raise RunError(f"{folder}: no run there; it holds no config.json")
+    path = folder / CONFIG
+    if not is_file(path):
+        raise RunError(f"{folder}: no run there; it holds no {CONFIG}")
     register_again(folder)
+    config = _read_config(path)
+    if _is_last(folder, config):
+        return config
+    # A start that changes it writes the next one, then the lineage, then renames the next one. So
+    # one of these is the lineage's, whether that start was killed or goes on while this reads.
+    for other in (folder / NEXT, path):
+        with contextlib.suppress(RunError):
+            if _is_last(folder, found := _read_config(other)):
+                return found
+    raise DataError(
+        f"{path}: {_what_differs(folder, config)}; put back the one that the run was trained with"
+    )
+
+
+def write_config(folder: Path, config: RunConfig, record: Callable[[], None]) -> None:
+    """Writes config.json. record: writes the lineage that goes with it. Whoever reads the folder
+    finds the config from before or this one, also where the process is killed in between."""
+    write_json(folder / NEXT, to_dict(config))
+    faults.at("config_written", 0)
+    record()
+    faults.at("lineage_written", 0)
+    (folder / NEXT).replace(folder / CONFIG)
+
+
+def _read_config(path: Path) -> RunConfig:
     try:
         values = read_json(path)
         if not isinstance(values, dict):
@@ -112,6 +142,23 @@ def read_config(folder: Path) -> RunConfig:
         raise RunError(
             f"{path}: is damaged ({error}); put back the one that the run was started with"
         ) from None
+
+
+def _is_last(folder: Path, config: RunConfig) -> bool:
+    return config_hash(config) == read_lineage(folder, config)[-1]["config"]
+
+
+def _what_differs(folder: Path, config: RunConfig) -> str:
+    """The field where it is one that had its default; otherwise the hashes."""
+    last, fields = read_lineage(folder, config)[-1]["config"], _learnt(config)
+    for name in fields:
+        group = name.rpartition(".")[0] + "."  # which goes where nothing else of it was chosen
+        for gone in (name, group):
+            odd = [k for k in fields if k.startswith(gone)]
+            if last == _hash({k: v for k, v in fields.items() if k not in odd}):
+                return f"{odd[-1]}={fields[odd[-1]]!r} is not what {LINEAGE} records"
+    found = _hash(fields)
+    return f"differs from what {LINEAGE} records (hash {str(last)[:12]}, found {found[:12]})"
 
 
 class Registration(NamedTuple):
@@ -133,9 +180,9 @@ def registrations(config: Config) -> list[Registration]:
     ]
 
 
-def write_registrations(folder: Path, config: Config) -> None:
+def write_registrations(folder: Path, *configs: Config) -> None:
     """Writes registered.json where a config has kinds of its own."""
-    if found := registrations(config):
+    if found := dict.fromkeys(one for config in configs for one in registrations(config)):
         write_json(folder / REGISTERED, [entry._asdict() for entry in found])
 
 
@@ -220,10 +267,19 @@ def _code_files(cls: type) -> Iterator[str]:
 
 
 def config_hash(config: RunConfig) -> str:
-    """Of the fields that decide what is learnt."""
-    learnt = {k: v for k, v in dotted(departures(config)).items() if not k.startswith(FREE)}
-    fields = {old_name(k): v for k, v in learnt.items()}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    """Of the fields that decide what is learnt, but for those that have their default. So a default
+    is never changed: folders that were trained with it would no longer be what their lineages say.
+    """
+    return _hash(_learnt(config))
+
+
+def _learnt(config: RunConfig) -> dict[str, Any]:
+    return {k: v for k, v in dotted(departures(config)).items() if not k.startswith(FREE)}
+
+
+def _hash(fields: dict[str, Any]) -> str:
+    named = {old_name(k): v for k, v in fields.items()}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_hash(config: RunConfig) -> str:
@@ -269,7 +325,7 @@ def batch_sizes(folder: Path, config: RunConfig) -> list[tuple[int, int]]:
 
 def _entries(folder: Path, read: Callable[[dict[str, Any]], Any]) -> list[Any]:
     """What is read in each entry of lineage.json; nothing where there is none."""
-    path = folder / "lineage.json"
+    path = folder / LINEAGE
     try:
         return [read(entry) for entry in read_json(path)]
     except FileNotFoundError:
