@@ -98,8 +98,8 @@ def prune(workdir: Path, checkpoints: Checkpoints, steps: list[int], accepts: li
             try:
                 checkpoints.remove(step)
             except OSError as error:
-                problem = f"{checkpoints.path(step)} could not be removed: {why(error)}"
-                raise CheckpointError(problem) from None
+                said = f"{checkpoints.path(step)} could not be removed: {why(error)}"
+                raise CheckpointError(said) from None
             print(f"removed {checkpoints.path(step)}")
 
 
