@@ -1,0 +1,165 @@
+"""Processes of ours that carry out tasks, one at a time, and end with whoever started them."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing import connection
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
+
+from kha_jax.errors import DataError, PeerError, StorageError
+
+REPORTED = 0.3  # seconds between two reports
+SETTINGS = {"GLIBC_TUNABLES": None}  # those of the commands keep all memory that was ever used
+
+
+class Seen(NamedTuple):
+    """What a task has done so far: bytes of input, bytes of text, tokens, documents."""
+
+    done: int
+    bytes: int = 0
+    tokens: int = 0
+    documents: int = 0
+
+
+class Report:
+    """How a task tells whoever waits for it."""
+
+    def __init__(self, commands: connection.Connection):
+        self.commands, self.spoke = commands, 0.0
+
+    def seen(self, seen: Seen) -> None:
+        """What it has done so far; not every time is told."""
+        if time.monotonic() - self.spoke > REPORTED:
+            self.commands.send(("seen", seen))
+            self.spoke = time.monotonic()
+
+    def say(self, kind: str, text: str) -> None:
+        """A line for the log, which shows one of each kind."""
+        self.commands.send(("note", (kind, text)))
+
+
+def _serve(commands: connection.Connection) -> None:
+    """What a process does: one task after another, until nobody asks for one any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; who started this one ends it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            function, arguments = commands.recv()
+            try:
+                answer = "result", function(*arguments, Report(commands))
+            except (DataError, StorageError, PeerError) as error:
+                answer = "error", error
+            commands.send(answer)
+
+
+class Worker:
+    """A process, as a context. threads: that `tokenizers` may use in it."""
+
+    def __init__(self, threads: int = 1):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,))
+        parallel = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1)}
+        with _environment({**SETTINGS, **parallel}):
+            self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.connection.close()
+        self.process.terminate()
+        self.process.join()
+
+    def send(self, function: Callable, *arguments: Any) -> None:
+        """Begins a task: a function of a module, which is also given a `Report`."""
+        try:
+            self.connection.send((function, arguments))
+        except ConnectionError:
+            raise self._gone() from None
+
+    def receive(self) -> tuple[str, Any]:
+        """("seen", `Seen`), ("note", (kind, text)) or ("result", what) of the task.
+
+        Raises:
+            DataError, StorageError: as the task did.
+            PeerError: the process is gone.
+        """
+        try:
+            kind, content = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise self._gone() from None
+        if kind == "error":
+            raise content
+        return kind, content
+
+    def result(self) -> Any:
+        """Of the task, when it is done."""
+        while (received := self.receive())[0] != "result":
+            pass
+        return received[1]
+
+    def _gone(self) -> PeerError:
+        self.process.join(timeout=5)
+        code = self.process.exitcode
+        how = f"by signal {-code}" if code and code < 0 else f"with code {code}"
+        return PeerError(
+            f"a worker ended {how}; the same command goes on from the finished units, with fewer "
+            "--workers if memory ran out"
+        )
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str | None]) -> Iterator[None]:
+    """Variables that are set, or taken away, for processes that start in the block."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def run_all(
+    count: int,
+    function: Callable,
+    tasks: Iterable[tuple[Any, ...]],
+    told: Callable[[int, str, Any], None],
+    threads: int = 1,
+) -> Iterator[tuple[int, Any]]:
+    """(index of the task, its result) as they end, of tasks that `count` processes carry out.
+
+    told: is called with the index of a task and what it reports, see `Worker.receive`.
+    """
+    left, busy = enumerate(tasks), {}
+    with contextlib.ExitStack() as held:
+        for index, arguments in left:
+            worker = held.enter_context(Worker(threads))
+            worker.send(function, *arguments)
+            busy[worker.connection] = index, worker
+            if len(busy) == count:
+                break
+        while busy:
+            for ready in connection.wait(busy):
+                index, worker = busy[ready]
+                kind, content = worker.receive()
+                if kind != "result":
+                    told(index, kind, content)
+                    continue
+                del busy[ready]
+                for following, arguments in left:
+                    worker.send(function, *arguments)
+                    busy[ready] = following, worker
+                    break
+                yield index, content
