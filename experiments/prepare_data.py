@@ -114,7 +114,8 @@ def main() -> int:
     if DESCRIBE.value is not None:
         from experiments.preparing.describe import describe
 
-        return describe(Path(DESCRIBE.value), TOKENIZER.value)
+        made_by = named_tokenizer(TOKENIZER.value) if TOKENIZER.present else None
+        return describe(Path(DESCRIBE.value), made_by)
     checked_flags()
     tokenizer = named_tokenizer(TOKENIZER.value)
     files, left_out = units.find(INPUT.value)

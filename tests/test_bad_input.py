@@ -484,6 +484,33 @@ INPUTS = {
         "--config.accumulation=2",
     ),
 }
+PREPARE = ("prepare_data", "--input={here}/text", "--out={here}/shards")
+INPUTS |= {
+    f"prepare_data {' '.join(flags)}": (no_damage, (*command, *flags), code, said)
+    for command, flags, code, said in (
+        (PREPARE[:2], (), 2, "--out is required"),
+        (PREPARE[::2], (), 2, "--input is required"),
+        (PREPARE[::2], ("--input={here}/none*.txt",), 2, "none*.txt: means no file that is read"),
+        (PREPARE[::2], ("--input={here}/none.txt",), 2, "none.txt cannot be read: No such file"),
+        (
+            PREPARE[::2],
+            ("--input={here}/bad.jsonl",),
+            65,
+            "bad.jsonl:2: has no 'text'; its keys: 'a'",
+        ),
+        (PREPARE[:2], ("--out={here}/run",), 2, "--out={here}/run: holds something else"),
+        (PREPARE[:2], ("--out={here}/text",), 2, "--out={here}/text cannot be written: "),
+        (PREPARE, ("--tokenizer=bpe:many",), 2, "--tokenizer=bpe:many: must be bpe:N with N above"),
+        (PREPARE, ("--tokenizer=bpe:12",), 2, "such as bpe:16384"),
+        (PREPARE, ("--tokenizer=a.json,ends=b",), 2, "'ends' is neither end= nor begin="),
+        (PREPARE, ("--tokenizer=nothing.json",), 2, "name a tokenizer.json"),
+        (PREPARE, ("--tokenizer=spiece.model",), 2, "sentencepiece models are not read"),
+        (PREPARE, ("--val_fraction=1",), 2, "--val_fraction=1.0: must be at least 0, below 1"),
+        (PREPARE, ("--workers=0",), 2, "--workers=0: must be 1 or more"),
+        (PREPARE, ("--skip_bad=-1",), 2, "--skip_bad=-1: must not be negative"),
+        (PREPARE[:1], ("--describe={here}/run",), 2, "holds no meta.json, no .bin and no .npy"),
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -491,6 +518,7 @@ def trained(tmp_path_factory):
     """A folder that holds a good `run` and the file `text`; the cache."""
     here, cache = tmp_path_factory.mktemp("bad"), tmp_path_factory.mktemp("cache")
     (here / "text").write_text("no folder")
+    (here / "bad.jsonl").write_text('{"text": "good"}\n{"a": "bad"}\n')
     pipe(here / "pipe.py")
     ((code, _, err, _),) = run_all([("train", [*TINY, f"--workdir={here / 'run'}"])], cache)
     assert code == 0, err
@@ -546,10 +574,11 @@ def test_bad_config_files(results, content):
 
 
 @pytest.mark.parametrize("name", INPUTS, ids=ascii)
-def test_bad_inputs(results, name):
+def test_bad_inputs(trained, results, name):
     if name not in ("report of nothing",) and INPUTS[name][1][0] == "report":
         pytest.importorskip("matplotlib")
-    assert_refused(results[name], *INPUTS[name][2:])
+    code, said = INPUTS[name][2:]
+    assert_refused(results[name], code, said.replace("{here}", str(trained[0])))
 
 
 # ---------------------------------------------------------------- output that is the product

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.cli.command_line import UsageError
 from experiments.preparing import preparation, processes, texts, units, workers
+from experiments.preparing.describe import describe
 from experiments.preparing.duplicates import later_ones
 from experiments.preparing.folder import ShardFolder
 from experiments.preparing.preparation import Preparation
@@ -112,12 +113,12 @@ def test_processes_change_nothing(tmp_path, six_units, monkeypatch):
         patched.setattr(preparation, "run_all", inline)
         prepare(tmp_path / "here", six_units)
     assert content(tmp_path / "by_1") == content(tmp_path / "by_2") == content(tmp_path / "here")
-    monkeypatch.setattr(units, "SMALL", 2**20)
-    monkeypatch.setattr(texts, "BATCH", 500)
-    prepare(tmp_path / "shared", six_units, count=2)
+    some = documents(9, longest=90_000)  # several batches, and pieces of one document
+    (tmp_path / "b.jsonl").write_bytes(as_jsonl([*some, b"".join(some)]))
+    monkeypatch.setattr(units, "SMALL", 2**26)
+    prepare(tmp_path / "shared", tmp_path / "b.jsonl", count=2)
     monkeypatch.setattr(preparation, "run_all", inline)
-    prepare(tmp_path / "alone", six_units)
-    assert len(content(tmp_path / "alone")[1]["train"]) == 1
+    prepare(tmp_path / "alone", tmp_path / "b.jsonl")
     assert content(tmp_path / "shared") == content(tmp_path / "alone")
 
 
@@ -280,3 +281,140 @@ def test_a_worker_that_is_killed_is_said_to_be(tmp_path):
 def _unit(data, folder):
     (folder / "bad.jsonl").write_bytes(data)
     return units.cut(units.find([str(folder / "bad.jsonl")])[0])[0]
+
+
+# what GPT-2 and Llama 3 take for words
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("pattern", [GPT_2, LLAMA_3], ids=["gpt_2", "llama_3"])
+def test_pieces_have_the_ids_of_the_whole(pattern):
+    library = pytest.importorskip("tokenizers", reason="needs the extra: pip install -e '.[hf]'")
+    split = library.pre_tokenizers.Split(library.Regex(pattern), "isolated")
+    level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([split, level])
+    some = [text.decode() for text in some_documents(30, seed=3)]
+    some += ["她说。\n字字字。\n" * 40, "a_b  c\r\n\r\nd 12 345\n6", "don't  stop\n\n\n"]
+    trainer = library.trainers.BpeTrainer(vocab_size=600, show_progress=False)
+    tokenizer.train_from_iterator(some, trainer)
+    random, cuts = np.random.default_rng(0), 0
+    for _ in range(60):
+        text = "".join(random.choice(some, 5)).encode()
+        parts = list(texts.pieces(text, int(random.integers(200, 600))))
+        assert b"".join(parts) == text and all(parts)
+        ids = [tokenizer.encode(part.decode()).ids for part in parts]
+        assert sum(ids, []) == tokenizer.encode(text.decode()).ids
+        cuts += len(parts) - 1
+    assert cuts > 100
+
+
+def test_pieces_end_where_a_place_is_or_between_characters():
+    assert list(texts.pieces(b"one two three", 9)) == [b"one two", b" three"]
+    assert list(texts.pieces(b"one, two,\nthree", 12)) == [b"one, two,\n", b"three"]
+    assert list(texts.pieces("字字字".encode(), 4)) == ["字".encode()] * 3
+    assert list(texts.pieces(b"", 4)) == [b""]
+
+
+def test_batches_are_small_and_keep_the_order(monkeypatch):
+    monkeypatch.setattr(texts, "BATCH", 100)
+    monkeypatch.setattr(texts, "TEXTS", 8)
+    random = np.random.default_rng(0)
+    sizes = random.choice([1, 5, 40, 99, 100, 101, 250], 200)
+    some = [(SPLITS[random.integers(2)], bytes([65 + i % 26]) * s) for i, s in enumerate(sizes)]
+    for in_pieces in (True, False):
+        made = list(texts.batches(some, in_pieces))
+        for split in SPLITS:
+            joined = b"".join(text for b in made if b.split == split for text in b.texts)
+            assert joined == b"".join(text for s, text in some if s == split)
+        whole = [batch for batch in made if not batch.piece]
+        assert all(len(b.texts) <= 8 for b in made)
+        assert all(sum(map(len, b.texts)) <= 100 or len(b.texts) == 1 for b in whole)
+        assert all(len(b.texts[0]) <= 100 for b in made if b.piece)
+        last = [len(b.texts) for b in whole] + [b.last for b in made if b.piece]
+        assert sum(map(int, last)) == len(some)
+        assert bool(len(whole) - len(made)) == in_pieces
+
+
+def test_a_tokenizer_is_trained_on_the_input_and_kept(tmp_path, here):
+    """The same as by the library alone; a second run takes it as it is."""
+    library = pytest.importorskip("tokenizers", reason="needs the extra: pip install -e '.[hf]'")
+    some = documents(80)
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(some))
+    meta = prepare(tmp_path / "out", tmp_path / "a.jsonl", tokenizer=300)
+    assert meta.vocabulary_size == 300 and meta.dtype == np.dtype("<u2")
+    alone = library.ByteLevelBPETokenizer()
+    alone.train_from_iterator(
+        (text.decode() for text in some), 300, min_frequency=0, show_progress=False,
+        special_tokens=["<|endoftext|>"],
+    )  # fmt: skip
+    kept = tokenizers.load(tmp_path / "out")
+    assert kept.library.get_vocab() == alone.get_vocab()
+    first = content(tmp_path / "out")
+    (tmp_path / "out" / "meta.json").unlink()
+    prepare(tmp_path / "out", tmp_path / "a.jsonl", tokenizer=300)
+    assert content(tmp_path / "out") == first
+    ids = np.fromfile(tmp_path / "out" / "train-00000.bin", "<u2")
+    end = kept.end_of_document
+    decoded = [kept.decode(part) for part in np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]]
+    assert {*decoded} <= {text.decode() for text in some} and len(decoded) > 60
+
+
+def described(path, capsys, tokenizer=None):
+    describe(path, tokenizer)
+    return capsys.readouterr().out
+
+
+def test_shards_are_described(tmp_path, here, capsys):
+    some = [b"x" * n for n in (9, 99, 2999, 8999)] + [b"Hello\x1b[31m\nthere " + b"z" * 80]
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(some))
+    prepare(tmp_path / "out", tmp_path / "a.jsonl", share=0.0)
+    told = described(tmp_path / "out", capsys)
+    assert "tokenizer bytes-v1, vocabulary 264 (uint16), end 256, begin None" in told
+    assert "train: 4 documents" in told and "validation: 1 documents" in told
+    assert "% longer than 2,048" in told and "longest 9,000" in told
+    assert "  xxxxxxxxx\n" in told and "every shard is as it was written" in told
+    assert "\x1b" not in told
+    with open(tmp_path / "out" / "train-00000.bin", "r+b") as file:
+        file.write(b"y")
+    with pytest.raises(DataError, match="train-00000.bin differs from the sha256"):
+        describe(tmp_path / "out", None)
+
+
+def foreign(folder, name, ids, dtype, magic=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic or 0, 1, len(ids)
+    path = folder / name
+    path.write_bytes((header.tobytes() if magic else b"") + np.array(ids, dtype).tobytes())
+    return path
+
+
+def test_tokens_of_other_programs_are_described(tmp_path, capsys):
+    ids = [5] * 9 + [50256] + [7] * 3000 + [50256] + [8]
+    llm_c = foreign(tmp_path, "llm.bin", ids, "<u2", 20240520)
+    told = described(llm_c, capsys)
+    assert (
+        "llm.bin: llm.c, uint16" in told and "3 documents" in told and "largest id 50,256" in told
+    )
+    assert "longest 3,001; 33.3% longer than 2,048, 0.0% longer than 8,192" in told
+    assert "nanoGPT, uint16, raw" in described(foreign(tmp_path, "nano.bin", ids, "<u2"), capsys)
+    olmo = described(foreign(tmp_path, "part-0.npy", [*ids, 70000], "<u4"), capsys)
+    assert "OLMo, uint32, raw" in olmo and "the largest id 70,000" in olmo
+    told = described(tmp_path, capsys)
+    assert [word for word in ("llm.c", "nanoGPT", "OLMo") if word not in told] == []
+    (tmp_path / "llm.bin").write_bytes(llm_c.read_bytes()[:-2])
+    with pytest.raises(DataError, match="llm.bin has 3,011 ids, its header says 3,012; it was cut"):
+        describe(llm_c, None)
+    np.save(tmp_path / "array.npy", np.arange(9))
+    with pytest.raises(DataError, match="array.npy is an array of numpy"):
+        describe(tmp_path / "array.npy", None)
+    text = b"Hello\0there\0"
+    raw = foreign(tmp_path, "bytes.bin", [b or 256 for b in text], "<u2")
+    assert "  Hello\n  there\n" in described(raw, capsys, ByteTokenizer())
+    beyond = foreign(tmp_path, "beyond.bin", [1, 2, 999], "<u2")
+    with pytest.raises(DataError, match="id 999 is beyond the tokenizer's 264"):
+        describe(beyond, ByteTokenizer())

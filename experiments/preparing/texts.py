@@ -30,7 +30,7 @@ def within(key: bytes, share: float) -> bool:
     return int.from_bytes(key[:8]) < share * 2**64
 
 
-def pieces(text: bytes, size: int = BATCH) -> Iterator[bytes]:
+def pieces(text: bytes, size: int) -> Iterator[bytes]:
     """A text, cut where its ids are those of the pieces, one after another (`in_pieces` of a
     tokenizer says whether there are such places). Where there is none in `size` bytes it is cut
     between two characters."""
@@ -95,6 +95,6 @@ def batches(documents: Iterable[tuple[str, bytes]], in_pieces: bool) -> Iterator
 
 def _in_pieces(split: str, text: bytes) -> Iterator[Batch]:
     left = len(text)
-    for piece in pieces(text):
+    for piece in pieces(text, BATCH):
         left -= len(piece)
         yield Batch(split, [piece], piece=True, last=not left)
