@@ -25,7 +25,7 @@ from experiments.cli.terminal import say
 from experiments.preparing import units
 from experiments.preparing.folder import ShardFolder, cannot_be_written
 from experiments.preparing.preparation import Preparation
-from experiments.preparing.progress import count
+from experiments.preparing.progress import count, many
 from experiments.preparing.units import GROWTH, Unit
 from experiments.preparing.workers import Job
 from kha_jax.data import shard_files, tokenizers
@@ -92,8 +92,8 @@ def summary(folder: Path) -> None:
         documents, tokens, size = (
             count(meta.total(split, name)) for name in ("documents", "tokens", "bytes")
         )
-        number = len(meta.shards[split])
-        say(f"{split}: {documents} documents, {tokens} tokens, {size}B of text, {number} shards")
+        shards = many(len(meta.shards[split]), "shard")
+        say(f"{split}: {documents} documents, {tokens} tokens, {size}B of text, {shards}")
     if out := ", ".join(f"{number:,} {kind}" for kind, number in meta.left_out.items() if number):
         say(f"left out: {out}")
     if not meta.shards["validation"]:
@@ -151,7 +151,7 @@ def main() -> int:
 def introduce(files: list[units.File], made: list[Unit], left_out: int) -> None:
     """What is read, and what is not."""
     size = sum(file.size for file in files)
-    say(f"{len(files):,} files, {count(size)}B, in {len(made):,} units")
+    say(f"{many(len(files), 'file')}, {count(size)}B, in {many(len(made), 'unit')}")
     if left_out:
         log.info("left out %s files of folders whose names are not those of text", f"{left_out:,}")
     whole = [f for f in files if f.packing and f.size * GROWTH > units.SMALL]

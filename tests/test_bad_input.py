@@ -486,7 +486,7 @@ INPUTS = {
 }
 PREPARE = ("prepare_data", "--input={here}/text", "--out={here}/shards")
 INPUTS |= {
-    f"prepare_data {' '.join(flags)}": (no_damage, (*command, *flags), code, said)
+    " ".join((*command, *flags)): (no_damage, (*command, *flags), code, said)
     for command, flags, code, said in (
         (PREPARE[:2], (), 2, "--out is required"),
         (PREPARE[::2], (), 2, "--input is required"),

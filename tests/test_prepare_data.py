@@ -375,7 +375,7 @@ def test_shards_are_described(tmp_path, here, capsys):
     prepare(tmp_path / "out", tmp_path / "a.jsonl", share=0.0)
     told = described(tmp_path / "out", capsys)
     assert "tokenizer bytes-v1, vocabulary 264 (uint16), end 256, begin None" in told
-    assert "train: 4 documents" in told and "validation: 1 documents" in told
+    assert "train: 4 documents" in told and "validation: 1 document, " in told
     assert "% longer than 2,048" in told and "longest 9,000" in told
     assert "  xxxxxxxxx\n" in told and "every shard is as it was written" in told
     assert "\x1b" not in told

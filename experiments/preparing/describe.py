@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.cli.command_line import UsageError
 from experiments.cli.terminal import say
-from experiments.preparing.progress import count
+from experiments.preparing.progress import count, many
 from kha_jax.config import ConfigError
 from kha_jax.data import shard_files, tokenizers
 from kha_jax.data.shard_files import DOCUMENT, META, SPLITS, Meta
@@ -78,8 +78,8 @@ def _ours(folder: Path) -> None:
         tokens, size = meta.total(split, "tokens"), meta.total(split, "bytes")
         each = f", {size / tokens:.3g} bytes a token" if tokens else ""
         say(
-            f"{split}: {meta.total(split, 'documents'):,} documents, {count(tokens)} tokens of "
-            f"{count(size)}B of text{each}, in {len(meta.shards[split]):,} shards"
+            f"{split}: {many(meta.total(split, 'documents'), 'document')}, {count(tokens)} tokens "
+            f"of {count(size)}B of text{each}, in {many(len(meta.shards[split]), 'shard')}"
         )
         _lengths(np.concatenate([*_lengths_of(folder, meta, split), []]))
     for kind, number in meta.left_out.items():

@@ -22,6 +22,11 @@ def count(number: float) -> str:
     return f"{number:g}"
 
 
+def many(number: int, what: str) -> str:
+    """1 file, 2 files."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 class Progress:
     """Follows tasks over `total` bytes of input, of which `done` were done before; a context."""
 

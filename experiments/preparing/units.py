@@ -75,9 +75,8 @@ def find(patterns: Iterable[str]) -> tuple[list[File], int]:
     found: dict[str, File] = {}
     left_out = 0
     for pattern in patterns:
-        paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]
-        if not glob.has_magic(pattern) or os.path.exists(pattern):
-            paths = [pattern]
+        exact = os.path.exists(pattern) or not glob.has_magic(pattern)
+        paths = [pattern] if exact else sorted(glob.glob(pattern, recursive=True))
         below = [item for path in paths for item in _below(path)]
         wanted = [path for path, is_read in below if is_read]
         left_out += len(below) - len(wanted)
