@@ -189,6 +189,19 @@ def test_what_was_begun_with_other_input_or_flags_is_refused(tmp_path, six_units
         prepare(tmp_path, six_units)
 
 
+def test_input_may_be_mended_until_a_unit_is_finished(tmp_path, here):
+    """And the tokenizer is trained again then."""
+    pytest.importorskip("tokenizers", reason="needs the extra: pip install -e '.[hf]'")
+    path, some = tmp_path / "a.jsonl", documents(20)
+    path.write_bytes(as_jsonl(some) + b"{")
+    with pytest.raises(DataError, match="a.jsonl:21: "):
+        prepare(tmp_path / "out", path, drop=True)
+    path.write_bytes(as_jsonl(some))
+    prepare(tmp_path / "out", path, tokenizer=280)
+    prepare(tmp_path / "new", path, tokenizer=280)
+    assert content(tmp_path / "out") == content(tmp_path / "new")
+
+
 def test_a_second_process_is_refused(tmp_path):
     with ShardFolder(tmp_path / "out"):
         with pytest.raises(UsageError, match=f"is in use by process {os.getpid()} on "):

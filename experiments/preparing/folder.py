@@ -10,6 +10,7 @@ from typing import Any, Iterator
 
 from experiments.cli.command_line import UsageError
 from experiments.preparing.units import File
+from kha_jax.data import tokenizers
 from kha_jax.data.shard_files import META, SUFFIXES
 from kha_jax.errors import StorageError
 from kha_jax.runs import faults
@@ -18,6 +19,7 @@ from kha_jax.storage import not_followed, read_json, replacing, write_json
 OWN = ".preparing"  # the folder of what is known before all units are there
 VERSION = 1  # of the way that units are cut and written
 PLAN, INPUTS, UNITS, LOCK = "plan.json", "inputs.jsonl", "units.jsonl", "lock"
+KEYS = "keys-"
 
 
 class ShardFolder:
@@ -61,35 +63,42 @@ class ShardFolder:
         """Writes what the units are made of, or compares it with what they were begun with.
 
         Raises:
-            UsageError: names the flag or file that differs.
+            UsageError: units are finished, and names the flag or file that differs.
         """
         plan = {"version": VERSION, **flags}
-        if not (self.own / PLAN).exists():
-            with replacing(self.own / INPUTS) as temporary, open(temporary, "x") as file:
-                for entry in files:
-                    file.write(_line(entry) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            write_json(self.own / PLAN, plan)
-            return
+        if (self.own / PLAN).exists():
+            different = next(self._differences(plan, files), None)
+            if different is None:
+                return
+            if self.finished():
+                raise UsageError(
+                    f"{different} since {self.path} was begun; remove it, or name another --out"
+                )
+        for left in (self.path / tokenizers.FILE, *self.own.glob(f"{KEYS}*")):
+            left.unlink(missing_ok=True)
+        with replacing(self.own / INPUTS) as temporary, open(temporary, "x") as file:
+            file.writelines(_line(entry) + "\n" for entry in files)
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(self.own / PLAN, plan)
+
+    def _differences(self, plan: dict[str, Any], files: list[File]) -> Iterator[str]:
         before = read_json(self.own / PLAN)
         for name in {**before, **plan}:
             if before.get(name) != plan.get(name):
                 was, now = (json.dumps(values.get(name)) for values in (before, plan))
-                raise self._differs(f"--{name}: was {was}, is {now}")
-        self._compare(files)
-
-    def _compare(self, files: list[File]) -> None:
+                yield f"--{name}: was {was}, is {now}"
         with open(self.own / INPUTS) as old:
             for entry in files:
                 was = next(old, "").rstrip("\n")
                 if was != _line(entry):
-                    raise self._differs(f"--input: {_difference(was, entry)}")
-            if left := next(old, ""):
-                raise self._differs(f"--input: {json.loads(left)[0]} is gone")
+                    yield f"--input: {_difference(was, entry)}"
+            for left in old:
+                yield f"--input: {json.loads(left)[0]} is gone"
 
-    def _differs(self, what: str) -> UsageError:
-        return UsageError(f"{what} since {self.path} was begun; remove it, or name another --out")
+    def keys(self, number: int) -> Path:
+        """Where the keys of a unit's documents are."""
+        return self.own / f"{KEYS}{number:05d}"
 
     def finished(self) -> dict[int, dict[str, Any]]:
         """Records of units, by number; of the last record of each."""

@@ -87,7 +87,7 @@ class Preparation:
 
     def duplicates(self, aside: Path) -> list[bytes]:
         """One bit for each document of each unit, see `later_ones`."""
-        paths = [self.folder.own / f"keys-{number:05d}" for number in range(len(self.units))]
+        paths = [self.folder.keys(number) for number in range(len(self.units))]
         todo = [number for number, path in enumerate(paths) if not path.exists()]
         tasks = [(self.job, self.units[number], aside / paths[number].name) for number in todo]
         done = self.size - self._bytes(todo)
