@@ -2,6 +2,7 @@
 good stays."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -17,8 +18,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kha_jax.errors import CheckpointError
 from kha_jax.mesh import MESH_AXES, MeshConfig, make_mesh
 from kha_jax.runs import faults
+from kha_jax.runs import manifest as manifests
 from kha_jax.runs.checkpoint import Checkpoints
-from kha_jax.runs.manifest import MANIFEST, SEAL, read_manifest, sealed, verify
+from kha_jax.runs.manifest import MANIFEST, SEAL, own, read_manifest, sealed, share, verify
+from kha_jax.runs.verified import VERIFIED
+from kha_jax.storage import crc32c
 
 STATE = {"params": {"w": jnp.arange(12.0).reshape(3, 4)}, "count": jnp.int32(7)}
 OURS = {"config": "ours", "data": "text"}
@@ -126,6 +130,107 @@ def test_the_next_step_reuses_the_state_while_a_save_reads_its_copy(tmp_path, si
             back = checkpoints.restore(number, described(state))["w"]
             np.testing.assert_array_equal(back, w)
             w += 1
+
+
+def as_older_runs_sum(folder):
+    """Its manifests then hold sha256."""
+    for path in folder.glob(f"*/{MANIFEST}"):
+        about = json.loads(path.read_text())
+        for name, entry in about["files"].items():
+            del entry["crc32c"]
+            entry["sha256"] = hashlib.sha256((path.parent / name).read_bytes()).hexdigest()
+        path.write_text(json.dumps(sealed(about)))
+
+
+def test_a_manifest_of_an_older_run_is_read(folder):
+    as_older_runs_sum(folder)
+    assert newest(folder) == 2
+    path = max((folder / "00000002" / "state" / "d").iterdir(), key=lambda p: p.stat().st_size)
+    flip(path)
+    with pytest.raises(CheckpointError, match=path.name):
+        verify(folder / "00000002")
+    assert newest(folder) == 1
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the files whose content is summed."""
+    names = []
+
+    def summed(path):
+        names.append(path.name)
+        return crc32c(path)
+
+    monkeypatch.setitem(manifests.ALGORITHMS, "crc32c", summed)
+    return names
+
+
+def put_back(path):
+    """The same content in a new file, as a copy or an archive makes it."""
+    shutil.copy2(path, path.with_suffix(".copy"))
+    os.replace(path.with_suffix(".copy"), path)
+
+
+def hide(path):
+    """Damage that keeps the size and pretends to be old."""
+    about = path.stat()
+    flip(path)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change, good", [(put_back, 2), (hide, 1), (cut, 1), (os.unlink, 1)])
+def test_what_was_verified_is_not_read_again_until_it_changes(folder, read, change, good):
+    assert newest(folder) == 2 and len(read) == len(read_manifest(folder / "00000002")["files"])
+    read.clear()
+    assert newest(folder) == 2 and newest(folder, set_aside=False) == 2 and not read
+    for path in [p for p in (folder / "00000002" / "state").rglob("*") if p.is_file()]:
+        if path.stat().st_size:
+            change(path)
+            break
+    assert newest(folder, set_aside=False) == good and read
+
+
+def test_a_copied_run_is_verified_and_a_reader_records_nothing(folder, read, tmp_path):
+    newest(folder)
+    copy, files = shutil.copytree(folder, tmp_path / "copy"), len(read)
+    before = (copy / VERIFIED).read_bytes()
+    assert newest(copy, set_aside=False) == 2 and len(read) == 2 * files
+    assert (copy / VERIFIED).read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"2": 3}', '{"2": {}}', "[" * 10**5])
+def test_a_damaged_record_of_what_was_verified_is_none(folder, read, text):
+    (folder / VERIFIED).write_text(text)
+    assert newest(folder) == 2 and read
+    read.clear()
+    assert newest(folder) == 2 and not read
+
+
+def test_retention_reads_an_older_checkpoint_once(folder, read):
+    """What this process has written it knows; what it finds it reads, and says so."""
+    for step in (3, 4):
+        with Checkpoints(folder, 3, lambda step: OURS, [OURS]) as checkpoints:
+            checkpoints.save(step, STATE)
+    assert set(json.loads((folder / VERIFIED).read_text())) == {"1", "2", "3"}
+    assert len(read) == 3 * len(read_manifest(folder / "00000003")["files"])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_every_file_is_summed_by_one_process_and_verified_by_one(processes):
+    random = np.random.default_rng(processes)
+    names = [f"state/ocdbt.process_{i}/d/{j}" for i in range(processes) for j in range(7)]
+    names += ["state/manifest.ocdbt", "state/_METADATA", "state/array_metadatas/process_0"]
+    names += [f"state/ocdbt.process_{processes}/d/0"]  # of no process that is here
+    parts = [own(names, process, processes) for process in range(processes)]
+    assert sorted(sum(parts, [])) == sorted(names)
+    for process, part in enumerate(parts[1:], 1):
+        assert all(name.startswith(f"state/ocdbt.process_{process}/") for name in part)
+    files = {name: {"bytes": int(random.integers(1, 10**6))} for name in names}
+    shares = [share(files, process, processes) for process in range(processes)]
+    assert {name: entry for part in shares for name, entry in part.items()} == files
+    assert sum(len(part) for part in shares) == len(files)
+    sizes = [sum(entry["bytes"] for entry in part.values()) for part in shares]
+    assert max(sizes) - min(sizes) <= max(entry["bytes"] for entry in files.values())
 
 
 def forged(**changes):

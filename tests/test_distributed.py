@@ -271,3 +271,50 @@ def test_a_process_that_cannot_go_on_takes_the_others_with_it(cache, tmp_path):
     code, err = finish(alone[0])
     finish(alone[1])
     assert code == 70 and "did not come together within 4 s" in err, err
+
+
+WATCH = """
+import os, sys
+
+def told(event, about):
+    if event == "open" and "/checkpoints/" in str(about[0]) and about[1] == "rb":
+        with open(os.environ["OPENED"] + sys.argv[-1], "a") as file:
+            print(about[0], file=file)
+
+if "OPENED" in os.environ:
+    sys.addaudithook(told)
+"""
+
+
+@pytest.mark.slow
+def test_no_process_reads_back_what_another_has_written(cache, tmp_path, monkeypatch):
+    """Each sums its own files, verifies its share when the run is opened, and reads nothing when it
+    is opened again."""
+    (tmp_path / "sitecustomize.py").write_text(WATCH)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("OPENED", f"{tmp_path}/opened")
+    state = tmp_path / "run" / "checkpoints" / "00000002" / "state"
+
+    def read():
+        """The files of the state that each of the two has read, when both have ended."""
+        flags = [("--config.steps=2", f"--tensorboard={name}") for name in ("false", "0")]
+        ends = [finish(process) for process in start_two(tmp_path / "run", cache, *flags)]
+        assert [code for code, _ in ends] == [0, 0], ends
+        found = []
+        for name in ("false", "0"):
+            path = tmp_path / f"opened--tensorboard={name}"
+            lines = path.read_text().splitlines() if path.exists() else []
+            path.unlink(missing_ok=True)
+            found.append([one for one in lines if one.startswith(str(state))])
+        return found
+
+    first, second = read()
+    files = {str(path) for path in state.rglob("*") if path.is_file()}
+    theirs = {path for path in files if "process_1" in path}
+    assert set(second) & files == theirs and theirs
+    assert not set(first) & theirs and set(first) | set(second) >= files
+    first, second = read()
+    assert sorted(first + second) == sorted(files)
+    sizes = [sum(os.path.getsize(path) for path in part) for part in (first, second)]
+    assert min(sizes) > 0.2 * sum(sizes), sizes
+    assert read() == [[], []]

@@ -2,7 +2,9 @@
 of every file.
 
 Layout: `<workdir>/checkpoints/<step>/state/...`, then `<step>/MANIFEST.json`, then
-`checkpoints/NEWEST`, which holds the step. A folder without a manifest is a leftover of an
+`checkpoints/NEWEST`, which holds the step; `checkpoints/VERIFIED.json` says what needs no second
+reading. Each process sums what it has written itself, and reads its share when a run is opened. A
+folder without a manifest is a leftover of an
 interrupted save; a writer removes it. Where NEWEST is, a checkpoint has been whole, so that a run
 which finds none any more does not start again.
 """
@@ -11,13 +13,15 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import itertools
+import json
 import logging
 import math
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +33,26 @@ from kha_jax.runs import faults, processes
 from kha_jax.runs.manifest import (
     MANIFEST,
     checksum,
+    compare_content,
+    compare_sizes,
     folder_name,
+    own,
     read_manifest,
     room,
-    same_size,
     sealed,
+    share,
     verify,
     why,
 )
+from kha_jax.runs.verified import Verified, stamps
 from kha_jax.storage import write_json
 
 REJECTED, NEWEST = "MANIFEST.rejected", "NEWEST"
 WAIT_SECONDS = 1800  # that processes wait for one another around a save
-VERIFY_SECONDS = 3600  # that other processes wait for process 0 to read every file of a checkpoint
+VERIFY_SECONDS = 3600  # that processes wait for one another to read their shares of a checkpoint
 LEAVES_NAMED = 5  # of those that differ from what is expected
 log = logging.getLogger("kha_jax")
+_saves, _verifications = itertools.count(), itertools.count()  # equal in all processes
 
 
 def leaves(tree: Any) -> dict[str, Any]:
@@ -64,6 +73,13 @@ def _copied(state: Any, room: Any) -> Any:
     """The state in the buffers of `room`, an earlier copy: new pages cost ten times a copy. What
     somebody still reads there is not overwritten; jax then takes new ones after all."""
     return jax.tree.map(jnp.copy, state)
+
+
+def _sums(target: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of the files that this process has written: still in its page cache."""
+    names = [p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()]
+    mine = own(names, jax.process_index(), jax.process_count())
+    return {name: checksum(target / name) for name in mine}
 
 
 class Checkpoints:
@@ -92,7 +108,8 @@ class Checkpoints:
         self.pending: concurrent.futures.Future | None = None
         self.saved_step: int | None = None
         self.copy: Any = None
-        self.verified: set[int] = set()
+        self.written: set[int] = set()  # by this process, whose word is good for what they hold
+        self.verified = Verified(self.folder)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -149,7 +166,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._failure(step, state_bytes(state), error) from error
         self.saved_step = step
-        self.pending = self.background.submit(self._commit, step, state_bytes(state))
+        self.pending = self.background.submit(self._commit, step, state_bytes(state), next(_saves))
 
     def _failure(self, step: int, size: int, error: Exception) -> CheckpointError:
         """The error of a save, whose half-written files are removed."""
@@ -161,22 +178,22 @@ class Checkpoints:
                 shutil.rmtree(self.path(step), ignore_errors=True)
         return CheckpointError(f"{self.path(step)} could not be written: {reason}{hint}")
 
-    def _commit(self, step: int, size: int) -> None:
+    def _commit(self, step: int, size: int, number: int) -> None:
         """Waits for the arrays, then makes them count and removes what is too old."""
         target = self.path(step)
         try:
             self.checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                faults.at("arrays_written", step, self.folder)
+            found = processes.to_leader(
+                f"checksums of save {number}", lambda: json.dumps(_sums(target)), WAIT_SECONDS
+            )
             if jax.process_index() != 0:
                 return
-            faults.at("arrays_written", step, self.folder)
-            files = {
-                p.relative_to(target).as_posix(): checksum(p)
-                for p in sorted(target.rglob("*"))
-                if p.is_file()
-            }
-            about = {"step": step, **self.about(step), "files": files}
+            sums = [(name, entry) for part in found for name, entry in json.loads(part).items()]
+            about = {"step": step, **self.about(step), "files": dict(sorted(sums))}
             write_json(target / MANIFEST, sealed(about))
-            self.verified.add(step)
+            self.written.add(step)
             faults.at("manifest_written", step, self.folder)
             write_json(self.folder / NEWEST, step)
         except Exception as error:
@@ -212,11 +229,13 @@ class Checkpoints:
     def _is_good(self, step: int) -> bool:
         """Whether a checkpoint verifies; the content of one that has before is not read again."""
         try:
-            if step not in self.verified:
-                verify(self.path(step), self.accepts)
-                self.verified.add(step)
-            files = read_manifest(self.path(step))["files"]
-            return all(same_size(self.path(step) / name, files[name]) for name in files)
+            if step in self.written or step in self.verified:
+                compare_sizes(self.path(step), read_manifest(self.path(step))["files"])
+                return True
+            before = stamps(self.path(step))
+            verify(self.path(step), self.accepts)
+            self.verified.add(step, before)
+            return True
         except (CheckpointError, OSError) as error:
             log.warning("checkpoint %d does not count: %s", step, error)
             return False
@@ -261,32 +280,62 @@ class Checkpoints:
             CheckpointError: there are checkpoints, or have been, but none is good. Training never
                 restarts from scratch over them.
         """
-        step = processes.from_leader(
-            "newest checkpoint", lambda: self._newest_good(set_aside), VERIFY_SECONDS
-        )
-        return None if step < 0 else step
+        leader = jax.process_index() == 0
+        candidates, good, before = self._candidates() if leader else iter(()), None, {}
+        while good is None:
+            step = processes.from_leader(
+                "newest checkpoint", lambda: next(candidates, -1), WAIT_SECONDS
+            )
+            if step < 0:
+                break
+            if leader:
+                before = stamps(self.path(step))
+            problem = self._problem(step)
+            if problem:
+                log.warning("passed over checkpoint %d: %s", step, problem)
+            if processes.from_leader("verification", lambda: not problem, VERIFY_SECONDS):
+                good = step
+        if leader and set_aside:
+            if good is not None:
+                self.verified.add(good, before)
+            self._set_aside([s for s in self.steps() if good is None or s > good])
+        return good
 
-    def _newest_good(self, set_aside: bool) -> int:
+    def _candidates(self) -> Iterator[int]:
+        """Steps whose manifests are of this run, with files of their sizes, newest first."""
         for path in (p for p in self.folder.glob("*/") if not (p / MANIFEST).exists()):
             log.warning("passed over %s: no %s; the save was interrupted", path, MANIFEST)
-        steps, good = self.steps(), -1
+        steps = self.steps()
         for step in reversed(steps):
             try:
-                verify(self.path(step), self.accepts)
-                good = step
-                break
+                verify(self.path(step), self.accepts, thorough=False)
             except (CheckpointError, OSError) as error:
                 log.warning("passed over checkpoint %d: %s", step, error)
-        if good < 0 and (steps or (self.folder / NEWEST).exists()):
+                continue
+            yield step
+        if steps or (self.folder / NEWEST).exists():
             found = f"none of the checkpoints {steps} is intact" if steps else "no manifest is left"
             raise CheckpointError(
                 f"{self.folder}: {found} (the reasons are above); put one back, or move the folder "
                 "away to start again"
             )
-        self.verified.add(good)
-        if set_aside:
-            self._set_aside([s for s in steps if s > good])
-        return good
+
+    def _problem(self, step: int) -> str:
+        """What is wrong with the content of a checkpoint; empty where nothing is, and on all
+        processes but 0. Each reads its share, and none of a step that was verified before."""
+
+        def found() -> str:
+            try:
+                if step not in self.verified:
+                    files = read_manifest(self.path(step))["files"]
+                    part = share(files, jax.process_index(), jax.process_count())
+                    compare_content(self.path(step), part)
+            except (CheckpointError, OSError) as error:
+                return str(error)
+            return ""
+
+        name = f"verification {next(_verifications)}"
+        return next(filter(None, processes.to_leader(name, found, VERIFY_SECONDS)), "")
 
     def _set_aside(self, rejected: list[int]) -> None:
         for step in rejected:

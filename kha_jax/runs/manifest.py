@@ -5,11 +5,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterable, Sequence
 
 from kha_jax.errors import CheckpointError
-from kha_jax.storage import read_json
+from kha_jax.storage import crc32c, read_json
 
 MANIFEST, SEAL = "MANIFEST.json", "own_checksum"
 REASONS = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE
@@ -46,11 +47,20 @@ def folder_name(step: int) -> str:
 
 
 def checksum(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "crc32c": crc32c(path)}
+
+
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+ALGORITHMS = {"crc32c": crc32c, "sha256": _sha256}  # the second in manifests of older runs
+
+
+def _algorithm(entry: dict[str, Any]) -> str:
+    """The name of the checksum that an entry of a manifest has."""
+    return "sha256" if "sha256" in entry else "crc32c"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -62,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = read_json(path)
-        files = {name: (e["bytes"], e["sha256"]) for name, e in manifest["files"].items()}
+        files = {name: (e["bytes"], e[_algorithm(e)]) for name, e in manifest["files"].items()}
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}; the save was interrupted") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -89,13 +99,9 @@ def verify(
     if manifest.get("step") != int(folder.name):
         raise CheckpointError(f"{folder} holds step {manifest.get('step')}")
     check_whose(folder, manifest, accepts)
-    # what costs nothing first
-    for same in (same_size, _same_content) if thorough else (same_size,):
-        for name, entry in manifest["files"].items():
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name} is missing")
-            if not same(folder / name, entry):
-                raise CheckpointError(f"{folder / name} differs from its checksum")
+    compare_sizes(folder, manifest["files"])  # what costs nothing first
+    if thorough:
+        compare_content(folder, manifest["files"])
     return manifest
 
 
@@ -110,9 +116,41 @@ def check_whose(folder: Path, manifest: dict[str, Any], accepts: Sequence[dict[s
         )
 
 
-def same_size(path: Path, entry: dict[str, Any]) -> bool:
-    return path.stat().st_size == entry["bytes"]
+def compare_sizes(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raises CheckpointError where a file is missing or has another size; reads none."""
+    for name, entry in files.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing")
+        if (folder / name).stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{folder / name} differs from its checksum")
 
 
-def _same_content(path: Path, entry: dict[str, Any]) -> bool:
-    return checksum(path) == entry
+def compare_content(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raises CheckpointError where a file differs from its checksum; reads all of them."""
+    for name, entry in files.items():
+        algorithm = _algorithm(entry)
+        if ALGORITHMS[algorithm](folder / name) != entry[algorithm]:
+            raise CheckpointError(f"{folder / name} differs from its checksum")
+
+
+def own(names: Iterable[str], process: int, processes: int) -> list[str]:
+    """Of the files of a state, those that a process has written: what Orbax names after it; process
+    0 also what belongs to none."""
+
+    def writer(name: str) -> int:
+        found = re.search(r"process_(\d+)(/|$)", name)
+        return int(found[1]) if found and int(found[1]) < processes else 0
+
+    return [name for name in names if writer(name) == process]
+
+
+def share(
+    files: dict[str, dict[str, Any]], process: int, processes: int
+) -> dict[str, dict[str, Any]]:
+    """Those of the files that a process verifies, so that all have about as many bytes to read."""
+    bytes_of, shares = [0] * processes, [{} for _ in range(processes)]
+    for name, entry in sorted(files.items(), key=lambda item: (-item[1]["bytes"], item[0])):
+        least = bytes_of.index(min(bytes_of))
+        bytes_of[least] += entry["bytes"]
+        shares[least][name] = entry
+    return shares[process]

@@ -225,6 +225,41 @@ def from_leader(name: str, compute: Callable[[], int], seconds: int) -> int:
     return int(found)
 
 
+def to_leader(name: str, compute: Callable[[], str], seconds: int) -> list[str]:
+    """What each process computes, on process 0; nothing on the others. It goes through the
+    runtime's own table: no collective, so that a thread beside the steps may ask.
+
+    name: another one for each call.
+
+    Raises:
+        PeerError: another process raised.
+        WaitError: not every process had an answer in time.
+    """
+    if jax.process_count() == 1:
+        return [compute()]
+    # Private, as in one_fate.
+    client, index, word = distributed.global_state.client, jax.process_index(), "failed"
+    keys = [f"kha_jax {name}: {process}" for process in range(jax.process_count())]
+    try:
+        word = f"found {compute()}"
+    finally:
+        if index != 0:
+            client.key_value_set(keys[index], word)
+    if index != 0:
+        return []
+    try:
+        others = [client.blocking_key_value_get(key, 1000 * seconds) for key in keys[1:]]
+    except RuntimeError as raised:
+        raise WaitError(
+            f"not every process answered to {name!r} within {seconds} s: {raised}"
+        ) from None
+    for process, answer in enumerate(others, 1):
+        client.key_value_delete(keys[process])
+        if answer == "failed":
+            raise PeerError(f"{name}: process {process} cannot go on; it says why")
+    return [answer.removeprefix("found ") for answer in (word, *others)]
+
+
 def program(*commands: Path) -> dict[str, str]:
     """What computes: a hash of the sources of this package and those in folders of commands, the
     interpreter and the libraries."""
