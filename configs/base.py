@@ -90,19 +90,22 @@ def projections(attention: AttentionConfig) -> dict[str, Callable[[], AttentionC
     given = attention.projection
     sizes = {"query_heads": given.query_heads, "head_dim": given.head_dim}
     sizes |= {"rope_theta": given.rope_theta, "rope_scaling": given.rope_scaling}
+    own = ("rope_dim", "bias") if isinstance(given, GroupedQuery) else ()
+    grouped = {field: getattr(given, field) for field in own}
     shared = isinstance(given, (GroupedQuery, GroupedTied))
     kv_heads = given.kv_heads if shared else given.query_heads
     known = {
-        "grouped_query": (GroupedQuery, {"kv_heads": kv_heads}),
-        "multi_head": (GroupedQuery, {"kv_heads": given.query_heads}),
-        "multi_query": (GroupedQuery, {"kv_heads": 1}),
+        "grouped_query": (GroupedQuery, {"kv_heads": kv_heads, **grouped}),
+        "multi_head": (GroupedQuery, {"kv_heads": given.query_heads, **grouped}),
+        "multi_query": (GroupedQuery, {"kv_heads": 1, **grouped}),
         "grouped_tied": (GroupedTied, {"kv_heads": kv_heads}),
         "latent": (Latent, {}),
         "grouped_latent": (Latent, {"groups": 2}),
     }
 
     def made(kind, own):
-        return AttentionConfig(projection=kind(**sizes, **own))
+        projection = kind(**sizes, **own)
+        return AttentionConfig(projection=projection, output_bias=attention.output_bias)
 
     return {name: functools.partial(made, *of) for name, of in known.items()}
 

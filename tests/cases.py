@@ -57,13 +57,17 @@ SCALINGS = {
 PROJECTIONS = {
     "mha": GroupedQuery(query_heads=4, kv_heads=4, head_dim=8, rope_scaling=LLAMA3),
     "gqa": GroupedQuery(query_heads=4, kv_heads=2, head_dim=8),
-    "mqa": GroupedQuery(query_heads=4, kv_heads=1, head_dim=8, rope_dim=6, rope_scaling=YARN),
-    "no_norm": GroupedQuery(query_heads=4, kv_heads=2, head_dim=8, qk_norm="none", rope_dim=0),
+    "mqa": GroupedQuery(
+        query_heads=4, kv_heads=1, head_dim=8, rope_dim=6, rope_scaling=YARN, bias="qkv"
+    ),
+    "no_norm": GroupedQuery(
+        query_heads=4, kv_heads=2, head_dim=8, qk_norm="none", rope_dim=0, bias="qkv"
+    ),
     "gta": GroupedTied(query_heads=4, kv_heads=2, head_dim=8, rope_scaling=LINEAR),
     "mla": Latent(query_heads=4, head_dim=8, value_dim=6, rope_dim=4, kv_lora=12),
     "mla_q_lora": Latent(query_heads=4, head_dim=8, kv_lora=12, q_lora=10, rope_scaling=YARN),
     "gla": Latent(query_heads=4, head_dim=8, kv_lora=12, groups=2),
-    "shared": Collaborative(query_heads=4, head_dim=8),
+    "shared": Collaborative(query_heads=4, head_dim=8, rope_scaling=LLAMA3),
     "narrow": Collaborative(query_heads=4, head_dim=8, shared_dim=16, mixing="uniform"),
 }
 
@@ -123,7 +127,9 @@ COMPOSE = HeadComposition()
 ROWS = {
     "plain": Row({}, tuple(PROJECTIONS)),
     "linear": Row(everywhere(KnockingLinear(apply="activations")), ("gqa", "gla"), stream="linear"),
-    "weights": Row(everywhere(KnockingLinear(apply="weights")), ("gqa", "mla"), stream="linear"),
+    "weights": Row(
+        everywhere(KnockingLinear(apply="weights")), ("no_norm", "mla"), stream="linear"
+    ),
     "knocking": Row(
         {"query": KnockingGate(), "value": KnockingMLP()}, ("gqa", "gta"), stream="each"
     ),
@@ -158,7 +164,8 @@ ROWS = {
         ("gqa",), None, True, "heads", output("group_norm", scale="scale"),
     ),
     "gated": Row(
-        {"output": GatedOutput()}, ("gqa", "mla"), None, oracle=output("gate", kernel="gate")
+        {"output": GatedOutput(), "output_bias": True}, ("gqa", "mla"), None,
+        oracle=output("gate", kernel="gate"),
     ),
     "gated_elements": Row(
         {"output": GatedOutput(per="element", start="identity")},
@@ -212,7 +219,7 @@ def random(config: AttentionConfig) -> dict[str, Any]:
 def for_reference(name: str, projection: str, params: dict[str, Any]) -> tuple:
     """(layer, parameters, settings) of the reference for a layer's parameters."""
     row, config, ours = ROWS[name], config_of(name, projection).projection, params["projection"]
-    out = {"output": params["output"], **row.oracle(params)}
+    out = {n: params[n] for n in ("output", "output_bias") if n in params} | row.oracle(params)
     own = {slot: params[f"{slot}_mixer"] for slot in SLOTS if f"{slot}_mixer" in params}
     kinds = {KnockingGate: "gate", KnockingMLP: "mlp", HeadComposition: "heads"}
     if row.stream == "after_norm":
@@ -234,7 +241,8 @@ def scaling(config: RopeScaling) -> dict[str, Any]:
 
 def grouped_query(config: GroupedQuery, ours: dict[str, Any]) -> tuple:
     norms = ("query_norm", "key_norm") if config.qk_norm == "rms" else ()
-    given = {**{n: ours[n] for n in SLOTS}, **{n: ours[n]["scale"] for n in norms}}
+    streams = [n for slot in SLOTS for n in (slot, f"{slot}_bias") if n in ours]
+    given = {**{n: ours[n] for n in streams}, **{n: ours[n]["scale"] for n in norms}}
     settings = {"qk_norm": config.qk_norm == "rms", "rope_dim": config.rope_dim}
     return reference.grouped_query, given, {**settings, **scaling(config.rope_scaling)}
 

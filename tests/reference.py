@@ -182,9 +182,10 @@ def attend(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scores=None, width=None):
     return np.stack([p_BNTS[:, n] @ read_by(v_BSKU, n, N) for n in range(N)], axis=2)
 
 
-def heads(x_BTD, W_DNH):
-    """z_n = x W_n for each head n."""
-    return np.stack([x_BTD @ W_DNH[:, n] for n in range(W_DNH.shape[1])], axis=2)
+def heads(x_BTD, W_DNH, b_NH=None):
+    """z_n = x W_n + b_n for each head n."""
+    z = np.stack([x_BTD @ W_DNH[:, n] for n in range(W_DNH.shape[1])], axis=2)
+    return z if b_NH is None else z + b_NH
 
 
 def combine(o_BTNU, W_NUD):
@@ -353,7 +354,7 @@ def finish(q_BTNH, k_BSKH, v_BSKU, x_BTD, p, segment_ids_BT, width=None):
     for kind, parameters in outputs if isinstance(outputs, list) else [outputs]:
         function = kind if callable(kind) else OUTPUTS[kind]
         o_BTNU = function(o_BTNU, x_BTD, v_BSKU, **parameters)
-    return combine(o_BTNU, p["output"])
+    return combine(o_BTNU, p["output"]) + p.get("output_bias", 0.0)
 
 
 def normalise(q_BTNH, k_BSKH, p, settings):
@@ -371,18 +372,20 @@ def normalise(q_BTNH, k_BSKH, p, settings):
 def grouped_query(x_BTD, parameters, positions_BT, segment_ids_BT, settings):
     """GQA; MHA is K = N, MQA is K = 1.
 
-    q = RoPE(norm(T_q(x W_Q))), k = RoPE(norm(T_k(x W_K))), v = T_v(x W_V), scale 1/sqrt(H); mixers
-    act on the K heads. parameters: query [D,N,H], key [D,K,H], value [D,K,U], output [N,U,D]; with
-    the norm query_norm [H], key_norm [H]. settings: theta 10 000, scaling None,
-    rope_dim None (all), eps 1e-6, qk_norm True. Where `heads` changes the number of heads,
-    attention reads the new number, and so does W_O.
-    after_norm: {slot: {kernel}} composes heads between the norm and the rotation.
+    q = RoPE(norm(T_q(x W_Q + b_Q))), k = RoPE(norm(T_k(x W_K + b_K))), v = T_v(x W_V + b_V), scale
+    1/sqrt(H); mixers act on the K heads. parameters: query [D,N,H], key [D,K,H], value [D,K,U],
+    output [N,U,D]; with the norm query_norm [H], key_norm [H]; with biases query_bias [N,H],
+    key_bias [K,H], value_bias [K,U]. settings: theta 10 000, scaling None, rope_dim None (all), eps
+    1e-6, qk_norm True. Where `heads` changes the number of heads, attention reads the new number,
+    and so does W_O. after_norm: {slot: {kernel}} composes heads between the norm and the rotation.
     """
     settings = complete(
         settings, theta=10_000.0, scaling=None, rope_dim=None, eps=1e-6, qk_norm=True
     )
     x_BTD, p = float64(x_BTD), float64(parameters)
-    q_BTNH, k_BSKH, v_BSKU = (mix_slot(heads(x_BTD, p[slot]), slot, p, SLOTS) for slot in SLOTS)
+    q_BTNH, k_BSKH, v_BSKU = (
+        mix_slot(heads(x_BTD, p[slot], p.get(f"{slot}_bias")), slot, p, SLOTS) for slot in SLOTS
+    )
     q_BTNH, k_BSKH = normalise(q_BTNH, k_BSKH, p, settings)
     after = p.get("after_norm", {})
     q_BTNH, k_BSKH, v_BSKU = (

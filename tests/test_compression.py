@@ -123,6 +123,12 @@ def test_fewer_heads_are_the_model_of_the_nearest_weights(first):
         ),
         (BASE.replace(attention=GQA.replace(value=KnockingMLP())), 2, 0, "is not linear"),
         (BASE.replace(later=AttentionFrom(attention=GQA)), 2, 2, "leave out --layers"),
+        (
+            BASE.replace(attention=GQA.replace(projection=GQA.projection.replace(bias="qkv"))),
+            2,
+            0,
+            "projection.bias: keys and values with a bias",
+        ),
     ],
 )
 def test_what_cannot_be_compressed_says_why(model, heads, first, problem):

@@ -263,6 +263,7 @@ AXES = {
     "final_norm": ("embed",),
     "table": ("vocabulary", "embed"),
     "knock": ("layers", "mixer_in", "mixer_out"),
+    "bias": ("layers", "kv_heads", "head_dim"),
 }
 
 
@@ -273,6 +274,7 @@ def test_roles_follow_from_logical_axes():
         "final_norm": "vector",
         "table": "weight",
         "knock": "mixer",
+        "bias": "vector",
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from kha_jax.accounting import Accounting
 from kha_jax.analysis.reading import MIXER, Run
 from kha_jax.attention.mixers import StreamMixerModule
-from kha_jax.ops.linear import linear
+from kha_jax.ops.linear import affine
 
 
 class Stream(NamedTuple):
@@ -42,7 +42,7 @@ def streams(run: Run, rows: int = 4) -> dict[str, Stream]:
         out = call(*arguments, **keywords)
         if isinstance(context.module, StreamMixerModule) and context.method_name == "project":
             slot = context.module.name.removesuffix(MIXER)
-            jax.debug.callback(keep, slot, linear(*arguments), out, ordered=True)
+            jax.debug.callback(keep, slot, affine(*arguments), out, ordered=True)
         return out
 
     def forward(variables, tokens, positions, segment_ids):

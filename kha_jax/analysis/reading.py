@@ -228,8 +228,9 @@ class Run:
         self, slot: str, widest: float = math.inf
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """(W [D, heads, H], scale [D]) of the layers, first to last: what makes a stream out of the
-        normalised input, without its mixer. Nothing is read, and the list is empty, where the
-        projection goes through a latent or has more than `widest` features in all its heads."""
+        normalised input, without its mixer; a bias is one more row, of scale 1. Nothing is read,
+        and the list is empty, where the projection goes through a latent or has more than `widest`
+        features in all its heads."""
         alias = {"query": ("query",), "key": ("key",), "value": ("value", "state")}[slot]
         out = []
         for segment in self.segments():
@@ -239,8 +240,14 @@ class Run:
             shape = self.checkpoint.leaves[place].shape if place else ()
             if len(shape) != 4 or math.prod(shape[2:]) > widest:
                 return []
-            arrays = self.checkpoint.read([place, norm])
-            out += list(zip(arrays[place].astype(np.float32), arrays[norm].astype(np.float32)))
+            bias = {f"{place}_bias"} & self.checkpoint.leaves.keys()
+            arrays = self.checkpoint.read([place, norm, *bias])
+            arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+            weights, scales = arrays[place], arrays[norm]
+            for name in bias:
+                weights = np.append(weights, arrays[name][:, None], axis=1)
+                scales = np.append(scales, np.ones((len(scales), 1), np.float32), axis=1)
+            out += list(zip(weights, scales))
         return out
 
 

@@ -7,6 +7,7 @@ H query and key width, U value width.
 
 from typing import Any, Literal, Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -54,6 +55,8 @@ class AttentionConfig(ModuleConfig):
     """What mixes heads after the softmax."""
     output: OutputMixer = choice(OUTPUT_MIXERS, NoOutputMixer())
     """What mixes the heads' outputs before the output projection."""
+    output_bias: bool = False
+    """Whether the output projection has a bias, zero at the start."""
     kernel: Literal["auto", *ops.KERNELS] = "auto"
     """What computes the scores; `auto`: the platform's best, on a TPU that of its chip."""
 
@@ -143,7 +146,7 @@ class AttentionConfig(ModuleConfig):
     def parameters(self, width: int) -> int:
         """Parameters of one layer."""
         heads, value_width = self.output_shape()
-        output = heads * value_width * width
+        output = (heads * value_width + self.output_bias) * width
         return self.projection.parameters(width) + output + self.mixer_parameters(width)
 
     def flops(self, width: int, context: float, tokens: float) -> float:
@@ -202,6 +205,8 @@ class Attention(Module):
         )
         left, _ = c.output_shape()
         self.output = self.weight("output", heads=left, head_dim=value_width, embed=D)
+        if c.output_bias:
+            self.output_bias = self.weight("output_bias", nn.initializers.zeros, embed=D)
 
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
@@ -332,7 +337,8 @@ class Attention(Module):
         with jax.named_scope("output"):
             o_BTNU = self._scaled(o_BTNU, "probabilities")
             o_BTNU, aux = self.output_mixer(o_BTNU, x_BTD, v_BTKU)
-            return linear(o_BTNU, self.output, contract=2), aux
+            y_BTD = linear(o_BTNU, self.output, contract=2)
+            return y_BTD + self.output_bias if self.config.output_bias else y_BTD, aux
 
     def _maps(self) -> ops.ScoreMaps:
         return ops.ScoreMaps(*(self.score_mixers[slot]() for slot in SCORES))

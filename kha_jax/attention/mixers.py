@@ -20,7 +20,7 @@ import numpy as np
 from kha_jax.modules import Module, ModuleConfig
 from kha_jax.ops.checkpoint_names import PROJECTED, checkpoint_name
 from kha_jax.ops.gating import sigmoid_gate
-from kha_jax.ops.linear import linear
+from kha_jax.ops.linear import affine, linear
 from kha_jax.sharding import axis_size
 
 
@@ -305,12 +305,14 @@ class StreamMixerModule(Module):
         """z~ in the dtype of z."""
         return z
 
-    def project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """What is cached, for x[..., rows] and W[rows, heads, H]: mixer(x W), through the weights
-        where the config says so."""
-        if self.config.on_weights(kernel.shape[0], math.prod(x.shape[:-1])):
-            return checkpoint_name(linear(x, self(kernel)), PROJECTED)
-        return self(checkpoint_name(linear(x, kernel), PROJECTED))
+    def project(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """What is cached, for x[..., rows], W[rows, heads, H] and b[heads, H]: mixer(x W + b),
+        through W and b where the config says so."""
+        rows = kernel.shape[0] + (bias is not None)
+        if self.config.on_weights(rows, math.prod(x.shape[:-1])):
+            mixed = None if bias is None else self(bias)
+            return checkpoint_name(affine(x, self(kernel), mixed), PROJECTED)
+        return self(checkpoint_name(affine(x, kernel, bias), PROJECTED))
 
     def read(self, z: jax.Array, axis: int) -> jax.Array:
         """What the scores read of cached z, whose heads are along `axis`."""
@@ -381,9 +383,10 @@ class HeadCompositionModule(StreamMixerModule):
     def __call__(self, z: jax.Array) -> jax.Array:
         return compose(z, self.kernel, -2)
 
-    def project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        late = self.config.late(self.heads)
-        return checkpoint_name(linear(x, kernel), PROJECTED) if late else super().project(x, kernel)
+    def project(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        if self.config.late(self.heads):
+            return checkpoint_name(affine(x, kernel, bias), PROJECTED)
+        return super().project(x, kernel, bias)
 
     def read(self, z: jax.Array, axis: int) -> jax.Array:
         return compose(z, self.kernel, axis) if self.config.late(self.heads) else z

@@ -50,6 +50,9 @@ def compressed(attention: AttentionConfig, kv_heads: int) -> AttentionConfig:
     if not isinstance(projection, (GroupedQuery, GroupedTied)):
         name = type(projection).__name__
         raise ConfigError("projection.kind", f"{name} has no key/value heads to make fewer")
+    if getattr(projection, "bias", "none") != "none":
+        problem = "keys and values with a bias are no combinations of fewer heads of weights"
+        raise ConfigError("projection.bias", problem)
     read = projection.kv_heads
     if not 1 <= kv_heads <= read:
         problem = f"must be 1 to {read}, the heads that there are, found {kv_heads}"

@@ -1,6 +1,6 @@
 """Folds linear stream mixers into the weights around them.
 
-x (W T) = (x W) T: T_q, T_k and T_v go into the weights that make the stream, whatever the
+(x W + b) T = x (W T) + b T: T_q, T_k and T_v go into the weights that make the stream, whatever the
 projection (paper, equation 8): W_Q, W_K, W_V for grouped queries, the tied state's weights for GTA,
 the query and up-projections for MLA and GLA. The mixer's own module is applied to the weights, so
 that every linear mixer folds as it is defined. An MLP or a gate is not linear in its stream and
@@ -71,7 +71,9 @@ def fold(config: AttentionConfig, parameters: dict[str, Any]) -> dict[str, Any]:
                 folded = mixer.apply({"params": own}, weights.astype(jnp.float32))
             return folded.astype(weights.dtype)
 
-        projection[name] = (jax.vmap(product) if stacked else product)(own, projection[name])
+        for part in {name, f"{name}_bias"} & projection.keys():
+            folded = jax.vmap(product) if stacked else product
+            projection[part] = folded(own, projection[part])
     mixers = {f"{slot}_mixer" for slot in slots}
     rest = {name: leaf for name, leaf in parameters.items() if name not in mixers}
     return {**rest, "projection": projection}

@@ -38,3 +38,9 @@ def _backward(contract, residuals, d_out):
 
 
 linear.defvjp(_forward, _backward)
+
+
+def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x W + b over the last axis of x, W[D, ...] and b[...], or x W where there is no b."""
+    z = linear(x, kernel)
+    return z if bias is None else z + bias

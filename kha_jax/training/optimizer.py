@@ -2,8 +2,9 @@
 matrices of mixers.
 
 A parameter's role follows from its logical axes: the small matrices of mixers carry `mixer_in` and
-have the role `mixer`, other parameters with two or more axes (layers not counted) are weights,
-and the rest (norm scales) are vectors, which are never decayed.
+have the role `mixer`, other parameters with two or more axes are weights, and the rest (norm
+scales, biases) are vectors, which are never decayed. The axes of the features of heads count as
+one, and layers as none.
 
 Everything between a gradient and its update is float32, whatever the parameters are stored as.
 """
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from kha_jax.training.run_config import OptimizerConfig, RunConfig
+
+FEATURES = ("heads", "kv_heads", "head_dim")  # axes of what a projection makes
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -40,7 +43,8 @@ def roles(axes: Any) -> Any:
     def one(names: tuple[str, ...]) -> str:
         if "mixer_in" in names:
             return "mixer"
-        return "weight" if len([name for name in names if name != "layers"]) >= 2 else "vector"
+        axes = {"feature" if name in FEATURES else name for name in names} - {"layers"}
+        return "weight" if len(axes) >= 2 else "vector"
 
     return jax.tree.map(one, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
 

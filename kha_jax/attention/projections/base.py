@@ -29,7 +29,8 @@ class Projection(ModuleConfig):
     """
 
     stream_weights: ClassVar[dict[str, str]] = {}
-    """Of each stream the parameter [..., heads, H] that a linear mixer folds into."""
+    """Of each stream the parameter [..., heads, H] that a linear mixer folds into; its bias [heads,
+    H], where there is one, is named like it with `_bias` behind."""
     cache_fields: ClassVar[tuple[str, ...]] = ()
     """Sizes that decide how much is cached, the first ones to change first."""
     keys_only: ClassVar[tuple[str, ...]] = ()
@@ -38,8 +39,8 @@ class Projection(ModuleConfig):
     """Whether heads share what tells them apart."""
 
     def streams(self, width: int) -> dict[str, tuple[int, int, int]]:
-        """(heads, head width, rows of the weights that make it) of each mixable stream, for a model
-        of this width."""
+        """(heads, head width, rows of the weights that make it, a bias among them) of each mixable
+        stream, for a model of this width."""
         raise NotImplementedError
 
     def rotary(self) -> dict[str, tuple[int, int]]:

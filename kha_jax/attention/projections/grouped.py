@@ -6,6 +6,7 @@ H head width.
 
 from typing import Literal
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from kha_jax.attention.mixers import StreamMixer
@@ -42,6 +43,8 @@ class GroupedQuery(Projection):
     """Width of a head, H; even."""
     qk_norm: Literal["rms", "none"] = "rms"
     """RMS norm over H of queries and keys, one weight for all heads; or none."""
+    bias: Literal["none", "qkv"] = "none"
+    """Biases of queries, keys and values, zero at the start (Qwen2); mixers act on them too."""
     rope_dim: int | None = None
     """First features of a query and key that are rotated, R, even; None: all, 0: no positions."""
     rope_theta: float = 10_000.0
@@ -74,8 +77,9 @@ class GroupedQuery(Projection):
         return self.head_dim if self.rope_dim is None else self.rope_dim
 
     def streams(self, width):
-        kv = (self.kv_heads, self.head_dim, width)
-        return {"query": (self.query_heads, self.head_dim, width), "key": kv, "value": kv}
+        rows = width + (self.bias == "qkv")
+        kv = (self.kv_heads, self.head_dim, rows)
+        return {"query": (self.query_heads, self.head_dim, rows), "key": kv, "value": kv}
 
     def rotary(self):
         return dict.fromkeys(("query", "key"), (0, self.rotary_width))
@@ -91,10 +95,15 @@ class GroupedQuery(Projection):
 
     def parameters(self, width):
         norms = 2 * self.head_dim if self.qk_norm == "rms" else 0
-        return self.flops(width) // 2 + norms
+        biases = self._features if self.bias == "qkv" else 0
+        return width * self._features + biases + norms
 
     def flops(self, width):
-        return 2 * width * (self.query_heads + 2 * self.kv_heads) * self.head_dim
+        return 2 * width * self._features
+
+    @property
+    def _features(self) -> int:
+        return (self.query_heads + 2 * self.kv_heads) * self.head_dim
 
     def normed_late(self, key: StreamMixer) -> bool:
         """Whether keys are composed when they are read, the k norm's factor cached beside them."""
@@ -123,18 +132,18 @@ class GroupedQueryModule(ProjectionModule):
 
     def setup(self):
         c, D = self.config, self.width
-        self.query = self.weight("query", embed=D, heads=c.query_heads, head_dim=c.head_dim)
-        self.key = self.weight("key", embed=D, kv_heads=c.kv_heads, head_dim=c.head_dim)
-        self.value = self.weight("value", embed=D, kv_heads=c.kv_heads, head_dim=c.head_dim)
+        self.query = self._affine("query", embed=D, heads=c.query_heads, head_dim=c.head_dim)
+        self.key = self._affine("key", embed=D, kv_heads=c.kv_heads, head_dim=c.head_dim)
+        self.value = self._affine("value", embed=D, kv_heads=c.kv_heads, head_dim=c.head_dim)
         if c.qk_norm == "rms":
             self.query_norm = RMSNorm(numerics=self.numerics, axis="head_dim")
             self.key_norm = RMSNorm(numerics=self.numerics, axis="head_dim")
 
     def __call__(self, x_BTD, positions_BT, mixers):
         c, factor = self.config, {}
-        q_BTNH = mixers["query"].project(x_BTD, self.query)
-        k_BTKH = mixers["key"].project(x_BTD, self.key)
-        v_BTKH = mixers["value"].project(x_BTD, self.value)
+        q_BTNH = mixers["query"].project(x_BTD, *self.query)
+        k_BTKH = mixers["key"].project(x_BTD, *self.key)
+        v_BTKH = mixers["value"].project(x_BTD, *self.value)
         if c.normed_late(mixers["key"].config):
             k_BTKH, factor_BTM1 = self.key_norm(k_BTKH, of=mixers["key"].read(k_BTKH, 2))
             factor = {"key_factor": factor_BTM1}
@@ -147,6 +156,13 @@ class GroupedQueryModule(ProjectionModule):
         v_BTKH = constrain(v_BTKH, "batch", "length", "kv_heads", None)
         q_BTNH, k_BTKH = (self.rotated(z, positions_BT, c.rotary_width) for z in (q_BTNH, k_BTKH))
         return mixers["query"].read(q_BTNH, 2), {"key": k_BTKH, "value": v_BTKH, **factor}
+
+    def _affine(self, name, embed, **features):
+        """The weights that make a stream, and its bias or None."""
+        kernel = self.weight(name, embed=embed, **features)
+        if self.config.bias == "none":
+            return kernel, None
+        return kernel, self.weight(f"{name}_bias", nn.initializers.zeros, **features)
 
     def keys_and_values(self, state, mixers, axis=2):
         key = mixers["key"].read(state["key"], axis)
