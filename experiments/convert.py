@@ -41,7 +41,7 @@ from kha_jax.mesh import make_mesh
 from kha_jax.model import ModelConfig
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import folder_name, read_manifest
-from kha_jax.storage import writable, write_json
+from kha_jax.storage import being_built, writable, write_json
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import config_hash, write_registrations
 from kha_jax.training.step import TrainState, make_trainer
@@ -120,15 +120,17 @@ def write_run(
     fresh = trainer.init(jax.random.key(config.seed)).optimizer
     schedule = fresh[-1]._replace(count=jnp.int32(step))
     state = TrainState(step=jnp.int32(step), optimizer=(*fresh[:-1], schedule), **variables)
+    about = {**manifest, "config": config_hash(config), "converted_from": source}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_registrations(folder, config)
-        write_json(folder / "config.json", to_dict(config))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with being_built(folder.parent, folder.name) as made:  # a run that is there is whole
+            write_registrations(made, config)
+            write_json(made / "config.json", to_dict(config))
+            with Checkpoints(made / "checkpoints", about=lambda step: about) as checkpoints:
+                checkpoints.save(step, state)
+            made.rename(folder)
     except OSError as error:
         raise UsageError(f"--out={folder} cannot be written: {error.strerror}") from None
-    about = {**manifest, "config": config_hash(config), "converted_from": source}
-    with Checkpoints(folder / "checkpoints", about=lambda step: about) as checkpoints:
-        checkpoints.save(step, state)
 
 
 def on_activations(attention: AttentionConfig) -> AttentionConfig:
@@ -148,7 +150,9 @@ def new_folder() -> Path:
     try:
         if any((out / "checkpoints").glob("*")):
             raise UsageError(f"--out={out}: already holds checkpoints; name another folder")
-        there = out.exists()
+        if there := out.exists():
+            for one in out.iterdir():
+                raise UsageError(f"--out={out}: already holds {one.name}; name another folder")
         writable(out)
         if not there:
             out.rmdir()

@@ -5,8 +5,10 @@ then forks for each of them. What is left to a fork is all that a command does b
 """
 
 import contextlib
+import functools
 import json
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -54,9 +56,44 @@ class Result(NamedTuple):
     seconds: float
 
 
-def run_all(cases: list[tuple[str, list[str]]], cache: Path) -> list[Result]:
+class Defined(NamedTuple):
+    """What a command takes: its flags, but for --config, and the words that it knows."""
+
+    flags: Any
+    words: list[str]
+    takes_config: bool
+
+
+def defined() -> dict[str, Defined]:
+    """Of each command, made by its own source."""
+    from absl import flags
+
+    from experiments.cli import command_line
+
+    for name in SLOW_IMPORTS:  # some of which define flags of their own
+        __import__(name)
+    makers = [maker for maker in dir(flags) if maker.startswith("DEFINE_")]
+    before = {name: getattr(flags, name) for name in makers}, command_line.define_config
+    found = {}
+    for path in sorted((ROOT / "experiments").glob("[a-z]*.py")):
+        values, asked = flags.FlagValues(), []
+        command_line.define_config = lambda *default, asked=asked: asked.append(default)
+        for name, maker in before[0].items():
+            setattr(flags, name, functools.partial(maker, flag_values=values))
+        try:
+            made = runpy.run_path(str(path))
+        finally:
+            vars(flags).update(before[0])
+            command_line.define_config = before[1]
+        found[path.stem] = Defined(values, sorted(made.get("COMMANDS", ())), bool(asked))
+    return found
+
+
+def run_all(cases: list[tuple], cache: Path) -> list[Result]:
     """Runs (command, arguments) one after another; a command such as `train` is experiments.train.
-    Arguments may hold bytes that are no UTF-8, as sys.argv does."""
+    Arguments may hold bytes that are no UTF-8, as sys.argv does. A third entry is the folder that
+    it is typed in and the user's home, a fourth the seconds of computing after which SIGXCPU ends
+    it."""
     environment = {**os.environ, "KHA_JAX_CACHE": str(cache), "XLA_FLAGS": ""}
     made = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.commands"],
@@ -70,16 +107,25 @@ def run_all(cases: list[tuple[str, list[str]]], cache: Path) -> list[Result]:
     return [Result(*result) for result in json.loads(made.stdout)]
 
 
-def one(command: str, arguments: list[str]) -> tuple[int, str, str, float]:
-    """Runs one in a fork of this process."""
+def one(
+    command: str, arguments: list[str], folder: str = "", seconds: int = 0
+) -> tuple[int, str, str, float]:
+    """Runs one in a fork of this process; see run_all."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
+            os.setsid()
+            if folder:
+                os.chdir(folder)
+                os.environ["HOME"] = folder
+            if seconds:
+                used = int(sum(os.times()[:2])) + 1
+                resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, resource.RLIM_INFINITY))
             _become(command, arguments, out, err)
         began = time.monotonic()
         while not (ended := os.wait4(child, os.WNOHANG))[0]:
             if time.monotonic() - began > LIMIT:
-                os.kill(child, signal.SIGKILL)
+                os.killpg(child, signal.SIGKILL)
             time.sleep(0.005)
         out.seek(0), err.seek(0)
         said = (stream.read().decode(errors="replace") for stream in (out, err))

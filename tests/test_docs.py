@@ -2,20 +2,17 @@
 
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import pytest
-from absl import flags
 
-from experiments.__main__ import commands
 from experiments.cli import command_line
 from kha_jax.training.run_config import RunConfig
+from tests.commands import defined
 from tests.runs import SMALL, finish, start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,17 +82,8 @@ def test_no_page_repeats_another():
 # ---------------------------------------------------------------- command lines
 @pytest.fixture(scope="module")
 def known():
-    """The flags of each command, made by its own source; --config is not among them."""
-    makers = [maker for maker in dir(flags) if maker.startswith("DEFINE_")]
-    found = {}
-    for command in commands():
-        with pytest.MonkeyPatch.context() as patch:
-            found[command] = values = flags.FlagValues()
-            patch.setattr(command_line, "define_config", lambda *_: None)
-            for maker in makers:
-                patch.setattr(flags, maker, partial(getattr(flags, maker), flag_values=values))
-            runpy.run_path(str(ROOT / "experiments" / f"{command}.py"))
-    return found
+    """The flags of each command; --config is not among them."""
+    return {name: one.flags for name, one in defined().items()}
 
 
 def typed(path: Path) -> list[tuple[str, list[str]]]:

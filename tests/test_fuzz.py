@@ -16,6 +16,8 @@ from kha_jax.data.tokenizers import ByteTokenizer
 from kha_jax.data.tokens import TokenWindows, write_stream
 from kha_jax.errors import DataError
 from kha_jax.training.run_config import RunConfig
+from tests.commands import defined
+from tests.lines import cases, run, summary, wrong
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -150,3 +152,22 @@ def test_a_changed_stream_is_refused_or_reads_as_before(stream, change, seq_len)
         assert str(stream) in str(error) and len(str(error).splitlines()) == 1
     finally:
         path.write_bytes(before)
+
+
+def test_command_lines_are_made_of_every_flag_and_the_same_again():
+    """Each command that there is has its turn, with flags that it defines."""
+    known, made = defined(), list(cases(0, 2000))
+    assert made == list(cases(0, 2000)) != list(cases(1, 2000))
+    assert {case.command for case in made} == set(known)
+    for name, takes in known.items():
+        text = " ".join(a for case in made if case.command == name for a in case.arguments)
+        assert [flag for flag in takes.flags if f"-{flag}" not in text] == []
+
+
+@pytest.mark.slow
+def test_any_command_line_ends_with_a_line_and_a_code():
+    """Wrong types, empty, huge, negative, not numbers, twice, folders for files and files for
+    folders, control characters: see tests.lines."""
+    results = list(run(seed=0, count=1000))
+    bad = [(wrong(found), case, found.err[-300:]) for case, found in results if wrong(found)]
+    assert not bad, f"{bad}\n{summary(results)}"
