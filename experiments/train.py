@@ -44,6 +44,7 @@ from kha_jax.mesh import make_mesh
 from kha_jax.metrics import bits_per_byte
 from kha_jax.runs import faults, processes
 from kha_jax.runs.checkpoint import Checkpoints
+from kha_jax.runs.cluster import Place
 from kha_jax.runs.watchdog import Watchdog
 from kha_jax.training.optimizer import jump
 from kha_jax.training.run_config import RunConfig
@@ -60,10 +61,13 @@ TENSORBOARD = flags.DEFINE_bool(
 COORDINATOR = flags.DEFINE_string(
     "coordinator_address",
     None,
-    "host:port of process 0, for several processes outside SLURM and TPU pods.",
+    "host:port of process 0, for several processes that no cluster has started.",
 )
 PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes of the run; with --coordinator_address.", lower_bound=1
+    "num_processes",
+    None,
+    "Processes of the run, with --coordinator_address; 1 without: this one alone.",
+    lower_bound=1,
 )
 PROCESS = flags.DEFINE_integer(
     "process_id", None, "This process, from 0; with --coordinator_address.", lower_bound=0
@@ -100,6 +104,8 @@ def join_processes(hang_timeout: float) -> None:
         "num_processes": PROCESSES.value,
         "process_id": PROCESS.value,
     }
+    if given == {**dict.fromkeys(given), "num_processes": 1}:  # whatever a cluster says
+        return
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
         raise UsageError(
@@ -117,7 +123,8 @@ def join_processes(hang_timeout: float) -> None:
                 f"--coordinator_address={COORDINATOR.value}: must be HOST:PORT, such as "
                 "10.0.0.1:1234"
             )
-    processes.join(**given, seconds=WAIT.value, silence=hang_timeout, give_up=command_line.give_up)
+    here = None if missing else Place("by the flags", *given.values())
+    processes.join(here, WAIT.value, hang_timeout, command_line.give_up)
     processes.same_program(processes.program(Path(__file__).parent), WAIT.value)
 
 
@@ -222,7 +229,7 @@ def main() -> int:
     )
     texts = f"{train_source.fingerprint} {validation_source.fingerprint}"
     processes.same("config.data", texts, "give all of them the same")
-    stop = Stop()
+    stop = Stop(config.checkpoint.grace)
     watchdog = Watchdog(config.hang_timeout, functools.partial(command_line.give_up, stacks=True))
     if config.data.vocabulary_size() < config.model.vocabulary_size:
         found = f"{config.data.vocabulary_size()} < {config.model.vocabulary_size}"
@@ -262,6 +269,8 @@ def main() -> int:
             code = train(run, state)
         finally:
             watchdog.allow("the last checkpoint")
+    if code == command_line.PREEMPTED:
+        log.info("%s; config.checkpoint.grace=%g", stop.told(), config.checkpoint.grace)
     if code == command_line.DONE and jax.process_index() == 0:
         say(farewell(folder.path, text=config.data.tokenizer() is not None))
     return code

@@ -22,7 +22,10 @@ PAGES = [*FRONT, ROOT / "results" / "README.md", *DOCS]
 RUN_ELSEWHERE = ("add_a_variant", "library")  # test_attention.py, test_library.py
 WRONG = ("CHANGELOG", "faq")  # these name old flags, and misspelt ones
 FIGURE = re.compile(r"\b[1-9]\d*\.\d{3,}\b|\b0\.\d{4,}\b|\b\d{2,3},\d{3}\b")  # no chance meeting
-OTHERS = ("--array", "--wrap", "--worker", "--xla")  # flags of other programs
+OTHERS = (  # flags of other programs
+    *("--array", "--wrap", "--worker", "--xla"),
+    *("--max-restarts", "--restart-on-exit-codes", "--requeue", "--signal", "sbatch "),
+)
 
 
 def name(path: Path) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from experiments.cli.command_line import UsageError
+from experiments.run_folders import grace
 from experiments.run_folders.identity import COMPUTED, changed
 from kha_jax import __version__
 from kha_jax.config import dotted, near, to_dict
@@ -212,6 +213,7 @@ class RunFolder:
         made = Checkpoints(self.path / "checkpoints", keep, self._about, accepts)
         if jax.process_index() == 0:
             self._check_room(made, state_bytes(state))
+            grace.check(self.path, state_bytes(state), self.config.checkpoint.grace)
         return made
 
     def _check_room(self, checkpoints: Checkpoints, size: int) -> None:

@@ -1,10 +1,12 @@
 """How a run is asked to stop: by signals, in one process and in many."""
 
+import contextlib
 import logging
 import os
 import signal
 import socket
 import threading
+import time
 from typing import Any
 
 import jax
@@ -28,12 +30,16 @@ class Stop:
     """SIGTERM, Ctrl-C and a terminal that is closed: the first asks the loop to save and leave, the
     second leaves at once. Where there are several processes it is enough to tell one of them.
 
+    grace: seconds after SIGTERM in which the process leaves, saved or not. Who sends it kills what
+    is left then, with no word and another exit code. Nobody is behind the other signals.
+
     A handler in Python waits until the main thread comes back from the runtime, which may hang; a
     thread therefore counts the signals too.
     """
 
-    def __init__(self):
-        self.asked, self.handled = False, 0
+    def __init__(self, grace: float):
+        self.asked, self.handled, self.grace = False, 0, grace
+        self.since: float | None = None  # the first signal, by time.monotonic
         self.numbers, writing = socket.socketpair()
         writing.setblocking(False)
         signal.set_wakeup_fd(writing.detach(), warn_on_full_buffer=False)
@@ -49,13 +55,26 @@ class Stop:
 
     def _listen(self) -> None:
         (number,) = self.numbers.recv(1)
-        self.asked = True
+        self.since, self.asked = time.monotonic(), True
         self.runtime(signal.SIGTERM)
         log.info(
             "%s: saving after this step; once more leaves at once", signal.Signals(number).name
         )
-        self.numbers.recv(1)
-        os._exit(command_line.PREEMPTED)
+        self.numbers.settimeout(self.grace if number == signal.SIGTERM else None)
+        with contextlib.suppress(TimeoutError):
+            self.numbers.recv(1)
+            os._exit(command_line.PREEMPTED)
+        command_line.give_up(
+            f"not saved within {self.grace:g} s of SIGTERM (config.checkpoint.grace); the same "
+            "command goes on from the newest checkpoint",
+            command_line.PREEMPTED,
+        )
+
+    def told(self) -> str:
+        """How long it took to leave, after a signal to this process."""
+        if self.since is None:
+            return "left as another process was told to"
+        return f"left {time.monotonic() - self.since:.1f} s after the signal"
 
     def now(self, step: int) -> bool:
         return (

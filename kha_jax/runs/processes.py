@@ -8,8 +8,8 @@ import importlib.metadata
 import itertools
 import json
 import logging
-import os
 import platform
+import signal
 import socket
 import threading
 import time
@@ -24,6 +24,7 @@ from orbax.checkpoint import multihost
 
 from kha_jax.config import ConfigError
 from kha_jax.errors import DataError, PeerError, WaitError
+from kha_jax.runs import cluster
 
 log = logging.getLogger("kha_jax")
 HINT_SECONDS = 60
@@ -31,18 +32,17 @@ HEARTBEAT_SECONDS = 100  # the runtime's own default
 FAILED, LISTENS = "kha_jax failed", 1.0  # where a process says so; seconds between two looks
 PROGRAM, OTHER_PROGRAM = "kha_jax program", "kha_jax other program"
 _waits = itertools.count()
+_handlers: list[Any] = []  # in Python for C, which does not keep them
 
 
 def join(
-    coordinator_address: str | None,
-    num_processes: int | None,
-    process_id: int | None,
+    given: cluster.Place | None,
     seconds: int,
     silence: float,
     give_up: Callable[[str], Any],
 ) -> None:
-    """Connects the processes of a run: by the arguments, or without them under SLURM and on TPU
-    pods; one process needs nothing.
+    """Connects the processes of a run, those that the cluster has started where none is given; one
+    process needs nothing.
 
     silence: seconds after which a process that hangs leaves by itself; only later does the runtime
     abort those that hear nothing of another one.
@@ -50,36 +50,33 @@ def join(
     time; it must end the process, since nothing else interrupts the runtime's own wait.
 
     Raises:
-        ConfigError: process 0 cannot listen at the address.
+        ConfigError: the cluster tells what cannot be, or process 0 cannot listen at the address.
         WaitError: the runtime refuses.
     """
-    slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
-    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if coordinator_address is None and not slurm and not pod:
-        return
-    where = "that SLURM started" if slurm else "of this TPU slice"
-    if coordinator_address:
-        where = f"at {coordinator_address}"
-        if process_id == 0:
-            _check_port(coordinator_address)
-    late = (
-        f"the processes {where} did not come together within {seconds} s; does each run this "
-        "command and reach process 0?"
-    )
-    with (
-        _after(HINT_SECONDS, log.warning, f"still waiting for the processes {where}"),
-        _after(seconds, give_up, late),
-    ):
-        try:
-            jax.distributed.initialize(
-                coordinator_address,
-                num_processes,
-                process_id,
-                initialization_timeout=seconds + 60,
-                heartbeat_timeout_seconds=max(HEARTBEAT_SECONDS, int(silence) + 60),
-            )
-        except (RuntimeError, ValueError) as error:
-            raise WaitError(f"the processes {where} did not come together: {error}") from None
+    with _after(HINT_SECONDS, log.warning, "still waiting for the other processes of the run"):
+        here = given or cluster.place(seconds)
+        if here is None:
+            return
+        if here.index == 0:
+            _check_port(here.address)
+        leave_instead_of_aborting(give_up)
+        where = f"at {here.address} ({here.cluster})"
+        late = (
+            f"the {here.count} processes {where} did not come together within {seconds} s; does "
+            "each run this command and reach process 0?"
+        )
+        with _after(seconds, give_up, late):
+            try:
+                jax.distributed.initialize(
+                    here.address,
+                    here.count,
+                    here.index,
+                    initialization_timeout=seconds + 60,
+                    heartbeat_timeout_seconds=max(HEARTBEAT_SECONDS, int(silence) + 60),
+                )
+            except (RuntimeError, ValueError) as error:
+                raise WaitError(f"the processes {where} did not come together: {error}") from None
+    log.info("process %d of %d, process 0 %s", here.index, here.count, where)
 
 
 def _check_port(address: str) -> None:
@@ -96,17 +93,40 @@ def _check_port(address: str) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
             f"--coordinator_address={address}",
-            f"process 0 cannot listen there: {reason}; name a free port",
+            f"process 0 cannot listen there: {reason}; name a free port, on a cluster with "
+            "JAX_COORDINATOR_PORT",
         ) from None
+
+
+def leave_instead_of_aborting(leave: Callable[[str], Any]) -> None:
+    """From here on, where the runtime ends this process with abort(), `leave` does, with a message.
+    A process whose coordinator is gone hears of it in the runtime's own thread, which prints why
+    and aborts at once; neither an exception nor a callback comes before.
+
+    leave: must end the process. It runs in that thread, and waits for no other.
+    """
+
+    def aborted(number: int) -> None:
+        leave(
+            "another process of the run is gone, or the runtime has failed, and says so above; "
+            "start all of them again and they go on from the newest checkpoint"
+        )
+
+    _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted))
+    _set_handler(signal.SIGABRT, ctypes.cast(_handlers[-1], ctypes.c_void_p))
+
+
+def _set_handler(number: int, handler: ctypes.c_void_p | None) -> int | None:
+    """C's `signal`: the handler before, which Python neither shows nor keeps."""
+    take = ctypes.CDLL(None).signal
+    take.restype, take.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    return take(number, handler)
 
 
 def handler_of(number: int) -> Callable[[int], Any]:
     """Takes the runtime's handler of a signal, to be called from one of our own: joined processes
-    hear of a preemption by a handler in C, which Python neither shows nor keeps. One process has
-    none, so that nothing is called."""
-    take = ctypes.CDLL(None).signal
-    take.restype, take.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
-    found = take(number, None) if jax.process_count() > 1 else None
+    hear of a preemption by a handler in C. One process has none, so that nothing is called."""
+    found = _set_handler(number, None) if jax.process_count() > 1 else None
     return ctypes.CFUNCTYPE(None, ctypes.c_int)(found) if found else lambda number: None
 
 

@@ -117,10 +117,12 @@ class CheckpointConfig(Config):
     """Steps between checkpoints, the last step's included; 0: none."""
     keep: int = 2
     """Newest ones that stay."""
+    grace: float = 30.0
+    """Seconds from SIGTERM to the end, saved or not; the default is what Kubernetes gives."""
 
     def validate(self):
         self.at_least(0, "every")
-        self.at_least(1, "keep")
+        self.at_least(1, "keep", "grace")
 
 
 class ProfileConfig(Config):
