@@ -1,14 +1,21 @@
 """Asks trained models what they know.
 
     python -m experiments.evaluate --workdir=runs/kha_tiny --text=book.txt
-    python -m experiments.evaluate --workdir=runs/baseline,runs/kha --text=shards
+    python -m experiments.evaluate --workdir=runs/baseline,runs/kha --tasks=hellaswag,piqa
+    python -m experiments.evaluate --workdir=runs/kha --tasks=kha_paper
 
 --text: loss, perplexity and bits per byte of a file, or of what prepare_data wrote (its validation
 split, where it has one). Each token is predicted from up to --max_context tokens before it, in
 windows that go on by --stride of them: with a smaller one there is more context and more to
 compute. Bits per byte are the same measure for every tokenizer.
 
-Reads the run's newest checkpoint and folds linear mixers into the weights. Two runs are compared.
+--tasks: benchmarks of lm-eval by name (extra: eval), of a folder (--include), and kha_paper, the
+list of the paper's table 4 beside the printed scores. Data are fetched once by lm-eval; a task of
+--include may have its own. humaneval, and tasks of --include whose answers are programs, run what
+the model writes, and need --run_code.
+
+Reads the run's newest checkpoint and folds linear mixers into the weights. Two runs are compared:
+with --tasks document by document, with bootstrap intervals of the difference.
 """
 
 import json
@@ -31,6 +38,19 @@ STRIDE = flags.DEFINE_integer(
     None,
     "Tokens of a text that a window predicts; half of --max_context by default.",
     lower_bound=1,
+)
+TASKS = flags.DEFINE_list("tasks", None, "Benchmarks by name, or kha_paper.")
+INCLUDE = flags.DEFINE_string("include", None, "Folder of YAML files with tasks of your own.")
+LIMIT = flags.DEFINE_integer("limit", None, "Documents of each task at most.", lower_bound=1)
+SHOTS = flags.DEFINE_integer(
+    "shots", None, "Examples in a prompt; those that the task says by default.", lower_bound=0
+)
+CHAT = flags.DEFINE_bool("chat", False, "Put the prompts of tasks into the chat template.")
+RUN_CODE = flags.DEFINE_bool(
+    "run_code", False, "Run the programs that answer a task, within limits that are no jail."
+)
+SAMPLES = flags.DEFINE_integer(
+    "samples", 1, "Answers to each problem of a code task, for pass@k.", lower_bound=1
 )
 BATCH_TOKENS = flags.DEFINE_integer(
     "batch_tokens", 16384, "Tokens that are computed at once.", lower_bound=1
@@ -89,21 +109,94 @@ def text() -> dict[str, Any]:
         (first, a), (second, b) = rows.items()
         change = b.bits_per_byte - a.bits_per_byte
         print(f"{second} takes {change:+.4f} bits per byte against {first}")
+    about = [{**run.about(), **rows[run.workdir]._asdict()} for run in asked]
+    return {"text": TEXT.value, "stride": STRIDE.value, "runs": about}
+
+
+def tasks() -> dict[str, Any]:
+    """See the module's docstring."""
+    from experiments.evaluating import code_tasks, tables
+    from experiments.evaluating import tasks as benchmarks
+
+    benchmarks.check_folder(INCLUDE.value)
+    names = list(dict.fromkeys(TASKS.value))
+    programs = code_tasks.load(names, INCLUDE.value)
+    if programs and not RUN_CODE.value:
+        raise UsageError(
+            f"--tasks={programs[0].name}: runs what the model writes; add --run_code, best where "
+            "nothing can be harmed"
+        )
+    coded = [task.name for task in programs]
+    loaded = benchmarks.load([name for name in names if name not in coded], INCLUDE.value)
+    asked = runs()
+    for name, why in loaded.missing.items():
+        log.warning("left out of %s: %s", benchmarks.PAPER, why)
+    if programs:
+        code_tasks.say_limits()
+    found = []
+    for run in asked:
+        scored = answers(run, loaded)
+        for task in programs:
+            scored |= code_tasks.run(run, task, SAMPLES.value, LIMIT.value)
+        found.append(tables.Run(run.workdir, scored))
+    shots = benchmarks.shots_of(loaded)
+    for group, own in loaded.groups.items():
+        shots[group] = ",".join(sorted({str(shots[task]) for task in own}))
+    named = [name for name in names if name != benchmarks.PAPER]
+    if named:
+        terminal.show(tables.of_tasks(found, named, shots))
+    if benchmarks.PAPER in names:
+        terminal.show(tables.of_paper(benchmarks.paper(), found, shots))
     return {
-        "text": TEXT.value,
-        "stride": STRIDE.value,
-        "runs": [{**run.about(), **rows[run.workdir]._asdict()} for run in asked],
+        "runs": [run.about() for run in asked],
+        "limit": LIMIT.value,
+        "chat": CHAT.value,
+        "tasks": tables.as_json(found, shots),
+        "missing": loaded.missing,
     }
+
+
+def answers(run: Any, loaded: Any) -> dict[tuple[str, str], Any]:
+    """What a run scores in each task and group."""
+    from experiments.evaluating import adapter, scores
+    from experiments.evaluating import tasks as benchmarks
+
+    if CHAT.value and run.dialect.template is None:
+        raise UsageError(f"--chat: {run.workdir} has no chat template; leave it out")
+    if not loaded.tasks:
+        return {}
+    about = run.about()
+    begins = "begins texts" if about["begins_texts"] else "begins no text"
+    log.info(
+        "%s: step %d; the tokenizer %s with a token of its own; an empty context is token %d; "
+        "%s chat template; at most %d tokens",
+        *(run.workdir, run.step, begins, about["prefix"]),
+        *("the" if CHAT.value else "no", run.max_length),
+    )
+    lm = adapter.model(run)
+    samples = benchmarks.run(lm, loaded, SHOTS.value, LIMIT.value, CHAT.value)
+    run.say_counts()
+    if lm.generated:
+        log.info("%s: %d texts, %d of their prompts cut", run.workdir, lm.generated, lm.cut)
+    found = scores.measured(samples)
+    for group, own in loaded.groups.items():
+        found |= scores.pooled(found, group, own)
+    return found
 
 
 def main() -> None:
     """See the module's docstring."""
-    if TEXT.value is None:
-        raise UsageError("--text: is required; name a file, or a folder that prepare_data wrote")
-    if not TEXT.value:
-        raise UsageError("--text: names no file")
+    given = {"text": TEXT.value, "tasks": TASKS.value}
+    if sum(value is not None for value in given.values()) != 1:
+        raise UsageError("--text or --tasks: give one of them; a file, or names such as hellaswag")
+    for name, value in given.items():
+        if value is not None and not value:
+            raise UsageError(f"--{name}: is empty")
+    for flag, of in (("stride", "text"), *((f, "tasks") for f in ("include", "limit", "shots"))):
+        if flags.FLAGS[flag].value is not None and given[of] is None:
+            raise UsageError(f"--{flag}: does nothing without --{of}")
     out_file("a").close()  # before minutes of computing
-    results = text()
+    results = text() if TEXT.value else tasks()
     with out_file("w") as file:
         json.dump(results, file, indent=1)
 

@@ -8,6 +8,7 @@ same slot; `pad` counts the padding of each row.
 Legend: B batch, T prompt length with padding, S slots of the cache, V vocabulary.
 """
 
+import itertools
 import logging
 from typing import Any, Iterator, NamedTuple, Sequence
 
@@ -142,7 +143,7 @@ class Decoder:
             token_B1 = p.token_B[:, None]
             logits_BV, cache = extend(self.model, weights, p.cache, token_B1, p.slot, p.pad_B)
             token_B, key = draw(logits_BV, p.key, sampling)
-            token_B = token_B if end is None else jnp.where(p.done_B, end, token_B)
+            token_B = jnp.where(p.done_B, end[0], token_B) if end else token_B
             done_B = p.done_B | _is(token_B, end)
             return (
                 i + 1,
@@ -150,7 +151,7 @@ class Decoder:
                 out_BC.at[:, i].set(token_B),
             )
 
-        filler = jnp.full((progress.token_B.shape[0], count), 0 if end is None else end, jnp.int32)
+        filler = jnp.full((progress.token_B.shape[0], count), end[0] if end else 0, jnp.int32)
         _, progress, out_BC = jax.lax.while_loop(going, one, (0, progress, filler))
         return progress, out_BC
 
@@ -161,7 +162,7 @@ class Decoder:
         *,
         sampling: Sampling = Sampling(),
         seed: int = 0,
-        end: int | None = None,
+        end: int | Sequence[int] | None = None,
         chunk: int = 8,
     ) -> Iterator[np.ndarray]:
         """Yields the new tokens, [B, at most `chunk`] at a time.
@@ -169,13 +170,14 @@ class Decoder:
         Args:
             prompts: token ids of each row, of any lengths from one.
             tokens: new tokens per row.
-            end: the id that ends a row; what follows it in the row is `end` again, and a batch
-                stops once all rows have ended.
+            end: the id that ends a row, or several that do; what follows in the row is the first of
+                them, and a batch stops once all rows have ended.
 
         Raises:
             ValueError: an empty prompt, an id outside the vocabulary, or no tokens to make.
         """
         _check(prompts, tokens, self.model.vocabulary_size)
+        end = ends_of(end)
         longest = max(map(len, prompts))
         one_chunk = longest <= self.prompt_chunk
         length = _up(longest, PROMPT_MULTIPLE if one_chunk else self.prompt_chunk)
@@ -204,16 +206,21 @@ class Decoder:
         rows = np.concatenate(
             list(self.stream(prompts, tokens, **{"chunk": tokens, **settings})), axis=1
         ).tolist()
-        end = settings.get("end")
-        return [row[: row.index(end)] if end in row else row for row in rows]
+        ends = ends_of(settings.get("end"))
+        return [list(itertools.takewhile(lambda i: i not in ends, row)) for row in rows]
+
+
+def ends_of(end: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids that end a row."""
+    return () if end is None else (end,) if isinstance(end, int) else tuple(end)
 
 
 def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _is(token_B: jax.Array, end: int | None) -> jax.Array:
-    return jnp.zeros(token_B.shape, bool) if end is None else token_B == end
+def _is(token_B: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    return jnp.isin(token_B, jnp.array(ends, jnp.int32))
 
 
 def _check(prompts: Sequence[Sequence[int]], tokens: int, vocabulary_size: int) -> None:

@@ -66,8 +66,8 @@ class Dialect(NamedTuple):
         """Whether the tokenizer begins every text with a token of its own."""
         return bool(self.encode("", special=True))
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """What the model is given to answer these messages.
+    def prompt(self, messages: Sequence[Message], answer: bool = True) -> str:
+        """What the model is given of these messages, to answer them or not.
 
         Raises:
             ConfigError: jinja2 is not installed.
@@ -75,7 +75,7 @@ class Dialect(NamedTuple):
         """
         if self.template is None:
             raise DataError(f"{self.place}: there is no chat template")
-        from_messages = {"messages": list(messages), "add_generation_prompt": True}
+        from_messages = {"messages": list(messages), "add_generation_prompt": answer}
         return _rendered(self.template, {**self.words, **from_messages}, self.place)
 
 

@@ -1,6 +1,7 @@
 """The text of a continuation while its tokens come: whole characters, and where it stops."""
 
-from typing import Any, Iterable, Sequence
+import itertools
+from typing import Any, Collection, Iterable, Sequence
 
 
 class Continuation:
@@ -8,12 +9,20 @@ class Continuation:
 
     Args:
         tokenizer: has `decode` and `end_of_document`, the id that ends the continuation.
+        ends: the ids that do, where it is not that one alone.
         prompt: ids, which may end inside a character.
         stops: strings of which the first to be whole in the continuation ends it and is left out.
             They may span tokens, but do not begin in the prompt.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stops: Sequence[str] = (),
+        ends: Collection[int] = (),
+    ):
+        self.ends = ends or (tokenizer.end_of_document,)
         self.tokenizer, self.prompt, self.stops = tokenizer, list(prompt), stops
         self.ids: list[int] = []
         self.done = False
@@ -24,9 +33,10 @@ class Continuation:
         """More tokens, as many as there are."""
         if self.done:
             return
-        new, end = list(ids), self.tokenizer.end_of_document
-        ended = end in new
-        self.ids += new[: new.index(end)] if ended else new
+        new = list(ids)
+        own = list(itertools.takewhile(lambda i: i not in self.ends, new))
+        ended = len(own) < len(new)
+        self.ids += own
         self.text = _whole(self._decoded())
         found = [
             (at + len(s), at) for s in self.stops if (at := self.text.find(s, self.begins)) >= 0
