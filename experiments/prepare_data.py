@@ -153,7 +153,7 @@ def introduce(files: list[units.File], made: list[Unit], left_out: int) -> None:
     size = sum(file.size for file in files)
     say(f"{many(len(files), 'file')}, {count(size)}B, in {many(len(made), 'unit')}")
     if left_out:
-        log.info("left out %s files of folders whose names are not those of text", f"{left_out:,}")
+        log.info("left out %s whose names in folders are no text's", many(left_out, "file"))
     whole = [f for f in files if f.packing and f.size * GROWTH > units.SMALL]
     if whole:
         named = f"{whole[0].path} and {len(whole) - 1:,} more" if whole[1:] else whole[0].path

@@ -121,11 +121,12 @@ def test_small_files_share_units_in_their_order(tmp_path, monkeypatch):
 def test_of_a_folder_what_is_text_is_read_and_of_a_glob_everything(tmp_path):
     for name in ("b.py", "a.c", "Makefile", "x.rst.gz", "picture.png", ".hidden.py", "odd.name"):
         (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "dangling.py").symlink_to("nowhere")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "a.py").write_bytes(b"x")
     files, left_out = units.find([str(tmp_path)])
     names = [os.path.basename(file.path) for file in files]
-    assert (names, left_out) == (["Makefile", "a.c", "b.py", "x.rst.gz"], 2)
+    assert (names, left_out) == (["Makefile", "a.c", "b.py", "x.rst.gz"], 3)
     files, left_out = units.find([str(tmp_path / "[op]*"), str(tmp_path / "odd.name")])
     assert [os.path.basename(file.path) for file in files] == ["odd.name", "picture.png"]
     for wrong in ("none*.txt", "nothing.jsonl"):

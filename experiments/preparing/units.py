@@ -97,7 +97,8 @@ def _below(path: str) -> Iterator[tuple[str, bool]]:
     for folder, below, names in os.walk(path):
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
-            yield os.path.join(folder, name), _is_read(name)
+            inner = os.path.join(folder, name)
+            yield inner, _is_read(name) and os.path.isfile(inner)  # and not a link to nowhere
 
 
 def _is_read(name: str) -> bool:
