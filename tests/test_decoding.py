@@ -421,19 +421,19 @@ def test_a_folded_run_is_a_baseline_that_generates_the_same(runs):
     )
     code, out, err = command(runs, "train", *again, f"--workdir={runs / 'folded'}")
     assert code == 0 and "resuming after step 4" in out, err
-    for arguments, message in (
-        (
-            ("fold", f"--workdir={runs / 'folded'}", f"--out={runs / 'other'}"),
-            "nothing to fold; no mixer of q, k or v",
-        ),
-        (
-            ("fold", f"--workdir={runs / 'linear'}", f"--out={runs / 'folded'}"),
-            "already holds checkpoints",
-        ),
-        (("fodl",), "did you mean 'fold'?"),
-    ):
-        code, out, err = command(runs, "convert", *arguments)
-        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    refused = {
+        ("fold", f"--workdir={runs / 'folded'}", f"--out={runs / 'other'}"): "nothing to fold; no",
+        ("fold", f"--workdir={runs / 'linear'}", f"--out={runs / 'folded'}"): "already holds",
+        ("fodl",): "did you mean 'fold'?",
+    }
+    one_line(runs, "convert", refused)
+
+
+def one_line(runs, name, refused):
+    """refused: arguments -> what the line says."""
+    results = run_all([(name, list(arguments)) for arguments in refused], runs / "cache")
+    for message, (code, _, err, _) in zip(refused.values(), results):
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
 
 
 def test_one_prompt_streams_and_bad_ones_are_one_line(runs):
@@ -444,14 +444,14 @@ def test_one_prompt_streams_and_bad_ones_are_one_line(runs):
     stopped = (*sampled, f"--stop={stop}", "--stop=nowhere")
     code, cut, err = command(runs, "generate", f"--workdir={runs / 'linear'}", *stopped)
     assert code == 0 and cut == out[: out.index(stop, 1)] + "\n", err
-    for flags, message in (
-        ((f"--workdir={runs / 'linear'}", "--prompt="), "--prompt: is empty"),
-        ((f"--workdir={runs / 'linear'}", "--prompt=a", "--stop="), "--stop: is empty"),
-        ((f"--workdir={runs / 'none'}", "--prompt=a"), "no run there"),
-        ((f"--workdir={runs / 'linear'}", "--prompt=a", "--step=3"), "step 3 is not kept"),
-    ):
-        code, out, err = command(runs, "generate", *flags)
-        assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    linear, none = f"--workdir={runs / 'linear'}", f"--workdir={runs / 'none'}"
+    refused = {
+        (linear, "--prompt="): "--prompt: is empty",
+        (linear, "--prompt=a", "--stop="): "--stop: is empty",
+        (none, "--prompt=a"): "no run there",
+        (linear, "--prompt=a", "--step=3"): "step 3 is not kept",
+    }
+    one_line(runs, "generate", refused)
 
 
 def test_a_compression_that_cannot_be_says_which_flag_and_writes_nothing(runs):
@@ -463,9 +463,7 @@ def test_a_compression_that_cannot_be_says_which_flag_and_writes_nothing(runs):
         ("--kv_heads=9", f"--out={runs / 'file' / 'a'}"): "/file/a cannot be written: Not a dir",
     }
     given = "compress", f"--workdir={runs / 'linear'}", f"--out={runs / 'none'}"
-    cases = [("convert", [*given, *more]) for more in said]
-    for message, (code, _, err, _) in zip(said.values(), run_all(cases, runs / "cache")):
-        assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    one_line(runs, "convert", {(*given, *more): message for more, message in said.items()})
     assert not (runs / "none").exists()
 
 

@@ -302,6 +302,7 @@ def test_endless_poison_is_76_again_and_again(cache, tmp_path):
 
 
 # ---------------------------------------------------------------- row 18: optional sinks
+@pytest.mark.slow
 def test_a_closed_pipe_and_a_profile_that_cannot_be_written_do_not_stop_a_run(cache, tmp_path):
     (tmp_path / "profile").write_text("")
     flags = "--config.steps=20", "--config.profile.start=1", "--config.profile.stop=3"

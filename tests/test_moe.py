@@ -284,7 +284,7 @@ def test_the_bias_is_no_parameter():
     assert moments and not any("bias" in jax.tree_util.keystr(path) for path, _ in moments)
 
 
-@pytest.mark.parametrize("mesh", [(2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((2, 4, 1), marks=pytest.mark.slow)])
 def test_meshes_train_as_one_device(mesh):
     """Bug class: counts of one device instead of all. expert=4, data=2 exchanges tokens; (2, 2, 2)
     splits the expert width too."""
@@ -319,7 +319,7 @@ def test_evaluation_and_a_non_finite_step_leave_the_bias_and_a_checkpoint_keeps_
     assert np.abs(before).max() > 0
 
 
-@pytest.mark.parametrize("balancing", ["auxiliary", "none"])
+@pytest.mark.parametrize("balancing", ["auxiliary", pytest.param("none", marks=pytest.mark.slow)])
 def test_models_without_a_bias_train(balancing):
     feed_forward = EXPERTS.replace(balancing=balancing, balancing_rate=None)
     state, metrics = one_step(

@@ -106,6 +106,7 @@ def test_dots_keeps_every_product_and_the_rest_less(kind):
     assert counted(kind, "full")[2] >= dots[2]
 
 
+@pytest.mark.slow
 def test_what_a_chunk_of_experts_keeps_gives_the_same_gradient():
     """Dense layers are compared in test_model."""
     ids = jax.random.randint(jax.random.key(0), (B, T), 0, 32)

@@ -78,6 +78,7 @@ def test_a_stopped_run_saves_exits_75_and_resumes_bit_equal(golden, cache, tmp_p
     assert_same_end(tmp_path, golden[0])
 
 
+@pytest.mark.slow
 def test_a_run_stopped_on_an_evaluation_step_evaluates_when_it_resumes(golden, cache, tmp_path):
     """The stop leaves at once; the evaluation it skipped comes first after the resume."""
     flags = ("--config.evaluation.every=1",)

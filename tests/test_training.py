@@ -122,7 +122,10 @@ def test_accumulation_is_weighted_by_tokens():
     chex.assert_trees_all_close(whole.params, parts.params, atol=2e-4)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (2, 1, 4)])
+@pytest.mark.parametrize(
+    "mesh",
+    [(2, 2, 2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((8, 1, 1), (2, 1, 4)))],
+)
 def test_eight_devices_train_as_one(mesh):
     _, one, one_metrics = trained(RUN)
     sizes = dict(zip(MESH_AXES, mesh))
@@ -286,6 +289,7 @@ def one_update(config, knock, initial=None):
         "final_norm": jnp.ones(3),
         "table": jnp.ones((5, 3)),
         "knock": knock,
+        "bias": jnp.ones((2, 3, 4)),
     }
     tx = make(config, 10, AXES, initial)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
@@ -363,14 +367,15 @@ def test_weight_decay_by_role(decay):
     )
     np.testing.assert_allclose(after["kernel"], 1 - rate * 0.1, rtol=1e-6)
     np.testing.assert_allclose(after["table"], 1 - rate * 0.1, rtol=1e-6)
-    np.testing.assert_array_equal(after["norm"], 1)
-    np.testing.assert_array_equal(after["final_norm"], 1)
+    for vector in ("norm", "final_norm", "bias"):
+        np.testing.assert_array_equal(after[vector], 1)
     expected = {"weights": 3 - rate * 0.1 * 3, "none": 3.0, "to_identity": 3 - rate * 0.1 * 2}[
         decay
     ]
     np.testing.assert_allclose(after["knock"], expected * eye, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_to_identity_in_a_run_pulls_to_the_initial_matrices():
     """With decay to the initial value, a fresh model's mixers move by their gradients only,
     whatever the decay's strength, also where they start at random."""
