@@ -12,6 +12,7 @@ nanoGPT and OLMo.
 
 import logging
 import os
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -31,6 +32,7 @@ from experiments.preparing.workers import Job
 from kha_jax.data import shard_files, tokenizers
 from kha_jax.data.shard_files import SPLITS
 from kha_jax.data.tokenizers import Tokenizer
+from kha_jax.storage import as_written
 
 INPUT = flags.DEFINE_list("input", [], "Required: files, folders and globs, joined by commas.")
 OUT = flags.DEFINE_string("out", None, "Required: folder of the shards.")
@@ -51,6 +53,7 @@ DROP_DUPLICATES = flags.DEFINE_bool(
 )
 DESCRIBE = flags.DEFINE_string("describe", None, "Folder or file of tokens: say what it holds.")
 SMALLEST = 257  # ids of a byte-level BPE: 256 bytes and the end
+MOST_WORKERS = 1024
 log = logging.getLogger("kha_jax")
 
 
@@ -61,8 +64,8 @@ def named_tokenizer(name: str) -> Tokenizer | int:
         UsageError, ConfigError: there is none of that name.
     """
     if name.startswith("bpe:"):
-        if not name[4:].isdecimal() or int(name[4:]) <= SMALLEST:
-            found = f"--tokenizer={name}: must be bpe:N with N above {SMALLEST}"
+        if not re.fullmatch("[0-9]{1,7}", name[4:]) or int(name[4:]) <= SMALLEST:
+            found = f"--tokenizer={name}: must be bpe:N with N above {SMALLEST}, below 10^7"
             raise UsageError(f"{found}, such as bpe:16384")
         return int(name[4:])
     path, *options = name.split(",")
@@ -72,17 +75,21 @@ def named_tokenizer(name: str) -> Tokenizer | int:
     return tokenizers.load(path, **values)
 
 
-def checked_flags() -> None:
+def check_flags() -> None:
     """Raises UsageError where a flag has no usable value."""
-    for flag in (INPUT, OUT):
+    for flag in (INPUT, OUT, TEXT_KEY):
         if not flag.value:
             raise UsageError(f"--{flag.name} is required; --help shows how")
+    for flag in (INPUT, OUT):
+        if "://" in str(flag.value):
+            place = f"--{flag.name}={flag.value}: object stores are not read or written here"
+            raise UsageError(f"{place}; name a folder, and copy it")
     if not 0 <= VAL_FRACTION.value < 1:
         raise UsageError(f"--val_fraction={VAL_FRACTION.value}: must be at least 0, below 1")
     if SKIP_BAD.value < 0:
         raise UsageError(f"--skip_bad={SKIP_BAD.value}: must not be negative")
-    if WORKERS.value is not None and WORKERS.value < 1:
-        raise UsageError(f"--workers={WORKERS.value}: must be 1 or more")
+    if WORKERS.value is not None and not 1 <= WORKERS.value <= MOST_WORKERS:
+        raise UsageError(f"--workers={WORKERS.value}: must be 1 to {MOST_WORKERS:,}")
 
 
 def summary(folder: Path) -> None:
@@ -115,10 +122,10 @@ def main() -> int:
         from experiments.preparing.describe import describe
 
         made_by = named_tokenizer(TOKENIZER.value) if TOKENIZER.present else None
-        return describe(Path(DESCRIBE.value), made_by)
-    checked_flags()
+        return describe(as_written(DESCRIBE.value), made_by)
+    check_flags()
     tokenizer = named_tokenizer(TOKENIZER.value)
-    files, left_out = units.find(INPUT.value)
+    files, left_out = units.find(str(as_written(name)) for name in INPUT.value)
     said = {
         flag.name: flag.value
         for flag in (INPUT, TOKENIZER, TEXT_KEY, VAL_FRACTION, DROP_DUPLICATES)
@@ -127,7 +134,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     try:
-        with ShardFolder(Path(OUT.value)) as folder:
+        with ShardFolder(as_written(OUT.value)) as folder:
             folder.begin({**said, **identity}, files)
             if folder.complete:
                 shard_files.verify(folder.path)
@@ -144,7 +151,7 @@ def main() -> int:
         log.info("stopped; the same command goes on")
         return command_line.PREEMPTED
     except OSError as error:
-        raise cannot_be_written(Path(OUT.value), error) from None
+        raise cannot_be_written(as_written(OUT.value), error) from None
     return command_line.DONE
 
 

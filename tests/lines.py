@@ -32,6 +32,7 @@ TINY = (*SMALL, "--config.steps=2", "--config.model.layers=1", "--config.evaluat
 USUAL = {
     "workdir": "--workdir={here}/run",
     "out": "--out={here}/made",
+    "input": "--input={here}/text",
     "prompt": "--prompt=def ",
     "dry_run": "--dry_run",
 }

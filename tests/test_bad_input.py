@@ -506,7 +506,7 @@ INPUTS |= {
         (PREPARE, ("--tokenizer=nothing.json",), 2, "name a tokenizer.json"),
         (PREPARE, ("--tokenizer=spiece.model",), 2, "sentencepiece models are not read"),
         (PREPARE, ("--val_fraction=1",), 2, "--val_fraction=1.0: must be at least 0, below 1"),
-        (PREPARE, ("--workers=0",), 2, "--workers=0: must be 1 or more"),
+        (PREPARE, ("--workers=0",), 2, "--workers=0: must be 1 to 1,024"),
         (PREPARE, ("--skip_bad=-1",), 2, "--skip_bad=-1: must not be negative"),
         (PREPARE[:1], ("--describe={here}/run",), 2, "holds no meta.json, no .bin and no .npy"),
     )

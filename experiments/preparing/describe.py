@@ -55,10 +55,11 @@ def describe(path: Path, tokenizer: Tokenizer | None) -> None:
         UsageError: there is nothing that is known.
         DataError: it is not what it says of itself.
     """
-    if (path / META).exists():
+    if os.path.exists(path / META):
         _ours(path)
         return
-    files = [path] if path.is_file() else sorted([*path.glob("*.bin"), *path.glob("*.npy")])
+    below = path.iterdir() if os.path.isdir(path) else [path] if os.path.isfile(path) else []
+    files = sorted(file for file in below if file.suffix in (".bin", ".npy"))
     if not files:
         raise UsageError(f"--describe={path}: holds no {META}, no .bin and no .npy")
     streams = [opened(file) for file in files]
