@@ -10,6 +10,7 @@ command goes on. --describe says what a folder or file of tokens holds, of these
 nanoGPT and OLMo.
 """
 
+import importlib.util
 import logging
 import os
 import re
@@ -67,6 +68,8 @@ def named_tokenizer(name: str) -> Tokenizer | int:
         if not re.fullmatch("[0-9]{1,7}", name[4:]) or int(name[4:]) <= SMALLEST:
             found = f"--tokenizer={name}: must be bpe:N with N above {SMALLEST}, below 10^7"
             raise UsageError(f"{found}, such as bpe:16384")
+        if importlib.util.find_spec("tokenizers") is None:
+            raise UsageError(f"--tokenizer={name}: needs the extra: pip install -e '.[hf]'")
         return int(name[4:])
     path, *options = name.split(",")
     values = dict(option.partition("=")[::2] for option in options)
