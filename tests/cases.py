@@ -35,7 +35,7 @@ from kha_jax.attention.projections.rotary import (
     YarnScaling,
 )
 from kha_jax.attention.scores import TalkingHeads
-from kha_jax.comparing.properties import Layer
+from kha_jax.comparing.properties import EXACT, Layer
 from tests import reference
 
 D = 16
@@ -65,7 +65,9 @@ PROJECTIONS = {
     ),
     "gta": GroupedTied(query_heads=4, kv_heads=2, head_dim=8, rope_scaling=LINEAR),
     "mla": Latent(query_heads=4, head_dim=8, value_dim=6, rope_dim=4, kv_lora=12),
-    "mla_q_lora": Latent(query_heads=4, head_dim=8, kv_lora=12, q_lora=10, rope_scaling=YARN),
+    "mla_q_lora": Latent(
+        query_heads=4, head_dim=8, kv_lora=12, q_lora=10, rope_scaling=YARN, norm_eps=0.1
+    ),
     "gla": Latent(query_heads=4, head_dim=8, kv_lora=12, groups=2),
     "shared": Collaborative(query_heads=4, head_dim=8, rope_scaling=LLAMA3),
     "narrow": Collaborative(query_heads=4, head_dim=8, shared_dim=16, mixing="uniform"),
@@ -269,7 +271,8 @@ def latent(config: Latent, ours: dict[str, Any]) -> tuple:
     else:
         given["query"] = query
     layer = reference.latent if config.groups == 1 else reference.grouped_latent
-    return layer, given, scaling(config.rope_scaling)
+    settings = scaling(config.rope_scaling) | {"eps": config.norm_eps or EXACT.norm_eps}
+    return layer, given, settings
 
 
 # A projection's config -> function (config, the projection's parameters) -> (layer in NumPy, its

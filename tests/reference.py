@@ -594,7 +594,13 @@ def transformer(tokens_BT, parameters, positions_BT, segment_ids_BT, settings):
 
 def mixture(x, parameters, bias, settings):
     """(output, assignments of each expert) of a mixture of SwiGLU experts, token by token and
-    choice by choice."""
+    choice by choice.
+
+    parameters: router [D,E], gate, up [E,D,F], down [E,F,D], maybe `shared`. settings: scores
+    (sigmoid or softmax), top_k, scaling, normalise; groups of E / groups neighbours, of which
+    groups_used may be chosen from, those with the largest sum of their two best scores + bias.
+    """
+    settings = {"normalise": True, "groups": 1, "groups_used": 1, **settings}
     logits = x @ parameters["router"]
     scores = 1 / (1 + np.exp(-logits)) if settings["scores"] == "sigmoid" else softmax(logits)
     y, counts = np.zeros_like(x), np.zeros(logits.shape[-1])
@@ -603,9 +609,14 @@ def mixture(x, parameters, bias, settings):
         return ((z @ gate) / (1 + np.exp(-(z @ gate))) * (z @ up)) @ down
 
     for token in np.ndindex(x.shape[:-1]):
-        chosen = np.argsort(-(scores[token] + bias))[: settings["top_k"]]
+        groups = np.split(scores[token] + bias, settings["groups"])
+        best = np.argsort([-sum(sorted(group)[-2:]) for group in groups])
+        for refused in best[settings["groups_used"] :]:
+            groups[refused][:] = -np.inf
+        chosen = np.argsort(-np.concatenate(groups))[: settings["top_k"]]
+        total = scores[token][chosen].sum() if settings["normalise"] else 1.0
         for e in chosen:
-            weight = settings["scaling"] * scores[token][e] / scores[token][chosen].sum()
+            weight = settings["scaling"] * scores[token][e] / total
             y[token] += weight * swiglu(
                 x[token], *(parameters[name][e] for name in ("gate", "up", "down"))
             )

@@ -11,7 +11,8 @@ import pytest
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingLinear, KnockingMLP
 from kha_jax.attention.projections import GroupedQuery
-from kha_jax.feed_forward import SwiGLU
+from kha_jax.feed_forward import MoE, SwiGLU
+from kha_jax.feed_forward.moe import route
 from kha_jax.model import ModelConfig
 from kha_jax.modules import Numerics
 from tests import cases
@@ -21,6 +22,7 @@ transformers = pytest.importorskip(
     "transformers", reason="needs the extra: pip install -e '.[interop]'"
 )
 modeling_rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+modeling_qwen3_moe = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe")
 modeling_deepseek_v3 = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
 
 D, N, K, H, F, V, LAYERS = 48, 6, 2, 16, 80, 97, 2
@@ -115,6 +117,38 @@ def test_scaled_rotary_is_that_of_transformers(name):
     assert math.isclose(scaling.rotation_factor(), factor)
     latent = modeling_deepseek_v3.yarn_apply_mscale(rope, 1.0)
     assert math.isclose(scaling.latent_factor(), latent)
+
+
+ROUTERS = {
+    "groups": MoE(experts=8, top_k=3, groups=4, groups_used=2, routed_scaling=2.5),
+    "sums kept": MoE(experts=8, top_k=2, normalise=False),
+    "softmax": MoE(experts=8, top_k=2, normalise=False, scores="softmax", balancing="none"),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_are_those_of_transformers(name):
+    """DeepSeek-V3's, with negative biased scores too, and Qwen3-MoE's."""
+    config, draw = ROUTERS[name], np.random.default_rng(0)
+    x_BTD, router_DE = (np.float32(draw.normal(size=size)) for size in ((2, 50, D), (D, 8)))
+    bias_E = np.float32(draw.normal(size=8)) if config.scores == "sigmoid" else np.zeros(8)
+    sizes = {"hidden_size": D, "num_experts_per_tok": config.top_k}
+    sizes |= {"norm_topk_prob": config.normalise}
+    if config.scores == "sigmoid":
+        sizes |= {"n_group": config.groups, "topk_group": config.groups_used}
+        sizes |= {"n_routed_experts": 8, "routed_scaling_factor": config.routed_scaling}
+        module = modeling_deepseek_v3.DeepseekV3TopkRouter(transformers.DeepseekV3Config(**sizes))
+        module.e_score_correction_bias = torch.from_numpy(bias_E)
+    else:
+        theirs = transformers.Qwen3MoeConfig(num_experts=8, **sizes)
+        module = modeling_qwen3_moe.Qwen3MoeTopKRouter(theirs)
+    module.weight.data = torch.from_numpy(router_DE.T.copy())
+    _, weights, chosen = module(torch.from_numpy(x_BTD))
+    _, ours, ours_weights = route(config, x_BTD @ router_DE, bias_E)
+    found, expected = np.zeros((2, 100, 8))
+    np.put_along_axis(found, np.reshape(ours, (100, -1)), np.reshape(ours_weights, (100, -1)), 1)
+    np.put_along_axis(expected, chosen.numpy(), weights.detach().numpy(), 1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 TOKENS = np.random.default_rng(0).integers(0, V, (3, 150))

@@ -88,6 +88,7 @@ LAYERS = {
     "softmax": MoE(experts=6, top_k=3, width=F, scores="softmax", balancing="none"),
     "scaled": MoE(experts=6, top_k=2, width=F, routed_scaling=2.5, shared_experts=2),
     "one": MoE(experts=6, top_k=1, width=F, balancing="sign"),
+    "groups": MoE(experts=6, top_k=3, width=F, normalise=False, groups=3, groups_used=2),
 }
 
 
@@ -118,7 +119,9 @@ def test_the_layer_agrees_with_the_oracle(name):
         jnp.float32(np.random.default_rng(6).normal(size=(2, 7, D))),
     )
     y, aux = jax.jit(layer(config).apply)(variables, x)
-    settings = {"top_k": config.top_k, "scores": config.scores, "scaling": config.routed_scaling}
+    names = ("top_k", "scores", "normalise", "groups", "groups_used")
+    settings = {name: getattr(config, name) for name in names}
+    settings["scaling"] = config.routed_scaling
     expected, counts = reference.mixture(
         *reference.float64((x, variables["params"])),
         np.zeros(6) if bias is None else bias,
@@ -426,6 +429,10 @@ def test_the_layer_of_the_main_model_costs_its_active_parameters_on_a_tpu():
         ({"dense_width": 64}, "dense_width: is needed for dense_layers=0"),
         ({"balancing": "signn"}, "did you mean 'sign'"),
         ({"routed_scaling": 0.0}, "routed_scaling: must be positive"),
+        ({"groups": 3}, "groups: must divide experts=16 into groups of two or more, found 3"),
+        ({"groups": 16}, "groups: must divide experts=16 into groups of two or more, found 16"),
+        ({"groups_used": 2}, "groups_used: must be at most groups=1, found 2"),
+        ({"groups": 8}, "groups_used: must hold top_k=4 experts, found 1 of 2"),
     ],
 )
 def test_mixtures_that_cannot_work_are_refused(settings, message):

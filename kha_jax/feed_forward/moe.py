@@ -32,7 +32,8 @@ class MoE(FeedForward):
     float32 (DeepSeek-V3, arXiv 2412.19437).
 
     The top_k experts of s + bias are chosen; weights are their s alone, divided by their sum, times
-    routed_scaling.
+    routed_scaling. With groups they are chosen among the experts of groups_used groups, those with
+    the largest sums of their two best s + bias (DeepSeek-V3).
 
     `rms` (Su 2025), `sign` and `sign_centred` (Wang et al., arXiv 2408.15664) move the bias after
     each step (`update_bias`); `auxiliary` adds balancing_rate * E sum_e f_e P_e to the loss, f the
@@ -56,6 +57,12 @@ class MoE(FeedForward):
     """Inner width of the SwiGLU in dense_layers."""
     scores: Literal["sigmoid", "softmax"] = "sigmoid"
     """From the router's logits to s; `softmax` as in Qwen3-MoE."""
+    normalise: bool = True
+    """Whether the weights of the chosen experts are divided by their sum."""
+    groups: int = 1
+    """Groups of neighbouring experts, a divisor of E."""
+    groups_used: int = 1
+    """Groups that a token chooses its experts from."""
     routed_scaling: float = 1.0
     """Factor on the weights of the chosen experts."""
     balancing: Literal["rms", "sign", "sign_centred", "auxiliary", "none"] = "rms"
@@ -71,9 +78,16 @@ class MoE(FeedForward):
 
     def validate(self):
         self.at_least(1, "experts", "top_k", "width", "dense_width", "chunk_tokens")
+        self.at_least(1, "groups", "groups_used")
         self.at_least(0, "shared_experts", "dense_layers", "router_z_loss", "balancing_rate")
         problem = f"must be at most experts={self.experts}, found {self.top_k}"
         self.require(self.top_k <= self.experts, "top_k", problem)
+        G, used, E = self.groups, self.groups_used, self.experts
+        problem = f"must divide experts={E} into groups of two or more, found {G}"
+        self.require(G == 1 or E % G == 0 and E >= 2 * G, "groups", problem)
+        self.require(used <= G, "groups_used", f"must be at most groups={G}, found {used}")
+        problem = f"must hold top_k={self.top_k} experts, found {used} of {E // G}"
+        self.require(used * E // G >= self.top_k, "groups_used", problem)
         self.require(
             self.routed_scaling > 0,
             "routed_scaling",
@@ -158,18 +172,12 @@ class MoEModule(Module):
                 precision=jax.lax.Precision.HIGHEST,
             )
             logits_BTE = checkpoint_name(logits_BTE, ROUTER)
-            scores_BTE = nn.sigmoid(logits_BTE) if c.scores == "sigmoid" else nn.softmax(logits_BTE)
-            biased_BTE = scores_BTE
+            bias_E = 0.0
             if c.balancing in BIAS_RULES:
-                biased_BTE += self.variable(
+                bias_E = self.variable(
                     "balance", "bias", jnp.zeros, (c.experts,), jnp.float32
                 ).value
-            chosen_BTK = jax.lax.top_k(jax.lax.stop_gradient(biased_BTE), c.top_k)[1]
-            chosen_BTK = checkpoint_name(chosen_BTK, ROUTER)
-            weights_BTK = jnp.take_along_axis(scores_BTE, chosen_BTK, axis=-1)
-            weights_BTK *= c.routed_scaling / jnp.maximum(
-                jnp.sum(weights_BTK, axis=-1, keepdims=True), 1e-20
-            )
+            scores_BTE, chosen_BTK, weights_BTK = route(c, logits_BTE, bias_E)
             counts_E = jnp.sum(
                 jax.nn.one_hot(chosen_BTK, c.experts, dtype=jnp.int32), axis=(0, 1, 2)
             )
@@ -187,6 +195,32 @@ class MoEModule(Module):
         loss = router_loss(c, logits_BTE, scores_BTE, counts_E)
         aux = Aux(loss, {"bias": jax.lax.stop_gradient(counts_E)}, {})
         return constrain(y_BTD, "batch", "length", "features"), aux
+
+
+def route(
+    config: MoE, logits_BTE: jax.Array, bias_E: jax.Array | float = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The scores [B, T, E], the chosen experts [B, T, K] and their weights."""
+    scores = nn.sigmoid if config.scores == "sigmoid" else nn.softmax
+    scores_BTE = scores(logits_BTE)
+    biased_BTE = jax.lax.stop_gradient(scores_BTE + bias_E)
+    if config.groups > 1:
+        biased_BTE = within_groups(config, biased_BTE)
+    chosen_BTK = checkpoint_name(jax.lax.top_k(biased_BTE, config.top_k)[1], ROUTER)
+    weights_BTK = jnp.take_along_axis(scores_BTE, chosen_BTK, axis=-1)
+    scale = config.routed_scaling
+    if config.normalise:
+        scale /= jnp.maximum(jnp.sum(weights_BTK, axis=-1, keepdims=True), 1e-20)
+    return scores_BTE, chosen_BTK, weights_BTK * scale
+
+
+def within_groups(config: MoE, biased_BTE: jax.Array) -> jax.Array:
+    """The scores of the experts in the groups_used best groups, and -inf for all others."""
+    biased_BTGe = biased_BTE.reshape(*biased_BTE.shape[:2], config.groups, -1)
+    two_best_BTG = jnp.sum(jax.lax.top_k(biased_BTGe, 2)[0], axis=-1)
+    used_BTu = jax.lax.top_k(two_best_BTG, config.groups_used)[1]
+    used_BTG = jnp.any(jax.nn.one_hot(used_BTu, config.groups, dtype=bool), axis=-2)
+    return jnp.where(used_BTG[..., None], biased_BTGe, -jnp.inf).reshape(biased_BTE.shape)
 
 
 def router_loss(

@@ -4,6 +4,8 @@ Legend: B batch, T query position, S key position, D model width, N query heads,
 heads of a group, C latent width, H unrotated query and key width, R rotary width, U value width.
 """
 
+import functools
+
 import jax.numpy as jnp
 
 from kha_jax.attention.projections.base import Projection, ProjectionModule
@@ -44,6 +46,8 @@ class Latent(Projection):
     """Latents, g, a divisor of N; each serves N / g heads."""
     q_lora: int | None = None
     """Rank that queries go through, with an RMS norm; None: straight from x."""
+    norm_eps: float | None = None
+    """Added to the mean square in the norms of the latents; None: numerics.norm_eps."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling = choice(ROPE_SCALINGS, NoScaling())
@@ -53,6 +57,8 @@ class Latent(Projection):
         self.at_least(1, "query_heads", "head_dim", "groups")
         self.at_least(self.rope_scaling.smallest_theta, "rope_theta")
         self.at_least(1, "value_dim", "rope_dim", "kv_lora", "q_lora")
+        eps = self.norm_eps
+        self.require(eps is None or eps > 0, "norm_eps", f"must be positive, found {eps}")
         problem = f"must divide query_heads={self.query_heads}, found {self.groups}"
         self.require(self.query_heads % self.groups == 0, "groups", problem)
         problem = f"must be given where groups={self.groups} do not divide 4 * {self.head_dim}"
@@ -133,18 +139,17 @@ class LatentModule(ProjectionModule):
 
     def setup(self):
         c, D = self.config, self.width
+        norm = functools.partial(RMSNorm, numerics=self.numerics, axis="latent", eps=c.norm_eps)
         rank = {"latent": c.q_lora} if c.q_lora else {"embed": D}
         query, N = {**rank, "heads": c.query_heads}, c.query_heads // c.groups
         up = {"groups": c.groups, "latent": c.latent_width, "heads": N}
         if c.q_lora:
             self.query_down = self.weight("query_down", embed=D, latent=c.q_lora)
-            self.query_norm = RMSNorm(numerics=self.numerics, axis="latent")
+            self.query_norm = norm()
         self.query = self.weight("query", **query, head_dim=c.head_dim)
         self.query_rope = self.weight("query_rope", **query, head_dim=c.rotary_width)
         self.down = self.weight("latent_down", embed=D, groups=c.groups, latent=c.latent_width)
-        self.latent_norms = [
-            RMSNorm(numerics=self.numerics, axis="latent") for _ in range(c.groups)
-        ]
+        self.latent_norms = [norm() for _ in range(c.groups)]
         self.rotary_key = self.weight("rotary_key", embed=D, head_dim=c.rotary_width)
         self.key_up = self.weight("key_up", **up, head_dim=c.head_dim)
         self.value_up = self.weight("value_up", **up, head_dim=c.value_width)
