@@ -25,7 +25,7 @@ from kha_jax.inference.decoding import Decoder
 from kha_jax.inference.folding import fold_if_linear
 from kha_jax.inference.sampling import Sampling
 from kha_jax.inference.text import Continuation
-from kha_jax.training.run_folder import read_config
+from kha_jax.training.run_folder import read_config, read_tokenizer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder to read.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
@@ -86,7 +86,7 @@ def main() -> None:
     stops = [stop_text(stop) for stop in STOP.value]
     folder = stored.run_folder("workdir", WORKDIR.value)
     config = read_config(folder)
-    tokenizer = config.data.tokenizer()
+    tokenizer = read_tokenizer(folder, config)
     if tokenizer is None:
         raise UsageError(
             f"--workdir={WORKDIR.value}: was trained on {type(config.data).__name__}, which is "

@@ -20,7 +20,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterator, NamedTuple, Sequence
 
 import jax
 import numpy as np
@@ -162,27 +162,28 @@ def open_sources(config: RunConfig) -> tuple[data.Source, data.Source]:
     if config.evaluation.every:
         remedy = "lower config.seq_len or set config.evaluation.every=0"
         data.check_length(validation, 1, remedy)
-        count = windows_to_evaluate(config, validation)
-        if not any(validation[index]["weights"].any() for index in range(count)):
+        windows = windows_to_evaluate(config, validation)
+        if not any(validation[index]["weights"].any() for index in windows):
             raise DataError(
-                f"{validation}: no target counts in the {count} windows of an evaluation; raise "
-                "config.evaluation.batches or set config.evaluation.every=0"
+                f"{validation}: no target counts in the {len(windows)} windows of an evaluation; "
+                "raise config.evaluation.batches or set config.evaluation.every=0"
             )
     return train, validation
 
 
-def windows_to_evaluate(config: RunConfig, source: data.Source) -> int:
-    """How many windows an evaluation reads."""
-    return min(config.evaluation.batches * config.batch_size, len(source))
+def windows_to_evaluate(config: RunConfig, source: data.Source) -> Sequence[int]:
+    """Which windows an evaluation reads, the same each time."""
+    count = min(config.evaluation.batches * config.batch_size, len(source))
+    return config.data.evaluated(len(source), count)
 
 
 def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str, float]:
-    """Loss, accuracy and, for text, bits per byte over the first validation windows, as many at
-    once as in a training step's micro-batch."""
+    """Loss, accuracy and, for text, bits per byte over `windows_to_evaluate`, as many at once as
+    in a training step's micro-batch."""
     size, placement = config.batch_size // config.accumulation, sharding.batch_sharding(mesh)
-    count = windows_to_evaluate(config, source)
+    windows = windows_to_evaluate(config, source)
     rows = sharding.local_rows(mesh, size)
-    reader = data.each_once(source, batch_size=size, rows=rows, count=count)
+    reader = data.each_once(source, batch_size=size, rows=rows, windows=windows)
     sums = [step_function(state, to_device(batch, placement, size)) for batch in reader]
     total = jax.tree.map(
         lambda *parts: float(np.sum([np.asarray(part, np.float64) for part in parts])), *sums
@@ -231,8 +232,9 @@ def main() -> int:
     processes.same("config.data", texts, "give all of them the same")
     stop = Stop(config.checkpoint.grace)
     watchdog = Watchdog(config.hang_timeout, functools.partial(command_line.give_up, stacks=True))
-    if config.data.vocabulary_size() < config.model.vocabulary_size:
-        found = f"{config.data.vocabulary_size()} < {config.model.vocabulary_size}"
+    ids = config.data.vocabulary_size()
+    if ids is not None and ids < config.model.vocabulary_size:
+        found = f"{ids} < {config.model.vocabulary_size}"
         log.warning("config.model.vocabulary_size: the data uses fewer ids (%s)", found)
     data_check.warn_of_epochs(config, len(train_source))
 

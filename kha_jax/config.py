@@ -15,6 +15,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import os
 import textwrap
 import types
 import typing
@@ -59,11 +60,13 @@ def choice(
     default: "Config",
     by: str = "kind",
     like: Mapping[str, str] = types.MappingProxyType({}),
+    folder: str | None = None,
 ) -> Any:
     """A dataclass field that holds one of the configs in `choices`, selected by name under the key
     `by`. like: fields of the chosen config that are, where the command line leaves them unset, as
-    the named siblings of the choice."""
-    metadata = {"choices": choices, "by": by, "like": like}
+    the named siblings of the choice. folder: the kind that is meant where a folder stands for the
+    name, which is then its field `folder`."""
+    metadata = {"choices": choices, "by": by, "like": like, "folder": folder}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -350,6 +353,11 @@ def _choice_from_dict(
         raise ConfigError(path, f"expected fields with {by!r} among them, found {value!r}")
     values = dict(value)
     kind = values.pop(by) or kind_of(field, field.default)
+    if field.metadata["folder"] and kind not in choices and _names_folder(kind):
+        given, kind = kind, field.metadata["folder"]
+        if f"{path}.folder" in typed and values.get("folder") != given:
+            raise ConfigError(f"{path}.{by}", f"{given!r} is a folder, and {path}.folder another")
+        values["folder"] = given
     if kind not in choices:
         raise ConfigError(f"{path}.{by}", f"{kind!r} is not known; {near(kind, choices)}")
 
@@ -373,6 +381,11 @@ def _choice_from_dict(
             values[name] = config_dict.ConfigDict(_overlaid(sibling, values[name]))
     given = {name: item for name, item in values.items() if name in own and _is_set(item)}
     return from_dict(choices[kind], given, path, typed)
+
+
+def _names_folder(name: str) -> bool:
+    """Whether a name that is no kind stands for a folder, which need not be there."""
+    return "/" in name or os.path.isdir(name)
 
 
 def _overlaid(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,21 +9,23 @@ import shutil
 import stat
 import time
 
+import google_crc32c
 import numpy as np
 import pytest
 
 from kha_jax.config import ConfigError
 from kha_jax.data import TASKS, Draws, PythonSource, batches, python_source
+from kha_jax.data.python_source import open_shard, write_shard
 from kha_jax.data.tokenizers import ByteTokenizer
-from kha_jax.data.tokens import TokenWindows, write_stream
 from kha_jax.errors import DataError, StorageError
 
+BIN, CRC = "train-00000.bin", "train-00000.crc"
 DOCUMENTS = [b"first document", b"", b"second", b"the third is longer than a window of eight"]
 
 
 @pytest.fixture
 def stream(tmp_path):
-    return write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
+    return write_shard(tmp_path, "train", DOCUMENTS)
 
 
 def read(source, start=0, stop=6, rows=range(4), seed=0, shuffle=True):
@@ -42,12 +44,12 @@ def read(source, start=0, stop=6, rows=range(4), seed=0, shuffle=True):
 def test_a_whole_stream_is_left_to_its_readers_and_a_broken_one_made_again(tmp_path):
     """Two processes that tokenise at once: the slower one must not pull the files from under the
     faster."""
-    folder = write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
+    folder = write_shard(tmp_path, "train", DOCUMENTS)
     (folder / "meta.json").unlink()
-    (folder / "tokens.bin").write_bytes(b"half")
-    write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
+    (folder / BIN).write_bytes(b"half")
+    write_shard(tmp_path, "train", DOCUMENTS)
     before = {path.name: path.stat().st_ino for path in folder.iterdir()}
-    write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
+    write_shard(tmp_path, "train", DOCUMENTS)
     assert {
         path.name: path.stat().st_ino for path in folder.iterdir()
     } == before and "meta.json" in before
@@ -69,7 +71,7 @@ def test_tokens_are_found_by_content_and_never_by_what_looks_alike(tmp_path, mon
         source = config.open("train", 4, 0)
         return ByteTokenizer().decode(source.read(0, source.length))
 
-    index = tmp_path / "cache" / "python_source" / "index"
+    index = tmp_path / "cache" / "python_source-1" / "index"
     for tick, indexed in ((10**18, 0), (0, 1)):
         monkeypatch.setattr(python_source, "TICK", tick)
         for root, content in ((here, "a = 1\n"), (here, "a = 2\n"), (there, "a = 3\n")):
@@ -90,7 +92,7 @@ def test_tokens_are_found_by_content_and_never_by_what_looks_alike(tmp_path, mon
 
 
 def test_a_batch_depends_on_seed_and_step_alone(stream):
-    source = TokenWindows(stream, 4)
+    source = open_shard(stream, "train", 4)
     everything = read(source)
     for start in range(1, 6):  # also at the edge of an epoch, after four steps
         np.testing.assert_array_equal(read(source, start=start), everything[start:])
@@ -99,14 +101,14 @@ def test_a_batch_depends_on_seed_and_step_alone(stream):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_read_parts_of_one_global_batch(stream, processes):
-    source = TokenWindows(stream, 4)
+    source = open_shard(stream, "train", 4)
     parts = [read(source, rows=rows) for rows in np.split(np.arange(4), processes)]
     for step, whole in enumerate(read(source)):
         np.testing.assert_array_equal(np.concatenate([part[step] for part in parts]), whole)
 
 
 def test_every_epoch_holds_each_window_once_in_an_order_of_its_own(stream):
-    source = TokenWindows(stream, 4)
+    source = open_shard(stream, "train", 4)
     length = len(source) // 4 * 4
     assert length == len(source) == 16  # so that epochs end on batch edges here
     epochs = [np.concatenate(read(source, start=s, stop=s + 4)) for s in (0, 4)]
@@ -131,7 +133,7 @@ def test_no_draw_is_skipped_or_repeated_when_the_batch_size_changes():
 
 
 def test_unshuffled_batches_are_in_order(stream):
-    source = TokenWindows(stream, 4)
+    source = open_shard(stream, "train", 4)
     np.testing.assert_array_equal(
         np.concatenate(read(source, stop=2, shuffle=False)), [source[i]["tokens"] for i in range(8)]
     )
@@ -143,7 +145,7 @@ def test_windows_cover_the_stream_and_respect_documents(stream):
         [np.append(tokenizer.encode(text), tokenizer.end_of_document) for text in DOCUMENTS]
     )
     owner = np.repeat(np.arange(len(DOCUMENTS)), [len(text) + 1 for text in DOCUMENTS])
-    source = TokenWindows(stream, T)
+    source = open_shard(stream, "train", T)
     assert len(source) == (len(flat) - 1) // T
     for i in range(len(source)):
         example, span = source[i], slice(i * T, (i + 1) * T)
@@ -175,37 +177,30 @@ def meta(**changes):
     return rewritten("meta.json", lambda b: json.dumps({**json.loads(b), **changes}).encode())
 
 
-def later_document(stream):
-    np.save(stream / "documents.npy", np.load(stream / "documents.npy") + [0, 0, 1, 0])
-
-
 def beyond(stream):
     """An id that no tokenizer wrote, with the checksum that goes with it."""
-    path = stream / "tokens.bin"
+    path = stream / BIN
     ids = np.frombuffer(path.read_bytes(), "<u2").copy()
     ids[5] = 300
     path.write_bytes(ids.tobytes())
-    meta(sha256=hashlib.sha256(ids.tobytes()).hexdigest())(stream)
+    checksum = google_crc32c.value(ids.tobytes())
+    (stream / CRC).write_bytes(checksum.to_bytes(4, "little"))
 
 
 HARM = {
-    "reversed": (rewritten("tokens.bin", lambda b: b[::-1]), "tokens.bin"),
-    "one bit": (rewritten("tokens.bin", lambda b: bytes([b[0] ^ 1]) + b[1:]), "tokens.bin differs"),
-    "cut": (rewritten("tokens.bin", lambda b: b[:-2]), "tokens.bin holds .* meta.json says"),
-    "empty": (rewritten("tokens.bin", lambda b: b""), "tokens.bin holds 0 tokens"),
-    "beyond the vocabulary": (beyond, "tokens.bin holds id 300 at token 5, .* vocabulary of 264"),
-    "documents": (later_document, "documents.npy is not where the documents"),
-    "documents cut": (rewritten("documents.npy", lambda b: b[:-1]), "is not a token stream"),
-    "pickled": (rewritten("documents.npy", lambda b: b"\x80\x04N."), "is not a token stream"),
-    "meta is a list": (rewritten("meta.json", lambda b: b"[]"), "is not a token stream"),
-    "meta is no JSON": (rewritten("meta.json", lambda b: b"\xff\0"), "is not a token stream"),
-    "meta lacks": (rewritten("meta.json", lambda b: b"{}"), "is not a token stream"),
-    "meta of another kind": (meta(tokens="many"), "meta.json holds no usable tokens"),
-    "wider ids": (meta(dtype="uint32"), "meta.json holds no usable dtype"),
-    "another tokenizer": (
-        meta(tokenizer="bpe"),
-        "made by the tokenizer 'bpe', this run's is 'bytes",
-    ),
+    "reversed": (rewritten(BIN, lambda b: b[::-1]), f"{BIN} differs from its checksum in bytes 0"),
+    "one bit": (rewritten(BIN, lambda b: bytes([b[0] ^ 1]) + b[1:]), f"{BIN} differs"),
+    "cut": (rewritten(BIN, lambda b: b[:-2]), f"{BIN} holds .* meta.json says"),
+    "empty": (rewritten(BIN, lambda b: b""), f"{BIN} holds 0 bytes"),
+    "missing": (lambda stream: (stream / BIN).unlink(), f"{BIN} is missing"),
+    "beyond the vocabulary": (beyond, f"{BIN} holds id 300 at token 5, .* vocabulary of 264"),
+    "checksums": (rewritten(CRC, lambda b: b[::-1]), f"{BIN} differs"),
+    "checksums cut": (rewritten(CRC, lambda b: b[:-1]), f"{CRC} ends before block 0"),
+    "no checksums": (lambda stream: (stream / CRC).unlink(), f"{CRC} is missing"),
+    "meta is a list": (rewritten("meta.json", lambda b: b"[]"), "meta.json is no object"),
+    "meta is no JSON": (rewritten("meta.json", lambda b: b"\xff\0"), "meta.json cannot be read"),
+    "another end": (meta(end_of_document=7), "another tokenizer than bytes"),
+    "another tokenizer": (meta(tokenizer="bpe"), "another tokenizer than bytes"),
 }
 
 
@@ -213,15 +208,16 @@ HARM = {
 def test_a_harmed_stream_is_refused_by_name(stream, name):
     harm, message = HARM[name]
     harm(stream)
-    with pytest.raises(DataError, match=message):
-        TokenWindows(stream, 4)
+    with pytest.raises(DataError, match=message) as caught:
+        open_shard(stream, "train", 4).rows(range(16))
+    assert "remove the folder to make it again" in str(caught.value) or "meta" in message
 
 
 def test_a_stream_that_is_cut_while_it_is_read_is_an_error_and_not_a_signal(stream):
-    source = TokenWindows(stream, 4)
+    source = open_shard(stream, "train", 4)
     reader = batches(source, draws=Draws([(0, 4)]), rows=np.arange(4), seed=0, start=0, stop=6)
-    os.truncate(stream / "tokens.bin", 20)
-    with pytest.raises(DataError, match="tokens.bin ends before token"):
+    os.truncate(stream / BIN, 20)
+    with pytest.raises(DataError, match=f"{BIN} ends before (token|byte)"):
         list(reader)
 
 
@@ -235,31 +231,31 @@ def test_another_user_reads_the_tokens(tmp_path):
     """Folders have the mode that the user's umask gives to any folder."""
     before = os.umask(0o027)
     try:
-        folder = write_stream(tmp_path / "cache", "stream", DOCUMENTS, ByteTokenizer())
+        folder = write_shard(tmp_path / "cache", "train", DOCUMENTS)
     finally:
         os.umask(before)
-    modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "tokens.bin")]
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / BIN)]
     assert modes == [0o750, 0o640]
 
 
 def test_what_a_killed_tokenisation_leaves_is_removed_and_what_another_writes_is_not(tmp_path):
-    left = tmp_path / ".stream.of_one_that_is_gone"
+    left = tmp_path / ".train.of_one_that_is_gone"
 
     def documents():
         yield b"text"
         left.mkdir()
-        (left / "tokens.bin").write_bytes(b"half")
-        write_stream(tmp_path, "stream", DOCUMENTS, ByteTokenizer())
-        assert not left.exists() and len(list(tmp_path.glob(".stream.*"))) == 1
+        (left / BIN).write_bytes(b"half")
+        write_shard(tmp_path, "train", DOCUMENTS)
+        assert not left.exists() and len(list(tmp_path.glob(".train.*"))) == 1
         yield b"more"
 
-    assert TokenWindows(write_stream(tmp_path, "stream", documents(), ByteTokenizer()), 4)
-    assert not list(tmp_path.glob(".stream.*"))
+    assert open_shard(write_shard(tmp_path, "train", documents()), "train", 4)
+    assert not list(tmp_path.glob(".train.*"))
 
 
 def test_less_than_one_batch_is_refused(stream):
     with pytest.raises(DataError, match="fewer than the 4 that are needed"):
-        read(TokenWindows(stream, 40))
+        read(open_shard(stream, "train", 40))
 
 
 def test_python_source_is_real_split_text_and_is_cached(tmp_path):
@@ -270,13 +266,16 @@ def test_python_source_is_real_split_text_and_is_cached(tmp_path):
     assert "def " in ByteTokenizer().decode(train.read(0, 20000))
 
     def first(source):
-        return {bytes(source.read(s, min(200, source.length - s))) for s in source.starts}
+        tokens = source.read(0, source.length)
+        starts = np.append(0, np.flatnonzero(tokens == 256)[:-1] + 1)
+        return {bytes(tokens[s : s + 200]) for s in starts}
 
     assert len(first(train) & first(validation)) < 5  # modules may share a licence header, not more
-    written = (train.folder / "tokens.bin").stat().st_mtime_ns
+    written = (train.folder / BIN).stat().st_mtime_ns
     again = config.open("train", 64, 0)
-    assert (again.folder / "tokens.bin").stat().st_mtime_ns == written
-    assert json.loads((train.folder / "meta.json").read_text())["sha256"] == again.fingerprint
+    assert (again.folder / BIN).stat().st_mtime_ns == written
+    tokens = (train.folder / BIN).read_bytes()  # as it was before there were shards
+    assert hashlib.sha256(tokens).hexdigest() == again.fingerprint
 
 
 def solve_recall(row, asked, _):
@@ -410,7 +409,7 @@ def test_roots_add_text_and_keep_the_split(tmp_path):
         PythonSource(cache_dir=cache, roots=roots).open("train", 64, 0)
         for roots in (("stdlib",), ("stdlib", str(tmp_path / "more")))
     )
-    assert len(plain.starts) < len(more.starts) <= len(plain.starts) + 3
+    assert plain.documents < more.documents <= plain.documents + 3
     np.testing.assert_array_equal(plain.read(0, plain.length), more.read(0, plain.length))
     with pytest.raises(ConfigError, match="roots: must be stdlib, packages or folders, found 'x'"):
         PythonSource(roots=("x",))

@@ -12,8 +12,7 @@ import pytest
 from experiments.cli.command_line import UsageError, check_override
 from kha_jax import accounting
 from kha_jax.config import ConfigError, dotted, from_dict, to_dict
-from kha_jax.data.tokenizers import ByteTokenizer
-from kha_jax.data.tokens import TokenWindows, write_stream
+from kha_jax.data.python_source import open_shard, write_shard
 from kha_jax.errors import DataError
 from kha_jax.training.run_config import RunConfig
 from tests.commands import defined
@@ -99,7 +98,7 @@ def test_names_of_fields_are_known_or_refused(name, text):
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory):
     texts = [b"one document", b"", b"and another that is longer"]
-    return write_stream(tmp_path_factory.mktemp("fuzz"), "stream", texts, ByteTokenizer())
+    return write_shard(tmp_path_factory.mktemp("fuzz"), "train", texts)
 
 
 VALUES = st.recursive(
@@ -107,13 +106,13 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
-META = ("dtype", "tokens", "bytes", "documents", "sha256", "vocabulary_size", "tokenizer")
+META = ("dtype", "shards", "totals", "version", "end_of_document", "vocabulary_size", "tokenizer")
 CHANGES = st.one_of(
     st.tuples(st.just("meta"), st.dictionaries(st.sampled_from(META), VALUES, max_size=3)),
     st.tuples(st.just("meta.json"), st.one_of(st.binary(max_size=40), VALUES)),
-    st.tuples(st.sampled_from(["tokens.bin", "documents.npy"]), st.binary(max_size=200)),
+    st.tuples(st.sampled_from(["train-00000.bin", "train-00000.crc"]), st.binary(max_size=200)),
     st.tuples(
-        st.sampled_from(["meta.json", "tokens.bin", "documents.npy"]),
+        st.sampled_from(["meta.json", "train-00000.bin", "train-00000.crc"]),
         st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), min_size=1, max_size=4),
     ),
 )
@@ -137,13 +136,13 @@ def changed(content, change):
 def test_a_changed_stream_is_refused_or_reads_as_before(stream, change, seq_len):
     name, what = change
     path = stream / ("meta.json" if name == "meta" else name)
-    before, whole = path.read_bytes(), TokenWindows(stream, seq_len)
+    before, whole = path.read_bytes(), open_shard(stream, "train", seq_len)
     expected = [whole[i] for i in range(len(whole))]
     if name == "meta":
         what = {**json.loads(before), **what}
     try:
         path.write_bytes(changed(before, what))
-        source = TokenWindows(stream, seq_len)
+        source = open_shard(stream, "train", seq_len)
         for i, example in enumerate(expected):
             for key, value in source[i].items():
                 np.testing.assert_array_equal(value, example[key])

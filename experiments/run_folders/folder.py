@@ -4,6 +4,8 @@
 for each change that was allowed: hashes of the config, the data, the validation data and the
 tokenizer, the batch size, the step from which they hold, and the changed fields with both values.
 `registered.json` says which modules registered kinds of one's own, where there are any.
+`tokenizer_ids.json`, and `tokenizer.json` where it is not bytes, are the tokenizer of a run on
+text.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ from experiments.run_folders import grace
 from experiments.run_folders.identity import COMPUTED, changed
 from kha_jax import __version__
 from kha_jax.config import dotted, near, to_dict
-from kha_jax.data import Draws, Source, batch_hash
+from kha_jax.data import Draws, Source, batch_hash, tokenizers
 from kha_jax.errors import CheckpointError, DataError
 from kha_jax.hardware import chips
 from kha_jax.runs.checkpoint import Checkpoints, state_bytes
@@ -279,6 +281,8 @@ class RunFolder:
             return
         try:
             write_registrations(self.path, self.before, self.config)
+            if (tokenizer := self.config.data.tokenizer()) is not None:
+                tokenizers.keep(self.path, tokenizer)
             write_config(self.path, self.config, lambda: self._record(step))
             write_registrations(self.path, self.config)
         except OSError as error:

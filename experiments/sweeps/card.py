@@ -13,12 +13,13 @@ from experiments.run_folders.folder import use_compilation_cache
 from experiments.train_loop.progress import clock
 from kha_jax.accounting import account, cache_bytes
 from kha_jax.analysis.reading import saved_steps
-from kha_jax.config import to_dict
+from kha_jax.config import ConfigError, to_dict
 from kha_jax.errors import CheckpointError, DataError, StorageError
 from kha_jax.metrics import column
 from kha_jax.runs.manifest import folder_name, read_manifest
 from kha_jax.spikes import SPIKING, find_spikes, spike_score
 from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import read_tokenizer
 
 WRITES = 100_000_000  # parameters of the largest model that a CPU writes with in seconds
 PROMPT, WRITTEN = 48, 96  # tokens
@@ -118,18 +119,19 @@ def _came_to(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, str]:
 def samples(folder: Path, config: RunConfig) -> Iterator[str]:
     """How the newest checkpoint goes on with text that it was not trained on: what is likeliest,
     and a draw; nothing where that would take long or is not possible."""
-    tokenizer, small = config.data.tokenizer(), account(config.model, 1).parameters <= WRITES
-    if tokenizer is None or not small or not saved_steps(folder):
+    if account(config.model, 1).parameters > WRITES or not saved_steps(folder):
         return
     from kha_jax.inference.decoding import Decoder
     from kha_jax.inference.folding import fold_if_linear
     from kha_jax.inference.sampling import Sampling
 
     try:
+        if (tokenizer := read_tokenizer(folder, config)) is None:
+            return
         source = config.data.open("validation", config.seq_len, config.seed)
         prompt = source[0]["tokens"][: min(PROMPT, config.seq_len // 2)].tolist()
         _, step, variables = stored.read_run(str(folder))
-    except (DataError, StorageError, UsageError) as error:
+    except (ConfigError, DataError, StorageError, UsageError) as error:
         log.info("no samples: %s", error)
         return
     use_compilation_cache()

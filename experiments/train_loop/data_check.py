@@ -18,7 +18,7 @@ def check_vocabulary(config: RunConfig, arguments: Sequence[str]) -> None:
     ids, there = config.model.vocabulary_size, config.data.vocabulary_size()
     tokens = config.steps * config.tokens_per_step
     typed = any(argument.lstrip("-").startswith("config.data.") for argument in arguments)
-    if typed or tokens <= LARGE or ids <= MANY * there:
+    if typed or tokens <= LARGE or there is None or ids <= MANY * there:
         return
     source = f"config.data.source={to_dict(config)['data']['source']}"
     raise ConfigError(

@@ -10,9 +10,11 @@ from kha_jax.data.loader import (
     batches,
     check_length,
     each_once,
+    rows_of,
     window_order,
 )
 from kha_jax.data.python_source import PythonSource
+from kha_jax.data.shards import Shards
 from kha_jax.data.synthetic import (
     CompositionalRecall,
     KHopInduction,
@@ -30,7 +32,7 @@ TASKS = {
     "needle": NeedleRetrieval,
     "relational_graph": RelationalGraph,
 }
-SOURCES = {"python_source": PythonSource, **TASKS}
+SOURCES = {"python_source": PythonSource, "shards": Shards, **TASKS}
 
 __all__ = [
     "SOURCES",
@@ -45,10 +47,12 @@ __all__ = [
     "PythonSource",
     "RelationalGraph",
     "SelectiveCopy",
+    "Shards",
     "Source",
     "batch_hash",
     "batches",
     "check_length",
     "each_once",
+    "rows_of",
     "window_order",
 ]

@@ -4,7 +4,7 @@ Legend: B batch, T position.
 """
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Protocol
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Protocol, Sequence
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from kha_jax.config import Config
 from kha_jax.errors import DataError
 
 if TYPE_CHECKING:  # seconds and memory, which who wants configs or tokenizers alone does not pay
-    import grain
     import jax
 
 Example = dict[str, np.ndarray]
@@ -23,7 +22,8 @@ class Source(Protocol):
     (float32), all [T].
 
     bytes_per_token: mean bytes of text behind one token, None where there is no text. fingerprint:
-    a hash of the content.
+    a hash of the content. A source may also have `rows(indices)`, which gives the examples of
+    several indices at once, each array [B, T], in arrays of its own.
     """
 
     bytes_per_token: float | None
@@ -37,8 +37,8 @@ class Source(Protocol):
 class DataConfig(Config):
     """Base of the configs of sources."""
 
-    def vocabulary_size(self) -> int:
-        """Ids are below this."""
+    def vocabulary_size(self) -> int | None:
+        """Ids are below this; None where the data that would tell are not there."""
         raise NotImplementedError
 
     def minimum_seq_len(self) -> int:
@@ -53,14 +53,39 @@ class DataConfig(Config):
         """The examples of the `train` or `validation` split."""
         raise NotImplementedError
 
+    def evaluated(self, length: int, count: int) -> Sequence[int]:
+        """Which `count` of the `length` windows of the validation split an evaluation reads."""
+        del length
+        return range(count)
 
-def window_order(length: int, seed: int, shuffle: bool = True) -> "grain.MapDataset":
+
+class WindowOrder:
     """Which example comes when: an endless sequence of epochs over `length` of them, each in an
-    order of its own."""
-    import grain
+    order of its own. order[draw] is its number.
 
-    order = grain.MapDataset.range(length).seed(seed)
-    return (order.shuffle() if shuffle else order).repeat()
+    It is that of grain.MapDataset.range(length).seed(seed).shuffle().repeat(), without a walk
+    through its layers for each draw.
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool = True):
+        self.length, self.shuffle = length, shuffle
+        # as Grain derives the seed of a `shuffle` that is one step after `seed`
+        self.seed = int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint32)[0])
+
+    def __getitem__(self, draw: int) -> int:
+        # nearly a second, which whoever wants configs alone does not pay
+        from grain.experimental import index_shuffle
+
+        epoch, index = divmod(draw, self.length)
+        if not self.shuffle:
+            return index
+        seed = (self.seed + epoch) % 2**32
+        return index_shuffle(index, max_index=self.length - 1, seed=seed, rounds=4)
+
+
+def window_order(length: int, seed: int, shuffle: bool = True) -> WindowOrder:
+    """See WindowOrder."""
+    return WindowOrder(length, seed, shuffle)
 
 
 class Draws:
@@ -93,9 +118,11 @@ def check_length(source: Source, at_least: int, remedy: str) -> None:
         )
 
 
-def stacked(examples: Iterable[Example]) -> Example:
-    """A batch of examples, in writable arrays of its own."""
-    rows = list(examples)
+def rows_of(source: Source, indices: Sequence[int]) -> Example:
+    """The examples of these indices, each array [B, T], in writable arrays of its own."""
+    if hasattr(source, "rows"):
+        return source.rows(indices)
+    rows = [source[index] for index in indices]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -131,31 +158,34 @@ def batches(
     import grain
 
     def batch(step: int) -> Example:
-        return stacked(source[order[draws(step)[row]]] for row in rows)
+        drawn = draws(step)
+        return rows_of(source, [order[drawn[row]] for row in rows.tolist()])
 
     steps = grain.MapDataset.range(start, stop).map(batch)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
 def each_once(
-    source: Source, *, batch_size: int, rows: np.ndarray, count: int
+    source: Source, *, batch_size: int, rows: np.ndarray, windows: Sequence[int]
 ) -> Iterator[Example]:
-    """Yields the given rows of batches that hold the first `count` examples, in order. The last
+    """Yields the given rows of batches that hold the examples of these numbers, in order. The last
     batch is filled up with examples whose weights are zero."""
-    for first in range(0, count, batch_size):
-        numbers = first + np.asarray(rows)
-        batch = stacked(source[min(number, count - 1)] for number in numbers)
-        batch["weights"] = batch["weights"] * (numbers < count)[:, None].astype(np.float32)
+    windows = np.asarray(windows)
+    for first in range(0, len(windows), batch_size):
+        places = first + np.asarray(rows)
+        batch = rows_of(source, windows[np.minimum(places, len(windows) - 1)])
+        there = (places < len(windows))[:, None]
+        batch["weights"] = batch["weights"] * there.astype(np.float32)
         yield batch
 
 
 def batch_hash(source: Source, *, draws: Draws, seed: int, step: int) -> str:
     """Of the content of a global batch, so that a resumed run can tell that it goes on with it."""
     order, digest = window_order(len(source), seed), hashlib.sha256()
-    for draw in draws(step):
-        example = source[order[draw]]
-        for name in sorted(example):
-            digest.update(example[name].tobytes())
+    batch = rows_of(source, [order[draw] for draw in draws(step)])
+    for row in range(len(batch["tokens"])):
+        for name in sorted(batch):
+            digest.update(batch[name][row].tobytes())
     return digest.hexdigest()
 
 

@@ -7,17 +7,20 @@ import json
 import logging
 import os
 import re
+import shutil
 import stat
 import sysconfig
 import time
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 
+from kha_jax.data import tokenizers
 from kha_jax.data.loader import DataConfig
+from kha_jax.data.shard_files import META, VERSION, ShardWriter, read_meta, write_meta
+from kha_jax.data.shards import TokenWindows
 from kha_jax.data.tokenizers import ByteTokenizer
-from kha_jax.data.tokens import NAMED, TokenWindows, write_stream
-from kha_jax.errors import DataError
-from kha_jax.storage import as_written, cache_folder, open_regular, write_json
+from kha_jax.errors import DataError, StorageError
+from kha_jax.storage import as_written, being_built, cache_folder, open_regular, write_json
 
 LEFT_OUT = {
     "site-packages",
@@ -32,6 +35,7 @@ LEFT_OUT = {
 Module = tuple[str, Path, os.stat_result]
 TICK = 2 * 10**9  # nanoseconds between two times that every file system tells apart
 LARGEST_MODULE = 2**28  # bytes
+NAMED = 16  # characters of the hash that a folder's name has
 SHOWN = 8  # folders that are left out, in the log
 log = logging.getLogger("kha_jax")
 INSTALLED = {"stdlib": "stdlib", "packages": "purelib"}  # root -> sysconfig's name of its folder
@@ -103,6 +107,63 @@ def _settled(modules: Sequence[Module]) -> bool:
     return max(of.st_ctime_ns for _, _, of in modules) < time.time_ns() - TICK
 
 
+def write_shard(base: Path, split: str, documents: Iterable[bytes]) -> Path:
+    """Tokenises documents into a folder of one shard below `base`, which appears complete or not at
+    all, and is called after its tokens: SPLIT-HASH. One that is complete is left as it is.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    tokenizer = ByteTokenizer()
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        with being_built(base, split) as temporary:
+            with ShardWriter(temporary, split, 0, tokenizer) as writer:
+                for text in documents:
+                    writer.add(tokenizer.encode(text), len(text))
+                shard = writer.finish()
+            write_meta(temporary, tokenizer, {split: [shard]})
+            folder = base / f"{split}-{shard.sha256[:NAMED]}"
+            _put_in_place(temporary, folder)
+    except (OSError, StorageError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"{base} cannot be written: {why}; name another place with KHA_JAX_CACHE or "
+            "config.data.cache_dir"
+        ) from None
+    return folder
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:  # what another process has made in the meantime stays: it may be reading it
+        if not (folder / META).exists():
+            shutil.rmtree(folder)
+            temporary.rename(folder)
+
+
+def open_shard(folder: Path, split: str, seq_len: int) -> TokenWindows:
+    """Windows of what `write_shard` has written.
+
+    Its identity is the hash of its tokens, and the tokens after the last whole window are left out:
+    both are as before there were shards, and runs that were published go by them.
+
+    Raises:
+        DataError: the folder holds something else than its name says.
+    """
+    meta, remedy = read_meta(folder), "remove the folder to make it again"
+    shards = meta.shards[split]
+    sha256 = shards[0].sha256 if len(shards) == 1 else ""
+    if folder.name != f"{split}-{sha256[:NAMED]}":
+        raise DataError(f"{folder} holds other tokens than its name says; {remedy}")
+    if meta.about != tokenizers.about(ByteTokenizer()):
+        raise DataError(f"{folder} was written with another tokenizer than bytes; {remedy}")
+    source = TokenWindows(folder, meta, split, seq_len, tail=False, remedy=remedy)
+    source.fingerprint = sha256
+    return source
+
+
 class PythonSource(DataConfig):
     """One document a module, as bytes.
 
@@ -157,10 +218,10 @@ class PythonSource(DataConfig):
                 "interpreter that ships its source"
             )
         base = as_written(self.cache_dir) if self.cache_dir else cache_folder("data")
-        base = base / "python_source"
+        base = base / f"python_source-{VERSION}"
         entry = base / "index" / f"{self._listing(split, modules)}.json"
         folder = base / _indexed(entry, split)
-        if not os.path.exists(folder / "meta.json"):  # Path.exists raises in another user's folder
+        if not os.path.exists(folder / META):  # Path.exists raises in another user's folder
             held_out = split == "validation"
             chosen = [p for name, p, _ in modules if self._is_held_out(name) == held_out]
             if not chosen:
@@ -170,13 +231,10 @@ class PythonSource(DataConfig):
                 )
             settled = _settled(modules)
             texts = map(_read, chosen)
-            folder = write_stream(base, split, texts, self.tokenizer())
+            folder = write_shard(base, split, texts)
             if settled:
                 _add_to_index(entry, folder)
-        source = TokenWindows(folder, seq_len, self.tokenizer().fingerprint)
-        if folder.name != f"{split}-{source.fingerprint[:NAMED]}":
-            raise DataError(f"{folder} holds other tokens than its name says; remove the folder")
-        return source
+        return open_shard(folder, split, seq_len)
 
     def _listing(self, split: str, modules: Sequence[Module]) -> str:
         """A hash of what says, short of reading all of them, that the modules are the same. A file

@@ -303,7 +303,7 @@ def _problems(values: Mapping[str, Any]) -> Iterator[str]:
         if name not in values or not fits:
             yield f"holds no usable {name}"
     size = values["vocabulary_size"]
-    if not 0 < size <= 2**32 or values.get("dtype") != id_type(size).name:
+    if not 0 < size <= 2**31 or values.get("dtype") != id_type(size).name:
         yield f"holds no usable dtype: {values.get('dtype')!r} for a vocabulary of {size}"
     end, begin = values["end_of_document"], values["begin_of_document"]
     if not (end < size and (begin is None or begin < size) and begin != end):

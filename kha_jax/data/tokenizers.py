@@ -328,6 +328,20 @@ def write_file(folder: Path, tokenizer: Tokenizer) -> None:
             os.fsync(file.fileno())
 
 
+def read_file(folder: Path) -> bytes | None:
+    """The content of the tokenizer.json of a folder; None where there is none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return _read(folder / FILE)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{folder / FILE} cannot be read: {error.strerror}") from None
+
+
 def keep(folder: Path, tokenizer: Tokenizer) -> None:
     """Writes a tokenizer into a run folder, so that the run can be read where its data are not:
     its tokenizer.json, then what `about` says. One of another class than those here is not kept.
@@ -351,9 +365,8 @@ def read_kept(folder: Path) -> Tokenizer | None:
         usable = isinstance(said, dict) and set(said) == set(ABOUT)
         if not usable or not all(isinstance(said[name], kind) for name, kind in ABOUT.items()):
             raise ValueError("holds other fields")
-        content = _read(folder / FILE) if os.path.exists(folder / FILE) else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{folder / IDS} is damaged ({error}); put back that of the run") from None
-    return kept(content, said, folder)
+    return kept(read_file(folder), said, folder)

@@ -160,8 +160,8 @@ class RunConfig(Config):
     """The transformer."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """From gradients to weights."""
-    data: DataConfig = choice(data.SOURCES, data.PythonSource(), by="source")
-    """Where rows of tokens come from."""
+    data: DataConfig = choice(data.SOURCES, data.PythonSource(), by="source", folder="shards")
+    """Where rows of tokens come from; a folder of shards may stand for the source."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """When the validation loss is computed, and on how much."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -180,7 +180,7 @@ class RunConfig(Config):
         self.require(self.batch_size % self.accumulation == 0, "accumulation", problem)
         needed, have = self.data.vocabulary_size(), self.model.vocabulary_size
         problem = f"must be at least the data's {needed}, found {have}"
-        self.require(have >= needed, "model.vocabulary_size", problem)
+        self.require(needed is None or have >= needed, "model.vocabulary_size", problem)
         tokens = self.tokens_per_step
         for experts in (part.feed_forward.router_width() for part in self.model.segments()):
             problem = f"times seq_len={self.seq_len} and {experts} experts must be below 2^31"

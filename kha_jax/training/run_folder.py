@@ -20,6 +20,7 @@ import jax
 from jax.sharding import Mesh
 
 from kha_jax.config import Config, choices_in, departures, dotted, from_dict, to_dict
+from kha_jax.data import tokenizers
 from kha_jax.errors import DataError, RunError
 from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.runs import faults
@@ -35,6 +36,7 @@ FREE = (
     "max_nonfinite_steps",
     "hang_timeout",
     "data.cache_dir",
+    "data.folder",  # identity is the fingerprint of what it holds
     "model.attention.kernel",
 )
 IDENTITY = ("config", "data", "validation", "tokenizer")
@@ -64,7 +66,7 @@ def load(folder: str | os.PathLike, step: int | None = None) -> tuple[Any, dict[
         CheckpointError: the checkpoint is damaged.
     """
     run = read_run(Path(folder), step)
-    return run.config.model, run.variables, run.config.data.tokenizer()
+    return run.config.model, run.variables, read_tokenizer(Path(folder), run.config)
 
 
 def read_run(folder: Path, step: int | None = None, mesh: Mesh | None = None) -> StoredRun:
@@ -280,6 +282,17 @@ def _learnt(config: RunConfig) -> dict[str, Any]:
 def _hash(fields: dict[str, Any]) -> str:
     named = {old_name(k): v for k, v in fields.items()}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def read_tokenizer(folder: Path, config: RunConfig) -> Any | None:
+    """Between text and ids of a run: the one that its folder keeps, so that its data need not be
+    there; folders of before have none, and it is that of the data. None where there is no text.
+
+    Raises:
+        DataError: the tokenizer is damaged, or is not that of the run.
+        ConfigError: it needs a package that is not installed.
+    """
+    return tokenizers.read_kept(folder) or config.data.tokenizer()
 
 
 def tokenizer_hash(config: RunConfig) -> str:

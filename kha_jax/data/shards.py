@@ -1,0 +1,163 @@
+"""Token shards as a source: what `prepare_data` has written, cut into windows.
+
+Legend: B batch, T position.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from kha_jax.data import tokenizers
+from kha_jax.data.loader import DataConfig, Example
+from kha_jax.data.shard_files import Meta, read_meta
+from kha_jax.data.shard_reader import REMEDY, ShardReader
+from kha_jax.data.tokenizers import Tokenizer
+from kha_jax.errors import DataError
+from kha_jax.storage import as_written
+
+
+class TokenWindows:
+    """Fixed-length windows over the tokens of a split; a `loader.Source`.
+
+    Window i reads tokens [i T, (i + 1) T]. Its documents get segment ids 0, 1, ... in order,
+    positions restart in each, and the end of a document, whose successor belongs to another one,
+    has weight 0. All of that comes from the end's id in the window alone. The last window is filled
+    up with ends.
+
+    Args:
+        folder: of the shards.
+        meta: what its meta.json says.
+        split: `train` or `validation`.
+        seq_len: T.
+        tail: False leaves out the last window where tokens are missing in it.
+        remedy: what helps when a file is harmed.
+
+    Raises:
+        DataError: when it is opened: a shard is missing, or of another size. When it is read: one
+            was cut or changed, or holds an id beyond the vocabulary.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        meta: Meta,
+        split: str,
+        seq_len: int,
+        *,
+        tail: bool = True,
+        remedy: str = REMEDY,
+    ):
+        self.folder, self.meta, self.split, self.seq_len = folder, meta, split, seq_len
+        self.reader = ShardReader(folder, split, meta, remedy)
+        self.length, self.documents = self.reader.length, meta.total(split, "documents")
+        self.windows = -(-self.length // seq_len) if tail else max(0, (self.length - 1) // seq_len)
+        self.fingerprint = meta.fingerprint(split)
+        self.bytes_per_token = meta.total(split, "bytes") / self.length if self.length else None
+
+    def __str__(self):
+        return str(self.folder)
+
+    def __len__(self) -> int:
+        return self.windows
+
+    def __getitem__(self, index: int) -> Example:
+        return {name: rows[0] for name, rows in self.rows([index]).items()}
+
+    def rows(self, indices) -> Example:
+        """The windows of these numbers, each array [B, T].
+
+        Raises:
+            DataError: see the class.
+        """
+        T, end = self.seq_len, self.meta.about["end_of_document"]
+        begins = np.asarray(indices, np.int64) * T
+        shape = len(begins), T + 1
+        if begins.max(initial=0) + T + 1 > self.length:
+            row_BT = np.full(shape, end, self.reader.dtype)
+        else:
+            row_BT = np.empty(shape, self.reader.dtype)
+        self.reader.read_into(begins, row_BT)
+        return {
+            "tokens": row_BT[:, :-1].astype(np.int32),
+            "targets": row_BT[:, 1:].astype(np.int32),
+            **_documents(row_BT[:, :-1] == end),
+        }
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        """Tokens [begin, begin + count) of the stream.
+
+        Raises:
+            DataError: see the class.
+        """
+        out = np.empty((1, min(count, self.length - begin)), self.reader.dtype)
+        self.reader.read_into(np.array([begin]), out)
+        return out[0]
+
+
+def _documents(ends_BT: np.ndarray) -> Example:
+    """Positions, segment ids and weights of windows in which documents end at these places."""
+    B, T = ends_BT.shape
+    begins_BT = np.empty((B, T), bool)
+    begins_BT[:, 0], begins_BT[:, 1:] = True, ends_BT[:, :-1]
+    begins = np.flatnonzero(begins_BT)
+    lengths = np.diff(begins, append=B * T)
+    firsts = np.searchsorted(begins, np.arange(B) * T)  # the first document of each row
+    segments = np.arange(len(begins)) - firsts[begins // T]
+    place = np.arange(B * T, dtype=np.int32) - np.repeat(begins.astype(np.int32), lengths)
+    return {
+        "positions": place.reshape(B, T),
+        "segment_ids": np.repeat(segments.astype(np.int32), lengths).reshape(B, T),
+        "weights": (~ends_BT).astype(np.float32),
+    }
+
+
+class Shards(DataConfig):
+    """Text of your own, as `experiments.prepare_data` has written it; docs/data.md.
+
+    The config is valid where its folder is not, as when a checkpoint is read on another machine:
+    what the folder decides is checked where it is there, and when it is opened.
+    """
+
+    folder: str = ""
+    """Folder of the shards; `--config.data.source=FOLDER` sets it and the source."""
+
+    def validate(self):
+        problem = "names no folder; write --config.data.source=FOLDER, with what prepare_data wrote"
+        self.require(bool(self.folder.strip()), "folder", problem)
+
+    def path(self) -> Path:
+        """Of the folder."""
+        return as_written(self.folder)
+
+    def vocabulary_size(self) -> int | None:
+        try:
+            return read_meta(self.path()).vocabulary_size
+        except DataError:  # it is not there, or opening it says what is wrong
+            return None
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises DataError, ConfigError: see `tokenizers.kept`."""
+        return self._tokenizer(read_meta(self.path()))
+
+    def _tokenizer(self, meta: Meta) -> Tokenizer:
+        return tokenizers.kept(tokenizers.read_file(self.path()), meta.about, self.path())
+
+    def evaluated(self, length: int, count: int) -> np.ndarray:
+        """Windows from all over the split, the same each time: shards are not shuffled."""
+        return np.arange(count) * length // count
+
+    def open(self, split: str, seq_len: int, seed: int) -> TokenWindows:
+        """Windows of a split. The seed has no part in real text.
+
+        Raises:
+            DataError: the folder holds no shards, or not those that its meta.json says; the
+                tokenizer beside them is not theirs, or tokenises otherwise.
+            ConfigError: the package `tokenizers` is not installed.
+        """
+        del seed
+        meta = read_meta(self.path())
+        self._tokenizer(meta)
+        source = TokenWindows(self.path(), meta, split, seq_len)
+        if not source.length:
+            raise DataError(f"{self.path()} holds no tokens of {split}; prepare more data")
+        return source
