@@ -3,8 +3,10 @@
 Legend: B batch, T position.
 """
 
+import collections
 import hashlib
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Protocol, Sequence
+from concurrent import futures
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Protocol, Sequence
 
 import numpy as np
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:  # seconds and memory, which who wants configs or tokenizers a
     import jax
 
 Example = dict[str, np.ndarray]
+AHEAD = 2  # batches that are made before they are asked for
 
 
 class Source(Protocol):
@@ -155,14 +158,27 @@ def batches(
     check_length(source, len(draws(start)), "lower batch_size or seq_len")
     order = window_order(len(source), seed, shuffle)
 
-    import grain
-
     def batch(step: int) -> Example:
         drawn = draws(step)
         return rows_of(source, [order[drawn[row]] for row in rows.tolist()])
 
-    steps = grain.MapDataset.range(start, stop).map(batch)
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    return _ahead(batch, range(start, stop))
+
+
+def _ahead(make: Callable[[int], Example], steps: Iterable[int]) -> Iterator[Example]:
+    """What is made of each step, by a thread that is AHEAD of whoever asks."""
+    with futures.ThreadPoolExecutor(1, "data") as thread:
+        made: collections.deque[futures.Future] = collections.deque()
+        try:
+            for step in steps:
+                made.append(thread.submit(make, step))
+                if len(made) > AHEAD:
+                    yield made.popleft().result()
+            while made:
+                yield made.popleft().result()
+        finally:
+            for one in made:
+                one.cancel()
 
 
 def each_once(

@@ -96,15 +96,15 @@ class ShardReader:
         Raises:
             DataError: a file is cut, missing or changed, or holds an id beyond the vocabulary.
         """
-        first = np.searchsorted(self.ends, begins, side="right")
+        count, first = out.shape[1], np.searchsorted(self.ends, begins, side="right")
         for begin, number, row in zip(begins.tolist(), first.tolist(), out):
-            left = row
-            while len(left) and number < len(self.names):
-                at = begin + len(row) - len(left) - self.starts[number]
-                some = left[: self.tokens[number] - at]
-                if len(some):
-                    self._read(number, at, some)
-                left, number = left[len(some) :], number + 1
+            done = 0
+            while done < count and number < len(self.names):
+                at = begin + done - self.starts[number]
+                size = min(count - done, self.tokens[number] - at)
+                if size:
+                    self._read(number, at, row if size == count else row[done : done + size])
+                done, number = done + size, number + 1
         if out.size and out.max() >= self.meta.vocabulary_size:
             self._name_id(begins, out)
 

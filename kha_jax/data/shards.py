@@ -97,10 +97,10 @@ class TokenWindows:
 def _documents(ends_BT: np.ndarray) -> Example:
     """Positions, segment ids and weights of windows in which documents end at these places."""
     B, T = ends_BT.shape
-    begins_BT = np.empty((B, T), bool)
-    begins_BT[:, 0], begins_BT[:, 1:] = True, ends_BT[:, :-1]
-    begins = np.flatnonzero(begins_BT)
-    lengths = np.diff(begins, append=B * T)
+    marks = np.ones(B * T + 1, bool)  # where one begins, and where the last one has ended
+    marks[:-1].reshape(B, T)[:, 1:] = ends_BT[:, :-1]
+    places = np.flatnonzero(marks)
+    begins, lengths = places[:-1], np.diff(places)
     firsts = np.searchsorted(begins, np.arange(B) * T)  # the first document of each row
     segments = np.arange(len(begins)) - firsts[begins // T]
     place = np.arange(B * T, dtype=np.int32) - np.repeat(begins.astype(np.int32), lengths)
