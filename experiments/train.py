@@ -153,11 +153,14 @@ def open_sources(config: RunConfig) -> tuple[data.Source, data.Source]:
     """The train and validation split.
 
     Raises:
+        ConfigError: the model has too few ids for them.
         DataError: one of them cannot be read, or holds too little for the run.
     """
     train, validation = (
         config.data.open(split, config.seq_len, config.seed) for split in ("train", "validation")
     )
+    with under("config"):
+        config.validate()  # now that the vocabulary of data in a bucket is known
     data.check_length(train, config.batch_size, "lower config.batch_size or config.seq_len")
     if config.evaluation.every:
         remedy = "lower config.seq_len or set config.evaluation.every=0"

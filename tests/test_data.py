@@ -195,7 +195,7 @@ HARM = {
     "missing": (lambda stream: (stream / BIN).unlink(), f"{BIN} is missing"),
     "beyond the vocabulary": (beyond, f"{BIN} holds id 300 at token 5, .* vocabulary of 264"),
     "checksums": (rewritten(CRC, lambda b: b[::-1]), f"{BIN} differs"),
-    "checksums cut": (rewritten(CRC, lambda b: b[:-1]), f"{CRC} ends before block 0"),
+    "checksums cut": (rewritten(CRC, lambda b: b[:-1]), f"{CRC} is cut"),
     "no checksums": (lambda stream: (stream / CRC).unlink(), f"{CRC} is missing"),
     "meta is a list": (rewritten("meta.json", lambda b: b"[]"), "meta.json is no object"),
     "meta is no JSON": (rewritten("meta.json", lambda b: b"\xff\0"), "meta.json cannot be read"),

@@ -2,14 +2,32 @@
 
 import hashlib
 import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from kha_jax.data import shard_files
+from kha_jax.config import ConfigError, from_dict, to_dict
+from kha_jax.data import Draws, Shards, batch_hash, batches, shard_files, shard_reader, window_order
 from kha_jax.data.shard_files import ShardWriter, read_meta, verify, write_meta
-from kha_jax.data.tokenizers import ByteTokenizer
+from kha_jax.data.shards import TokenWindows
+from kha_jax.data.tokenizers import ByteTokenizer, JsonTokenizer
 from kha_jax.errors import DataError, StorageError
+from kha_jax.storage import Objects
+from kha_jax.training.run_config import RunConfig
+from tests.test_tokenizers import trained
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Thousands of small files need not be on disk."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 class Numbers(ByteTokenizer):
@@ -21,7 +39,7 @@ class Numbers(ByteTokenizer):
         self.vocabulary_size, self.begin_of_document, self.end_of_document = size, begin, size - 1
 
     def encode(self, text):
-        return np.frombuffer(text, np.uint8) % (self.vocabulary_size - 2)
+        return np.frombuffer(text, np.uint8).astype(np.int64) % (self.vocabulary_size - 2)
 
 
 def documents(count, size, seed=0):
@@ -62,8 +80,6 @@ def test_a_shard_is_the_same_however_documents_come(tmp_path, size, begin):
 
 
 def test_each_block_has_its_checksum(tmp_path):
-    import google_crc32c
-
     ids = np.arange(3 * shard_files.BLOCK // 4, dtype=np.uint32) % 2**17
     with ShardWriter(tmp_path, "train", 0, Numbers(2**18)) as writer:
         for part in np.array_split(ids, 7):
@@ -186,3 +202,257 @@ def test_verify_names_the_shard_that_differs(folder):
     path.unlink()
     with pytest.raises(DataError, match="train-00002.bin cannot be read: No such file"):
         verify(folder)
+
+
+def written(folder, tokenizer, splits):
+    """Shards of documents: of each split, of each shard, texts or ids."""
+    shards = {}
+    for split, parts in splits.items():
+        shards[split] = []
+        for number, texts in enumerate(parts):
+            with ShardWriter(folder, split, number, tokenizer) as writer:
+                for text in texts:
+                    ids = tokenizer.encode(text) if isinstance(text, bytes) else np.array(text)
+                    writer.add(ids, len(text))
+                shards[split].append(writer.finish())
+    return write_meta(folder, tokenizer, shards)
+
+
+def read(source, batch_size, rows, start, stop):
+    draws = Draws([(0, batch_size)])
+    return batches(source, draws=draws, rows=rows, seed=3, start=start, stop=stop)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_in_an_epoch_every_token_is_read_once(data):
+    """Over any shards, also empty ones and such as are smaller than a window: each token is an
+    input once, and each that does not begin a document is a target of weight 1 once, on however
+    many processes and wherever the run was resumed. What a window says of documents is what the
+    documents were."""
+    size = data.draw(st.sampled_from([50, 2**17]))
+    begin = data.draw(st.sampled_from([None, size - 2]))
+    tokenizer = Numbers(size, begin)
+    lengths = data.draw(st.lists(st.lists(st.integers(0, 12), max_size=4), min_size=1, max_size=5))
+    T, batch_size = data.draw(st.integers(1, 20)), data.draw(st.sampled_from([1, 2, 4]))
+    processes = data.draw(st.sampled_from([n for n in (1, 2, 4) if batch_size % n == 0]))
+    random = np.random.default_rng(0)
+    parts = [[random.integers(0, size - 3, n).tolist() for n in some] for some in lengths]
+    with tempfile.TemporaryDirectory() as folder:
+        meta = written(Path(folder), tokenizer, {"train": parts})
+        source = TokenWindows(Path(folder), meta, "train", T)
+        first = [] if begin is None else [begin]
+        whole = [[*first, *ids, size - 1] for some in parts for ids in some]
+        flat = np.concatenate([*whole, []]).astype(int)
+        owner = np.repeat(np.arange(len(whole)), [len(ids) for ids in whole])
+        place = np.concatenate([*map(np.arange, map(len, whole)), []]).astype(int)
+        assert len(source) == -(-len(flat) // T) and source.length == len(flat)
+        if len(source) < batch_size:
+            return
+        # an epoch from its first step to a point, and from there on, each process for itself
+        steps = -(-len(source) // batch_size)
+        stop = data.draw(st.integers(0, steps))
+        order = window_order(len(source), 3)
+        rows = [
+            (order[draw], {name: values[row] for name, values in batch.items()})
+            for own in np.split(np.arange(batch_size), processes)
+            for start, end in ((0, stop), (stop, steps))
+            for step, batch in enumerate(read(source, batch_size, own, start, end), start)
+            for row, draw in enumerate((own + step * batch_size).tolist())
+            if draw < len(source)
+        ]
+        inputs, targets = np.zeros(len(flat), int), np.zeros(len(flat), int)
+        padded = np.append(flat, [size - 1] * (T + 1))
+        for index, row in rows:
+            np.testing.assert_array_equal(row["tokens"], padded[index * T : index * T + T])
+            np.testing.assert_array_equal(row["targets"], padded[index * T + 1 :][:T])
+            there = np.arange(index * T, min(index * T + T, len(flat)))
+            inputs[there] += 1
+            assert not row["weights"][len(there) :].any()
+            counted = there[row["weights"][: len(there)] == 1]
+            targets[counted + 1] += 1
+            n = len(there)
+            np.testing.assert_array_equal(row["segment_ids"][:n], owner[there] - owner[there[0]])
+            seen = np.minimum(place[there], np.arange(n))
+            np.testing.assert_array_equal(row["positions"][:n], seen)
+        assert (inputs == 1).all()
+        np.testing.assert_array_equal(targets, place > 0)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Shards of bytes, a config that reads them, and a window that spans two of them."""
+    texts = [[b"one document", b"and another"], [b"x" * 300_000], [b"the last one"]]
+    written(tmp_path, ByteTokenizer(), {"train": texts, "validation": [[b"held out " * 30]]})
+    return tmp_path, Shards(folder=str(tmp_path))
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size - 2)
+
+
+def one_byte(path):
+    data = bytearray(path.read_bytes())
+    data[300_000] ^= 1
+    path.write_bytes(data)
+
+
+def foreign(path):
+    """An id beyond the vocabulary, whose checksum is right."""
+    data = bytearray(path.read_bytes())
+    data[300_000:300_002] = (999).to_bytes(2, "little")
+    path.write_bytes(data)
+    blocks = [bytes(data[at : at + 2**18]) for at in range(0, len(data), 2**18)]
+    sums = [google_crc32c.value(block).to_bytes(4, "little") for block in blocks]
+    path.with_suffix(".crc").write_bytes(b"".join(sums))
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (cut, "train-00001.bin holds 600,000 bytes, meta.json says 600,002"),
+        (Path.unlink, "train-00001.bin is missing"),
+        (one_byte, "train-00001.bin differs from its checksum in bytes 262,144 to 524,288"),
+        (foreign, "train-00001.bin holds id 999 at token 150,000, beyond the vocabulary of 264"),
+    ],
+)
+def test_a_shard_that_is_not_as_it_was_written_is_named(corpus, harm, message):
+    folder, config = corpus
+    harm(folder / "train-00001.bin")
+    with pytest.raises(DataError, match=f"{folder}/{message}; copy the shards again"):
+        source = config.open("train", 512, 0)
+        source.rows(range(len(source)))
+
+
+def test_a_shard_that_is_cut_or_removed_while_it_is_read_is_named(corpus, monkeypatch):
+    folder, config = corpus
+    source = config.open("train", 512, 0)
+    source.rows(range(len(source)))
+    os.truncate(folder / "train-00001.bin", 100_000)
+    with pytest.raises(DataError, match="train-00001.bin ends before token 51,"):
+        source.rows([100])
+    monkeypatch.setattr(shard_reader, "OPEN", 0)
+    source = config.replace().open("validation", 64, 0)
+    source[0]
+    (folder / "validation-00000.bin").unlink()
+    with pytest.raises(DataError, match="validation-00000.bin is missing"):
+        source[0]
+
+
+def test_a_few_files_stay_open_however_many_there_are(tmp_path):
+    texts = [[b"text of shard %d" % number] for number in range(100)]
+    meta = written(tmp_path, ByteTokenizer(), {"train": texts})
+    source = TokenWindows(tmp_path, meta, "train", 8)
+    before = len(os.listdir("/proc/self/fd"))
+    found = source.rows(range(len(source)))["tokens"].ravel()
+    assert len(os.listdir("/proc/self/fd")) - before <= shard_reader.OPEN
+    expected = np.concatenate([[*text, 256] for (text,) in texts])
+    np.testing.assert_array_equal(found[: len(expected)], expected)
+
+
+def test_ids_are_read_with_the_tokenizer_that_wrote_them_or_not_at_all(tmp_path):
+    tokenizer = JsonTokenizer(trained())
+    texts = {"train": [[b"Knocking heads"]], "validation": [[b"12345"]]}
+    written(tmp_path, tokenizer, texts)
+    config = Shards(folder=str(tmp_path))
+    source = config.open("train", 4, 0)
+    assert config.vocabulary_size() == tokenizer.vocabulary_size
+    assert config.tokenizer().decode(source.read(0, source.length)) == "Knocking heads"
+    path = tmp_path / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "probe_ids": meta["probe_ids"][1:]}))
+    with pytest.raises(DataError, match="gives other ids for the probe text"):
+        config.open("train", 4, 0)
+    path.write_text(json.dumps(meta))
+    (tmp_path / "tokenizer.json").write_bytes(trained(vocab_size=290))
+    with pytest.raises(DataError, match="tokenizer.json is not the one of its ids"):
+        config.open("train", 4, 0)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="lacks the tokenizer.json"):
+        config.open("train", 4, 0)
+
+
+def test_identity_is_what_is_read_and_not_where(corpus, tmp_path_factory):
+    folder, config = corpus
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "shards"
+    shutil.copytree(folder, elsewhere)
+    source, copy = (c.open("train", 64, 0) for c in (config, config.replace(folder=str(elsewhere))))
+    assert source.fingerprint == copy.fingerprint
+    about = {"draws": Draws([(0, 4)]), "seed": 1, "step": 3}
+    assert batch_hash(source, **about) == batch_hash(copy, **about)
+    assert config.open("validation", 64, 0).fingerprint != source.fingerprint
+
+
+def test_a_folder_stands_for_the_source(corpus, monkeypatch):
+    folder, config = corpus
+    values = {"data": {"source": str(folder)}}
+    run = from_dict(RunConfig, values, typed={"config.data.source"})
+    assert run.data == config and to_dict(run)["data"]["source"] == "shards"
+    assert from_dict(RunConfig, to_dict(run)) == run
+    monkeypatch.chdir(folder.parent)
+    near = from_dict(RunConfig, {"data": {"source": folder.name, "pairs": None}})
+    assert near.data == Shards(folder=folder.name)
+    with pytest.raises(ConfigError, match="'shard' is not known; did you mean 'shards'"):
+        from_dict(RunConfig, {"data": {"source": "shard"}})
+    both = {"data": {"source": str(folder), "folder": "other"}}
+    with pytest.raises(ConfigError, match="is a folder, and config.data.folder another"):
+        from_dict(RunConfig, both, typed={"config.data.source", "config.data.folder"})
+
+
+def test_a_config_is_valid_where_its_folder_is_not(tmp_path, corpus):
+    """What the folder decides is checked where it is there."""
+    small = to_dict(RunConfig())["model"] | {"vocabulary_size": 100}
+    away = {"source": "shards", "folder": str(tmp_path / "nowhere")}
+    run = from_dict(RunConfig, {"data": away, "model": small})
+    with pytest.raises(DataError, match="nowhere holds no meta.json: no shards"):
+        run.data.open("train", 64, 0)
+    with pytest.raises(ConfigError, match="must be at least the data's 264, found 100"):
+        run.replace(data=corpus[1])
+    with pytest.raises(ConfigError, match="folder: names no folder"):
+        Shards()
+
+
+def test_validation_reads_windows_from_all_over(corpus):
+    _, config = corpus
+    assert list(config.evaluated(100, 4)) == [0, 25, 50, 75]
+    assert list(config.evaluated(5, 5)) == [0, 1, 2, 3, 4]
+    assert len(set(config.evaluated(10**9, 1000))) == 1000
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_shards_below_a_url_are_read_as_those_of_a_folder(corpus, scheme, tmp_path_factory):
+    folder, config = corpus
+    url = f"file://{folder}" if scheme == "file" else "memory://shards"
+    if scheme == "memory":
+        for path in folder.iterdir():
+            Objects(url).write(path.name, path.read_bytes())
+    there = Shards(folder=f"{url}/")
+    copy = there.replace(cache_dir=str(tmp_path_factory.mktemp("copy")))
+    windows = [9, 0, 294, 8, 8]
+    for split in ("train", "validation"):
+        expected = config.open(split, 512, 0)
+        for source in (there.open(split, 512, 0), copy.open(split, 512, 0)):
+            assert len(source) == len(expected)
+            assert source.fingerprint == expected.fingerprint
+            some = [index % len(source) for index in windows]
+            for name, rows in source.rows(some).items():
+                np.testing.assert_array_equal(rows, expected.rows(some)[name])
+    assert there.vocabulary_size() == 264 and there.tokenizer().end_of_document == 256
+    Objects(url).delete("train-00001.crc")
+    with pytest.raises(DataError, match="train-00001.crc is missing"):
+        there.open("train", 512, 0).rows([100])
+    copy.open("train", 512, 0).rows([100])
+    Objects(url).delete("train-00001.bin")
+    with pytest.raises(DataError, match="train-00001.bin is missing"):
+        there.open("train", 512, 0)
+
+
+def test_a_bucket_is_not_asked_before_it_is_opened():
+    run = RunConfig(data=Shards(folder="gs://nobodys-bucket/shards"))
+    assert run.data.vocabulary_size() is None
+    with pytest.raises(ConfigError, match="hang_timeout: must be above the 60 s that data may"):
+        run.replace(hang_timeout=60.0)
+    with pytest.raises(ConfigError, match="folder: .*is not supported"):
+        Shards(folder="s3://bucket/shards")
+    with pytest.raises(ConfigError, match="cache_dir: does nothing with shards on this machine"):
+        Shards(folder="here", cache_dir="there")

@@ -52,6 +52,10 @@ class DataConfig(Config):
         """Between text and ids; None where the data is not text."""
         return None
 
+    def deadline(self) -> float:
+        """Seconds that reading a batch may take where a store does not answer."""
+        return 0.0
+
     def open(self, split: str, seq_len: int, seed: int) -> Source:
         """The examples of the `train` or `validation` split."""
         raise NotImplementedError

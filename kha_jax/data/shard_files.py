@@ -25,8 +25,16 @@ import numpy as np
 from kha_jax.data import tokenizers
 from kha_jax.data.tokenizers import Tokenizer
 from kha_jax.errors import DataError, StorageError
-from kha_jax.storage import not_followed, open_regular, read_json, write_json
+from kha_jax.storage import (
+    Objects,
+    is_url,
+    not_followed,
+    open_regular,
+    read_json,
+    write_json,
+)
 
+Place = Path | str  # a folder of this machine, or the URL of one in a store
 META = "meta.json"
 VERSION = 1
 SPLITS = ("train", "validation")
@@ -262,15 +270,17 @@ def write_meta(
     return meta
 
 
-def read_meta(folder: Path) -> Meta:
+def read_meta(folder: Place) -> Meta:
     """What the meta.json of a folder says.
 
     Raises:
         DataError: there is none, or it is not what `write_meta` writes.
+        StorageError: a store does not answer.
     """
-    path = Path(folder) / META
+    path = f"{folder}/{META}"
     try:
-        values = read_json(path)
+        remote = is_url(str(folder))
+        values = json.loads(Objects(str(folder)).read(META)) if remote else read_json(Path(path))
         problem = "is no object" if not isinstance(values, dict) else None
         problem = problem or next(_problems(values), None)
     except FileNotFoundError:

@@ -3,17 +3,19 @@
 Legend: B batch, T position.
 """
 
-from pathlib import Path
-
 import numpy as np
 
+from kha_jax.config import ConfigError
 from kha_jax.data import tokenizers
 from kha_jax.data.loader import DataConfig, Example
-from kha_jax.data.shard_files import Meta, read_meta
-from kha_jax.data.shard_reader import REMEDY, ShardReader
+from kha_jax.data.shard_copy import copied
+from kha_jax.data.shard_files import Meta, Place, read_meta
+from kha_jax.data.shard_reader import CALLS, DEADLINE, REMEDY, ShardReader
 from kha_jax.data.tokenizers import Tokenizer
-from kha_jax.errors import DataError
-from kha_jax.storage import as_written
+from kha_jax.errors import DataError, StorageError
+from kha_jax.storage import as_written, buckets, is_url
+
+OPENED: dict[str, Meta] = {}  # what this process has opened below URLs
 
 
 class TokenWindows:
@@ -39,7 +41,7 @@ class TokenWindows:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         meta: Meta,
         split: str,
         seq_len: int,
@@ -120,30 +122,46 @@ class Shards(DataConfig):
 
     folder: str = ""
     """Folder of the shards; `--config.data.source=FOLDER` sets it and the source."""
+    cache_dir: str | None = None
+    """Folder for a copy of shards below 10 GB that lie in a bucket; None: read by ranges."""
 
     def validate(self):
         problem = "names no folder; write --config.data.source=FOLDER, with what prepare_data wrote"
         self.require(bool(self.folder.strip()), "folder", problem)
+        remote = is_url(self.folder)
+        problem = f"does nothing with shards on this machine, found {self.cache_dir}"
+        self.require(remote or self.cache_dir is None, "cache_dir", problem)
+        if remote:
+            try:
+                buckets.checked(self.folder)
+            except StorageError as error:
+                raise ConfigError("folder", str(error)) from None
 
-    def path(self) -> Path:
-        """Of the folder."""
-        return as_written(self.folder)
+    def place(self) -> Place:
+        """Where the shards are."""
+        return self.folder.rstrip("/") if is_url(self.folder) else as_written(self.folder)
 
     def vocabulary_size(self) -> int | None:
+        place = self.place()
         try:
-            return read_meta(self.path()).vocabulary_size
+            if is_url(str(place)):  # which is not asked before it is opened
+                return OPENED[place].vocabulary_size if place in OPENED else None
+            return read_meta(place).vocabulary_size
         except DataError:  # it is not there, or opening it says what is wrong
             return None
 
-    def tokenizer(self) -> Tokenizer:
-        """Raises DataError, ConfigError: see `tokenizers.kept`."""
-        return self._tokenizer(read_meta(self.path()))
+    def deadline(self) -> float:
+        """See DataConfig."""
+        return CALLS * DEADLINE if is_url(self.folder) else 0.0
 
-    def _tokenizer(self, meta: Meta) -> Tokenizer:
-        return tokenizers.kept(tokenizers.read_file(self.path()), meta.about, self.path())
+    def tokenizer(self) -> Tokenizer:
+        """Raises DataError, ConfigError, StorageError: see `open`."""
+        place = self.place()
+        meta = OPENED.get(place) or read_meta(place)
+        return tokenizers.kept(tokenizers.read_file(place), meta.about, place)
 
     def evaluated(self, length: int, count: int) -> np.ndarray:
-        """Windows from all over the split, the same each time: shards are not shuffled."""
+        """Windows from all over the split, the same each time: shards are in no random order."""
         return np.arange(count) * length // count
 
     def open(self, split: str, seq_len: int, seed: int) -> TokenWindows:
@@ -153,11 +171,17 @@ class Shards(DataConfig):
             DataError: the folder holds no shards, or not those that its meta.json says; the
                 tokenizer beside them is not theirs, or tokenises otherwise.
             ConfigError: the package `tokenizers` is not installed.
+            StorageError: a store does not answer, or the copy cannot be written.
         """
         del seed
-        meta = read_meta(self.path())
-        self._tokenizer(meta)
-        source = TokenWindows(self.path(), meta, split, seq_len)
+        place = self.place()
+        meta = read_meta(place)
+        tokenizers.kept(tokenizers.read_file(place), meta.about, place)
+        if is_url(str(place)):
+            OPENED[place] = meta
+            if self.cache_dir is not None:
+                place = copied(place, as_written(self.cache_dir), meta)
+        source = TokenWindows(place, meta, split, seq_len)
         if not source.length:
-            raise DataError(f"{self.path()} holds no tokens of {split}; prepare more data")
+            raise DataError(f"{place} holds no tokens of {split}; prepare more data")
         return source

@@ -11,7 +11,7 @@ import numpy as np
 
 from kha_jax.config import ConfigError
 from kha_jax.errors import DataError
-from kha_jax.storage import open_regular, read_json, replacing, write_json
+from kha_jax.storage import Objects, is_url, open_regular, read_json, replacing, write_json
 
 BYTES = "bytes"  # the name of the tokenizer that needs no file
 FILE = "tokenizer.json"
@@ -328,18 +328,21 @@ def write_file(folder: Path, tokenizer: Tokenizer) -> None:
             os.fsync(file.fileno())
 
 
-def read_file(folder: Path) -> bytes | None:
-    """The content of the tokenizer.json of a folder; None where there is none.
+def read_file(folder: Path | str) -> bytes | None:
+    """The content of the tokenizer.json of a folder, or below a URL; None where there is none.
 
     Raises:
         DataError: it cannot be read.
+        StorageError: a store does not answer.
     """
     try:
-        return _read(folder / FILE)
+        if is_url(str(folder)):
+            return Objects(str(folder)).read(FILE)
+        return _read(Path(folder) / FILE)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataError(f"{folder / FILE} cannot be read: {error.strerror}") from None
+        raise DataError(f"{folder}/{FILE} cannot be read: {error.strerror}") from None
 
 
 def keep(folder: Path, tokenizer: Tokenizer) -> None:

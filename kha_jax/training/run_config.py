@@ -174,6 +174,8 @@ class RunConfig(Config):
     def validate(self):
         self.at_least(1, "steps", "batch_size", "seq_len", "accumulation", "max_nonfinite_steps")
         self.at_least(1, "hang_timeout")
+        longest, problem = self.data.deadline(), "must be above the {:.0f} s that data may take"
+        self.require(self.hang_timeout > longest, "hang_timeout", problem.format(longest))
         self.require(self.steps < 10**9, "steps", f"must be below 10^9, found {self.steps}")
         self.require(0 <= self.seed < 2**32, "seed", f"must be in [0, 2^32), found {self.seed}")
         problem = f"must divide batch_size={self.batch_size}, found {self.accumulation}"
