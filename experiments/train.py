@@ -352,7 +352,7 @@ def train(run: Run, state: TrainState) -> int:
         run.mesh,
         workdir,
         first_step,
-        len(run.train_source),
+        run.train_source,
         run.draws,
         run.windows,
         TENSORBOARD.value,

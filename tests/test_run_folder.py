@@ -312,6 +312,7 @@ FIXED = {
     "config.json": lambda run: begin(run).keep(0),
     "lineage.json": lambda run: begin(run).keep(0),
     "config.PID.tmp": lambda run: begin(run).keep(0),
+    "tokenizer_ids.json": lambda run: begin(run).keep(0),
     ".probe-PID": lambda run: writable(run),
     "runs.csv": lambda run: write_results(run / "runs.csv", []),
     "runs.tmp": lambda run: write_results(run / "runs.csv", []),

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiments.cli.command_line import UsageError
+from experiments.run_folders.folder import RunFolder
 from kha_jax.config import ConfigError, from_dict, to_dict
 from kha_jax.data import Draws, Shards, batch_hash, batches, shard_files, shard_reader, window_order
 from kha_jax.data.shard_files import ShardWriter, read_meta, verify, write_meta
@@ -21,6 +23,9 @@ from kha_jax.data.tokenizers import ByteTokenizer, JsonTokenizer
 from kha_jax.errors import DataError, StorageError
 from kha_jax.storage import Objects
 from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import read_config, read_tokenizer
+from tests.commands import run_all
+from tests.runs import SMALL
 from tests.test_tokenizers import trained
 
 
@@ -456,3 +461,83 @@ def test_a_bucket_is_not_asked_before_it_is_opened():
         Shards(folder="s3://bucket/shards")
     with pytest.raises(ConfigError, match="cache_dir: does nothing with shards on this machine"):
         Shards(folder="here", cache_dir="there")
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Shards of a trained tokenizer, and a run config on them."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    text = [b"Knocking heads knock on heads. " * 40] * 40
+    written(folder, JsonTokenizer(trained()), {"train": [text, text], "validation": [text[:4]]})
+    values = {"data": {"source": str(folder)}, "model": {**MODEL, "vocabulary_size": 512}}
+    return folder, from_dict(RunConfig, values)
+
+
+MODEL = to_dict(RunConfig())["model"]
+
+
+def test_a_run_keeps_its_tokenizer_and_goes_on_with_shards_that_were_moved(words, tmp_path, caplog):
+    folder, config = words
+    caplog.set_level("INFO", "kha_jax")
+
+    def begun(config, allowed=(), step=0):
+        run = RunFolder(tmp_path / "run", config, list(allowed))
+        sources = [config.data.open(split, config.seq_len, 0) for split in ("train", "validation")]
+        run.identify(*sources)
+        run.begin_at(step)
+        run.keep(step)
+        run.close()
+
+    begun(config)
+    (tmp_path / "run" / "checkpoints" / "00000004").mkdir(parents=True)
+    folder.rename(tmp_path / "moved")
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    tokenizer = read_tokenizer(copy, read_config(copy))
+    assert tokenizer.decode(tokenizer.encode(b"knock")) == "knock"
+    moved = config.replace(data=Shards(folder=str(tmp_path / "moved")))
+    begun(moved, step=4)
+    begun(moved.replace(seq_len=128), ["seq_len"], step=4)
+    windows = len(moved.data.open("train", 128, 0))
+    said = f"a new order begins: {100 * 4 * 16 * 256 / (windows * 128) % 100:.0f}% of this epoch"
+    assert said in caplog.text
+    other = tmp_path / "other"
+    other.mkdir()
+    written(other, ByteTokenizer(), {"train": [[b"x" * 9999]], "validation": [[b"y" * 999]]})
+    with pytest.raises(UsageError, match="this run began with the tokenizer .* found bytes-v1"):
+        begun(moved.replace(data=Shards(folder=str(other)), seq_len=128))
+
+
+@pytest.mark.slow
+def test_a_run_on_shards_speaks_where_they_are_not(words, tmp_path):
+    folder, _ = words
+    flags = [*SMALL, "--config.steps=20", f"--config.data.source={folder}"]
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    size = "--config.model.vocabulary_size"
+    (
+        refused,
+        trained_,
+    ) = run_all(
+        [
+            ("train", [*flags, f"--workdir={tmp_path / 'no'}", f"{size}=100"]),
+            ("train", [*flags, f"--workdir={run}", f"{size}=512"]),
+        ],
+        tmp_path,
+    )
+    assert refused.code == 2 and "must be at least the data's" in refused.err
+    assert trained_.code == 0, trained_.err
+    assert f"epochs of {folder}" in trained_.out and "80 documents" in trained_.out
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any("val_bits_per_byte" in row for row in rows)
+    assert rows[0]["epoch"] * 20 == pytest.approx(rows[-1]["epoch"])
+    shutil.copytree(run, copy)
+    folder.rename(tmp_path / "gone")
+    spoke, again = run_all(
+        [
+            ("generate", [f"--workdir={copy}", "--prompt=Knocking", "--tokens=8"]),
+            ("train", [*flags, f"--workdir={run}", f"{size}=512"]),
+        ],
+        tmp_path,
+    )
+    assert spoke.code == 0 and spoke.out.startswith("Knocking"), spoke.err
+    assert again.code == 65 and "holds no meta.json" in again.err and len(again.err.split("\n")) < 4

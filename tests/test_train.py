@@ -36,9 +36,14 @@ def test_a_run_leaves_what_the_readme_promises(golden, cache):
     rows = lines(workdir)
     training = [row for row in rows if "grad_norm" in row]
     assert [row["step"] for row in training] == list(range(1, STEPS + 1))
-    assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "data_wait_fraction"} <= set(
-        training[0]
-    )
+    assert {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "tokens_per_second",
+        "data_wait_fraction",
+    } <= set(training[0])
     traced = [row["step"] for row in training if any(n.startswith("knocking/") for n in row)]
     assert traced == list(range(10, STEPS + 1, 10))
     evaluations = [row for row in rows if "val_loss" in row]

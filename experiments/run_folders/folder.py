@@ -290,6 +290,10 @@ class RunFolder:
             raise CheckpointError(found) from None
         for field, (before, after) in self.changes.items():
             log.info("resuming with %s changed: %s -> %s", field, before, after)
+        if step and self.changes.keys() & {"seq_len", "seed"}:
+            read = self.draws(step).start * self.before.seq_len
+            share = read / (len(self.source) * self.config.seq_len) % 1
+            log.info("a new order begins: %.0f%% of this epoch were read before it", 100 * share)
 
     def _record(self, step: int) -> None:
         path = self.path / LINEAGE

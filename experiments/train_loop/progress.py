@@ -16,6 +16,7 @@ from rich.text import Text
 from experiments.cli.terminal import CONSOLE, LINE, say
 from experiments.train_loop.data_check import epochs
 from kha_jax.accounting import Accounting
+from kha_jax.data import Source
 from kha_jax.training.run_config import RunConfig
 
 SECONDS_BETWEEN_LINES = 10
@@ -84,10 +85,10 @@ class Progress:
         config: RunConfig,
         cost: Accounting,
         mesh: jax.sharding.Mesh,
-        examples: int,
+        source: Source,
     ) -> None:
-        """A few lines that say what runs, where, on what, at what cost. examples: of the data, each
-        a row of a batch."""
+        """A few lines that say what runs, where, on what, at what cost. source: of the training
+        data."""
         if not self.enabled:
             return
         device = jax.devices()[0].device_kind
@@ -100,10 +101,13 @@ class Progress:
         batch = f"{config.batch_size} x {config.seq_len} tokens"
         say(f"{config.steps} steps of {batch}, {origin}")
         planned = in_millions(config.steps * config.tokens_per_step)
-        there = in_millions(examples * config.seq_len)
-        times = epochs(config, examples)
+        times = epochs(config, len(source))
         read = f"{times:,.1f}" if times > 1 else f"{times:.2g}"
-        say(f"{planned} tokens of data that has {there}: {read} epochs")
+        say(f"train on {planned} tokens: {read} epochs of {source}")
+        there = in_millions(len(source) * config.seq_len)
+        documents = getattr(source, "documents", None)  # what is no text has none
+        parts = [] if documents is None else [f"{documents:,} documents"]
+        say(f"there are {', '.join([f'{there} tokens', *parts, f'{len(source):,} windows'])}")
         if CONSOLE.is_interactive:
             self.bar.start()
             self.task = self.bar.add_task(

@@ -12,7 +12,7 @@ import jax
 from experiments.train_loop.progress import Progress
 from kha_jax import accounting
 from kha_jax.attention.attention import LARGEST
-from kha_jax.data import Draws
+from kha_jax.data import Draws, Source
 from kha_jax.hardware import chips
 from kha_jax.metrics import Meter, MetricsFile, Spared, TensorBoard
 from kha_jax.spikes import SPIKING, Spikes, spike_rule
@@ -29,7 +29,7 @@ class Reporter:
     """Where metrics go: the terminal, metrics.jsonl and TensorBoard, on process 0 alone. A step is
     reported while the next one runs.
 
-    examples: how many the data has. draws: which of them, as they are drawn, a batch holds.
+    source: of the training data. draws: which of them, as they are drawn, a batch holds.
     windows: the numbers of the windows that a step trains on. nonfinite: consecutive steps that
     were not applied.
     """
@@ -40,13 +40,13 @@ class Reporter:
         mesh: jax.sharding.Mesh,
         workdir: Path,
         first_step: int,
-        examples: int,
+        source: Source,
         draws: Draws,
         windows: Callable[[int], list[int]],
         tensorboard: bool,
     ):
         self.config, self.draws, self.windows = config, draws, windows
-        self.pending, self.nonfinite = None, 0
+        self.pending, self.nonfinite, self.examples = None, 0, len(source)
         cost = accounting.account(config.model, config.seq_len, tokens=config.tokens_per_step)
         peak = chips.peak_flops(jax.devices()[0].device_kind) * mesh.devices.size
         self.meter = Meter(cost.training_flops, peak)
@@ -61,7 +61,7 @@ class Reporter:
             make = functools.partial(TensorBoard, workdir / "tensorboard", first_step)
             self.sinks.append(Spared("tensorboard", make))
         self.progress = Progress(first_step, config.steps, enabled=leader)
-        self.progress.header(workdir, config, cost, mesh, examples)
+        self.progress.header(workdir, config, cost, mesh, source)
 
     def now(self, step: int, values: dict[str, Any]) -> None:
         """Reports values that are there."""
@@ -92,7 +92,8 @@ class Reporter:
                 found = f"{name} {values[name]:.4g} is far from its recent {centre:.4g}"
                 log.warning("step %d: spike, %s; %s", step, found, self._batch(step))
                 values["spike"] = 1
-        self.now(step, {**values, **self.meter.read(self.config.tokens_per_step)})
+        epoch = self.draws(step - 1).stop / self.examples
+        self.now(step, {**values, "epoch": epoch, **self.meter.read(self.config.tokens_per_step)})
 
     def _batch(self, step: int) -> str:
         """Which examples a step had."""

@@ -26,7 +26,8 @@ class Source(Protocol):
 
     bytes_per_token: mean bytes of text behind one token, None where there is no text. fingerprint:
     a hash of the content. A source may also have `rows(indices)`, which gives the examples of
-    several indices at once, each array [B, T], in arrays of its own.
+    several indices at once, each array [B, T], in arrays of its own, and the number of its
+    `documents`.
     """
 
     bytes_per_token: float | None
