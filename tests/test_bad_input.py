@@ -37,6 +37,9 @@ FLAGS = {
     "--config.model.attention.valeu.kind=mlp": "did you mean 'value'?",
     "--config.model.attention.value.kind=mpl": "did you mean 'mlp'?",
     "--config.data.source=python": "did you mean 'python_source'?",
+    "--config.data.source=a/b --config.data.folder=c": "config.data.folder another",
+    "--config.data.source=shards": "config.data.folder: names no folder",
+    "--config.data.source=s3://b/shards": "s3:// is not supported",
     "--config.steps=many": "config.steps: expected int, found 'many'",
     "--config.steps many": "config.steps",
     "--config.steps=2.5": "config.steps: expected int, found '2.5'",
@@ -217,7 +220,7 @@ def of_the_cache(name, content):
     """Damages the tokens, of which each such row has its own copy."""
 
     def damage(run):
-        (folder,) = run.glob("tokens/python_source/train-*")
+        (folder,) = run.glob("tokens/python_source-1/train-*")
         path = folder / name
         path.write_bytes(content(path.read_bytes()))
 
@@ -287,22 +290,31 @@ INPUTS = {
             of_the_cache("meta.json", lambda _, content=content: content),
             OWN_DATA,
             65,
-            "is not a token stream",
+            said,
         )
-        for content in (b"[]", b"{}", b"[" * 10_000)
+        for content, said in {
+            b"[]": "meta.json is no object",
+            b"{}": "meta.json is of version None, this program reads 1",
+            b"[" * 10_000: "meta.json cannot be read",
+        }.items()
     },
-    "tokens are cut": (of_the_cache("tokens.bin", lambda b: b[:99]), OWN_DATA, 65, "tokens.bin"),
-    "tokens are reversed": (
-        of_the_cache("tokens.bin", lambda b: b[::-1]),
+    "tokens are cut": (
+        of_the_cache("train-00000.bin", lambda b: b[:99]),
         OWN_DATA,
         65,
-        "tokens.bin",
+        "bin holds 99 bytes",
     ),
-    "documents.npy is a pickle": (
-        of_the_cache("documents.npy", lambda _: b"\x80\x04."),
+    "tokens are reversed": (
+        of_the_cache("train-00000.bin", lambda b: b[::-1]),
         OWN_DATA,
         65,
-        "is not a token stream",
+        "train-00000.bin differs from its checksum",
+    ),
+    "checksums are a pickle": (
+        of_the_cache("train-00000.crc", lambda _: b"\x80\x04."),
+        OWN_DATA,
+        65,
+        "train-00000.crc is cut",
     ),
     "checkpoints of no run": (no_damage, ("checkpoints", "--workdir={here}"), 2, "no run there"),
     "checkpoints of a bucket": (no_damage, ("checkpoints", "--workdir=gs://b"), 2, "object stores"),
