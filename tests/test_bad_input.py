@@ -220,7 +220,7 @@ def of_the_cache(name, content):
     """Damages the tokens, of which each such row has its own copy."""
 
     def damage(run):
-        (folder,) = run.glob("tokens/python_source-1/train-*")
+        (folder,) = run.glob("tokens/python_shards-1/train-*")
         path = folder / name
         path.write_bytes(content(path.read_bytes()))
 

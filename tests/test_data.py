@@ -71,7 +71,7 @@ def test_tokens_are_found_by_content_and_never_by_what_looks_alike(tmp_path, mon
         source = config.open("train", 4, 0)
         return ByteTokenizer().decode(source.read(0, source.length))
 
-    index = tmp_path / "cache" / "python_source-1" / "index"
+    index = tmp_path / "cache" / "python_shards-1" / "index"
     for tick, indexed in ((10**18, 0), (0, 1)):
         monkeypatch.setattr(python_source, "TICK", tick)
         for root, content in ((here, "a = 1\n"), (here, "a = 2\n"), (there, "a = 3\n")):

@@ -150,7 +150,7 @@ def test_a_data_error_of_one_ends_both_with_65(cache, tmp_path):
         (own / "compiled").symlink_to(cache / "compiled")
     both = start_two(tmp_path / "run", caches, flags, flags)
     wait_for_steps(tmp_path / "run", 2, both)
-    (tokens,) = caches[1].glob("data/python_source-1/train-*/*.bin")
+    (tokens,) = caches[1].glob("data/python_shards-1/train-*/*.bin")
     os.truncate(tokens, 20)
     for started, other in ((both, "process 1: "), (None, "set-up: process 1 cannot go on")):
         both = started or start_two(tmp_path / "run", caches, flags, flags)

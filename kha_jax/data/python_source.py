@@ -218,7 +218,7 @@ class PythonSource(DataConfig):
                 "interpreter that ships its source"
             )
         base = as_written(self.cache_dir) if self.cache_dir else cache_folder("data")
-        base = base / f"python_source-{VERSION}"
+        base = base / f"python_shards-{VERSION}"
         entry = base / "index" / f"{self._listing(split, modules)}.json"
         folder = base / _indexed(entry, split)
         if not os.path.exists(folder / META):  # Path.exists raises in another user's folder
