@@ -71,6 +71,8 @@ log = logging.getLogger("kha_jax")
 
 def out_file(mode: str) -> IO[str]:
     """The file of --out."""
+    if OUT.value and os.path.exists(OUT.value) and not os.path.isfile(OUT.value):
+        raise UsageError(f"--out={OUT.value}: is no file; name one to write")
     try:
         return open(OUT.value or os.devnull, mode)
     except OSError as error:

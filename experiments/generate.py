@@ -2,37 +2,52 @@
 
     python -m experiments.generate --workdir=runs/kha_tiny --prompt='def main('
     python -m experiments.generate --workdir=runs/kha_tiny --prompt='class A' --temperature=0.8
+    python -m experiments.generate --workdir=runs/imported --chat --system='Answer briefly.'
 
 Reads the run's newest checkpoint, folds linear mixers into the weights and samples. One prompt is
 streamed to the terminal; several, of any lengths, are decoded as one batch and printed one after
 another. A row stops at the end of its document, or before the first --stop.
+
+--chat answers the lines that are typed, by the chat template that came with an imported model,
+until Ctrl-D. One cache of --max_context tokens holds the conversation and grows with it.
 """
 
 import logging
 import re
 import sys
 import time
+from typing import Iterator
 
 from absl import flags
 
 from experiments.cli import command_line
 from experiments.cli.command_line import UsageError
+from experiments.cli.conversation import Messages, converse
 from experiments.run_folders import stored
 from experiments.run_folders.folder import use_compilation_cache
 from kha_jax.accounting import cache_bytes
 from kha_jax.config import ConfigError
-from kha_jax.inference.decoding import Decoder
+from kha_jax.inference.decoding import Decoder, Session
+from kha_jax.inference.dialect import Dialect
 from kha_jax.inference.folding import fold_if_linear
 from kha_jax.inference.sampling import Sampling
 from kha_jax.inference.text import Continuation
-from kha_jax.training.run_folder import read_config, read_tokenizer
+from kha_jax.training.run_folder import read_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder to read.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
 PROMPT = flags.DEFINE_multi_string(
     "prompt",
     [],
-    "Required: text to continue, where \\n, \\t and \\\\ are understood; may be repeated.",
+    "Text to continue, where \\n, \\t and \\\\ are understood; may be repeated.",
+)
+CHAT = flags.DEFINE_bool("chat", False, "Answer what is typed, by the model's chat template.")
+SYSTEM = flags.DEFINE_string("system", None, "What the model is told before a chat.")
+MAX_CONTEXT = flags.DEFINE_integer(
+    "max_context",
+    None,
+    "Tokens of a prompt, or a chat, and what follows, at most.",
+    lower_bound=2,
 )
 STOP = flags.DEFINE_multi_string(
     "stop", [], "Text that ends a continuation and is left out, as --prompt; may be repeated."
@@ -73,49 +88,60 @@ def stop_text(stop: str) -> str:
     return text
 
 
+def check_prompts() -> None:
+    """Raises UsageError where there is not what to continue."""
+    if CHAT.value and PROMPT.value:
+        raise UsageError("--prompt: does nothing with --chat, which reads what is typed")
+    if SYSTEM.value is not None and not CHAT.value:
+        raise UsageError("--system: does nothing without --chat")
+    if not PROMPT.value and not CHAT.value:
+        raise UsageError("--prompt: is required; write --prompt='text to continue', or --chat")
+    if not all(PROMPT.value):
+        raise UsageError("--prompt: is empty; give at least one character")
+
+
+def ids_of(prompt: str, dialect: Dialect) -> list[int]:
+    """The tokens of a prompt from the command line."""
+    try:
+        return dialect.encode(encoded(prompt).decode("utf-8", "surrogateescape"))
+    except (UnicodeEncodeError, TypeError):  # bytes that no text of this tokenizer holds
+        raise UsageError("--prompt: is not UTF-8, and the tokenizer knows no bytes") from None
+
+
 def main() -> None:
     """See the module's docstring."""
     try:
         sampling = Sampling(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value)
     except ConfigError as error:
         raise UsageError(f"--{error}") from None
-    if not PROMPT.value:
-        raise UsageError("--prompt: is required; write --prompt='text to continue'")
-    if not all(PROMPT.value):
-        raise UsageError("--prompt: is empty; give at least one character")
+    check_prompts()
     stops = [stop_text(stop) for stop in STOP.value]
     folder = stored.run_folder("workdir", WORKDIR.value)
     config = read_config(folder)
-    tokenizer = read_tokenizer(folder, config)
-    if tokenizer is None:
+    dialect = stored.dialect_of(WORKDIR.value, folder, config)
+    if CHAT.value and dialect.template is None:
         raise UsageError(
-            f"--workdir={WORKDIR.value}: was trained on {type(config.data).__name__}, which is "
-            "not text"
+            f"--chat: {WORKDIR.value} has no chat template; continue a --prompt, or import a model "
+            "that has one"
         )
-    prompts = [tokenizer.encode(encoded(text)).tolist() for text in PROMPT.value]
-    longest = max(map(len, prompts)) + TOKENS.value
-    if longest > FARTHEST * config.seq_len:
-        raise UsageError(
-            f"--tokens={TOKENS.value}: makes {longest:,} with the longest --prompt, more than "
-            f"{FARTHEST} times the {config.seq_len} that the model was trained on"
-        )
-
+    prompts = [ids_of(text, dialect) for text in PROMPT.value]
+    longest = max(map(len, prompts), default=0) + TOKENS.value
+    check_length(longest, config.seq_len)
     config, step, variables = stored.read_run(WORKDIR.value, STEP.value)
-    if longest > config.seq_len:
-        log.warning(
-            "up to %d tokens with the prompt; the model was trained on %d", longest, config.seq_len
-        )
     use_compilation_cache()
     trained = config.model, variables
     decoder = Decoder(*(fold_if_linear(*trained) if FOLD.value else trained))
-    settings = {"sampling": sampling, "seed": SEED.value, "end": tokenizer.end_of_document}
+    settings = {"sampling": sampling, "seed": SEED.value, "end": dialect.ends}
+    if CHAT.value:
+        talk(decoder, dialect, stops, settings, MAX_CONTEXT.value or config.seq_len)
+        return
     began = time.perf_counter()
-    rows = [Continuation(tokenizer, prompt, stops) for prompt in prompts]
+    rows = [Continuation(dialect, prompt, stops, dialect.ends) for prompt in prompts]
     alone = len(rows) == 1
     proceed(decoder, rows, settings, show=alone)
     if not alone:
         for row in rows:
-            print(f"--- {tokenizer.decode(row.prompt)!r}\n{row.text}")
+            print(f"--- {dialect.decode(row.prompt)!r}\n{row.text}")
     made = sum(len(row.ids) for row in rows)
     took, each = time.perf_counter() - began, cache_bytes(decoder.model)
     log.info(
@@ -124,6 +150,49 @@ def main() -> None:
         *(step, made, took, f"{each:,}"),
         *(each * longest * len(prompts) / 1e6, longest, len(prompts)),
     )
+
+
+def check_length(longest: int, trained: int) -> None:
+    """Raises UsageError where prompt and continuation are longer than what is asked for, or than
+    anything that makes sense; warns where the model has not seen the like."""
+    most = MAX_CONTEXT.value or FARTHEST * trained
+    if longest > most and not CHAT.value:
+        why = f"--max_context={most}" if MAX_CONTEXT.value else f"{FARTHEST} times the {trained}"
+        of = "" if MAX_CONTEXT.value else " that the model was trained on"
+        raise UsageError(
+            f"--tokens={TOKENS.value}: makes {longest:,} with the longest --prompt, more than "
+            f"{why}{of}"
+        )
+    reached = (MAX_CONTEXT.value or 0) if CHAT.value else longest
+    if reached > trained:
+        log.warning(
+            "up to %d tokens with the prompt; the model was trained on %d", reached, trained
+        )
+
+
+def talk(decoder: Decoder, dialect: Dialect, stops: list[str], settings: dict, length: int) -> None:
+    """Answers what is typed."""
+    session = Session(decoder, length)
+
+    def answer(messages: Messages) -> Iterator[str]:
+        prompt = dialect.encode(dialect.prompt(messages), special=False)
+        if len(prompt) >= length:
+            raise UsageError(
+                f"--max_context={length}: the conversation has grown to {len(prompt)} tokens; "
+                "begin anew, or give it more"
+            )
+        row = Continuation(dialect, prompt, stops, dialect.ends)
+        row.take()  # what was typed
+        for ids in session.stream(prompt, TOKENS.value, **settings):
+            row.add(ids)
+            yield row.take()
+            if row.done:
+                return
+        row.finish()
+        yield row.take()
+
+    turns = converse(answer, SYSTEM.value)
+    log.info("%d answers, %d tokens of %d in the cache", turns, len(session.ids), length)
 
 
 def proceed(decoder: Decoder, rows: list[Continuation], settings: dict, show: bool) -> None:

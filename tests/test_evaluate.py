@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.cli.command_line import UsageError
 from experiments.evaluating import texts
 from experiments.evaluating.models import Asked
 from kha_jax.attention import AttentionConfig
@@ -121,6 +122,10 @@ def test_what_cannot_be_scored_says_why(asked, runs):
         texts.loss(asked, str(other), None)
     with pytest.raises(DataError, match="empty: holds no text"):
         texts.loss(asked, str(runs / "empty"), None)
+    with pytest.raises(DataError, match="holds no meta.json"):
+        texts.loss(asked, str(runs), None)
+    with pytest.raises(UsageError, match="--stride=33: is more than the 32 tokens that are read"):
+        texts.loss(asked, str(runs / "text"), 33)
 
 
 @pytest.mark.slow
@@ -137,10 +142,8 @@ def test_bad_command_lines_are_one_line(runs):
         (a, "--text=nowhere"): (2, "--text=nowhere: is not there; name a file of text"),
         (text,): (2, "--workdir: is required"),
         (f"{a},{runs}/a", text): (2, "name one run, or two different ones"),
-        (a, text, "--stride=33"): (2, "--stride=33: is more than the 32 tokens that are read"),
         (a, text, "--devices=99"): (2, "--devices=99: there are 1"),
         (a, text, "--out=/nowhere/a"): (2, "--out=/nowhere/a cannot be written: No such file"),
-        (a, f"--text={runs}"): (65, "holds no meta.json"),
     }
     cases = [("evaluate", list(arguments)) for arguments in said]
     for (code, message), result in zip(said.values(), run_all(cases, runs / "cache")):

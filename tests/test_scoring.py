@@ -81,10 +81,10 @@ def test_scores_are_those_of_the_table():
 
 
 def test_a_text_in_windows_is_scored_token_by_token():
-    """Three windows of four tokens, and with two of context; a token is predicted from the one
+    """Three windows of four tokens, and of one behind three; a token is predicted from the one
     before it, the first from the one that is given."""
-    text = [0, 1, 1, 2, 3, 0, 0, 1, 2, 2]
-    for stride, sizes in ((None, [4, 4, 2]), (2, [4, 2, 2, 2]), (1, [4, *6 * [1]])):
+    text, scorer = [0, 1, 1, 2, 3, 0, 0, 1, 2, 2], Scorer(*bigrams(), max_length=4)
+    for stride, sizes in ((None, [4, 4, 2]), (1, [4, *6 * [1]])):
         parts = list(windows(text, 3, 4, stride))
         assert [len(part.continuation) for part in parts] == sizes
         assert np.concatenate([part.continuation for part in parts]).tolist() == text
@@ -93,7 +93,7 @@ def test_a_text_in_windows_is_scored_token_by_token():
             whole = [3, *text][begin + len(part.continuation) + 1 - 5 if begin else 0 :]
             assert [*part.context, *part.continuation] == whole[: min(5, len(part.context) + 4)]
             begin += len(part.continuation)
-        scores = Scorer(*bigrams(), max_length=4).score(parts)
+        scores = scorer.score(parts)
         assert sum(s.log_probability for s in scores) == pytest.approx(log_p(3, *text), abs=1e-5)
     assert list(windows([], 3, 4)) == []
 

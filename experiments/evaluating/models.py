@@ -8,8 +8,6 @@ import jax
 
 from experiments.cli.command_line import UsageError
 from experiments.run_folders import stored
-from kha_jax.data import tokenizers
-from kha_jax.inference import dialect
 from kha_jax.inference.decoding import Decoder
 from kha_jax.inference.folding import fold_if_linear
 from kha_jax.inference.scoring import Scorer
@@ -40,18 +38,7 @@ class Asked:
     ):
         self.workdir, folder = workdir, stored.run_folder("workdir", workdir)
         config = read_config(folder)
-        tokenizer = tokenizers.read_kept(folder) or config.data.tokenizer()
-        if tokenizer is None:
-            raise UsageError(
-                f"--workdir={workdir}: was trained on {type(config.data).__name__}, which is not "
-                "text, and keeps no tokenizer"
-            )
-        if tokenizer.vocabulary_size > config.model.vocabulary_size:
-            raise UsageError(
-                f"--workdir={workdir}: its tokenizer has {tokenizer.vocabulary_size:,} ids, its "
-                f"model {config.model.vocabulary_size:,}"
-            )
-        self.dialect = dialect.read(folder, tokenizer)
+        self.dialect = stored.dialect_of(workdir, folder, config)
         self.max_length = max_length or config.seq_len
         if devices > len(jax.devices()):
             raise UsageError(f"--devices={devices}: there are {len(jax.devices())}")

@@ -127,7 +127,7 @@ def _folders(name: str) -> Iterator[Path]:
     for folder in root.iterdir():
         if folder.is_dir() and (folder.name in begins or name.startswith(f"{folder.name}_")):
             yield folder
-        elif (folder / f"{name}.yaml").exists():
+        elif os.path.exists(folder / f"{name}.yaml"):  # False also where the name is no name
             yield folder
 
 

@@ -10,6 +10,8 @@ from kha_jax.storage import as_written
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from kha_jax.inference.dialect import Dialect
+    from kha_jax.training.run_config import RunConfig
     from kha_jax.training.run_folder import StoredRun
 
 
@@ -73,3 +75,25 @@ def read_run(
     from kha_jax.training.run_folder import read_run
 
     return read_run(run_folder("workdir", workdir), step, mesh)
+
+
+def dialect_of(workdir: str, folder: Path, config: "RunConfig") -> "Dialect":
+    """How the text of a run that --workdir names is spelt.
+
+    Raises:
+        UsageError: it was not trained on text, or its tokenizer is not its model's.
+    """
+    from kha_jax.inference import dialect
+    from kha_jax.training.run_folder import read_tokenizer
+
+    tokenizer = read_tokenizer(folder, config)
+    if tokenizer is None:
+        raise UsageError(
+            f"--workdir={workdir}: was trained on {type(config.data).__name__}, which is not text"
+        )
+    if tokenizer.vocabulary_size > config.model.vocabulary_size:
+        raise UsageError(
+            f"--workdir={workdir}: its tokenizer has {tokenizer.vocabulary_size:,} ids, its model "
+            f"{config.model.vocabulary_size:,}"
+        )
+    return dialect.read(folder, tokenizer)

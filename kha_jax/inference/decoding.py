@@ -8,6 +8,7 @@ same slot; `pad` counts the padding of each row.
 Legend: B batch, T prompt length with padding, S slots of the cache, V vocabulary.
 """
 
+import functools
 import itertools
 import logging
 from typing import Any, Iterator, NamedTuple, Sequence
@@ -24,6 +25,7 @@ from kha_jax.model import ModelConfig
 log = logging.getLogger("kha_jax")
 PROMPT_MULTIPLE = 32  # prompts are padded to multiples of it, so that few lengths compile
 PROMPT_CHUNK = 512  # and longer ones than this to multiples of this
+PIECE = 64  # tokens that a conversation goes on by
 Cache = list[State]
 
 
@@ -75,8 +77,10 @@ def extend(
     tokens_BT: jax.Array,
     slot: jax.Array,
     pad_B: jax.Array,
+    last: int | jax.Array = -1,
 ) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] after T more tokens in every row, and the cache with them from `slot` on."""
+    """Logits [B, V] after T more tokens in every row, or after the one at `last` of them, and the
+    cache with them from `slot` on."""
     places_T = slot + jnp.arange(tokens_BT.shape[1])
     positions_BT = jnp.maximum(places_T - pad_B[:, None], 0)
     transformer = model.build()
@@ -84,7 +88,7 @@ def extend(
     for block, layer, state in zip(blocks(model), weights.layers, cache):
         x_BTD, state = block.apply(layer, x_BTD, positions_BT, state, slot, pad_B, method="extend")
         extended.append(state)
-    return transformer.apply(weights.outer, x_BTD[:, -1], method="next_token_logits"), extended
+    return transformer.apply(weights.outer, x_BTD[:, last], method="next_token_logits"), extended
 
 
 class Progress(NamedTuple):
@@ -208,6 +212,76 @@ class Decoder:
         ).tolist()
         ends = ends_of(settings.get("end"))
         return [list(itertools.takewhile(lambda i: i not in ends, row)) for row in rows]
+
+
+class Session:
+    """A conversation: one cache for all of it, and what a prompt has in common with what came
+    before is not computed again.
+
+    Args:
+        decoder: of the model.
+        length: tokens that prompt and answer have at most.
+    """
+
+    def __init__(self, decoder: Decoder, length: int):
+        self.decoder, self.length, self.ids = decoder, length, list[int]()
+        self._more = jax.jit(self._more_, static_argnames="sampling", donate_argnums=1)
+        empty = functools.partial(prefill, decoder.model, slots=length + PIECE)
+        one, pad = np.zeros((1, 1), np.int32), np.zeros(1, np.int32)
+        self.cache = jax.jit(empty)(decoder.weights, one, pad)[1]
+
+    def _more_(self, weights, cache, tokens_1T, slot, last, key, *, sampling):
+        pad_1 = jnp.zeros(1, jnp.int32)
+        model = self.decoder.model
+        logits_1V, cache = extend(model, weights, cache, tokens_1T, slot, pad_1, last)
+        return *draw(logits_1V, key, sampling), cache
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        tokens: int,
+        *,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        end: int | Sequence[int] | None = None,
+        chunk: int = 8,
+    ) -> Iterator[list[int]]:
+        """Yields the new tokens, up to `chunk` of them at a time; see `Decoder.stream`.
+
+        Raises:
+            ValueError: as there, or the prompt leaves no room in the cache.
+        """
+        _check([prompt], tokens, self.decoder.model.vocabulary_size)
+        room, ends = self.length - len(prompt), ends_of(end)
+        if room < 1:
+            raise ValueError(f"prompt: has {len(prompt)} tokens, the cache room for {self.length}")
+        progress = self._read(list(prompt), sampling, jax.random.key(seed), ends)
+        made, left = progress.token_B.tolist(), min(tokens, room) - 1
+        yield made
+        while left > 0 and not np.all(progress.done_B):
+            how = {"sampling": sampling, "count": chunk, "end": ends}
+            progress, out = self.decoder._advance(self.decoder.weights, progress, **how)
+            new = out[0, :left].tolist()
+            made, left = made + new, left - chunk
+            self.cache = progress.cache
+            self.ids = [*prompt, *made][: int(progress.slot)]
+            yield new
+
+    def _read(self, prompt, sampling, key, ends) -> Progress:
+        """The prompt in the cache, from where it differs from what is there, and what follows."""
+        pairs = zip(prompt[:-1], self.ids)
+        begin = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        for first in range(begin, len(prompt), PIECE):
+            piece = np.array(prompt[first : first + PIECE], np.int32)
+            padded = np.pad(piece, (0, PIECE - len(piece)))[None]  # behind it nothing is seen
+            where = np.int32(first), np.int32(len(piece) - 1)
+            found = self._more(
+                self.decoder.weights, self.cache, padded, *where, key, sampling=sampling
+            )
+            token_1, next_key, self.cache = found
+        self.ids = prompt
+        slot, pad_1 = jnp.int32(len(prompt)), jnp.zeros(1, jnp.int32)
+        return Progress(self.cache, token_1, slot, pad_1, _is(token_1, ends), next_key)
 
 
 def ends_of(end: int | Sequence[int] | None) -> tuple[int, ...]:
