@@ -30,6 +30,7 @@ from experiments.sweeps import report as sweep_report
 from kha_jax import analysis, metrics, spikes
 from kha_jax.analysis import comparisons, curves, style, sweeps
 from kha_jax.errors import CheckpointError
+from kha_jax.runs import goodput
 from kha_jax.storage import write_text
 from kha_jax.training.run_folder import read_config
 
@@ -81,6 +82,8 @@ def write_card(folder: Path, rows: list[dict[str, Any]], out: Path) -> None:
         "training": (curves.training, out),
         "stability": (curves.stability, out.with_name(f"{out.name}_stability")),
     }
+    if any(map(goodput.of, rows)):
+        draws["time"] = curves.time_spent, out.with_name(f"{out.name}_time")
     sections = {}
     try:
         for name, (draw, path) in draws.items():

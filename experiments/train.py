@@ -11,7 +11,6 @@ state that is not finite.
 """
 
 import contextlib
-import functools
 import importlib.util
 import json
 import logging
@@ -34,7 +33,7 @@ from experiments.run_folders.folder import RunFolder, use_compilation_cache
 from experiments.train_loop import data_check, replay
 from experiments.train_loop.progress import farewell
 from experiments.train_loop.reporter import Profile, Reporter
-from experiments.train_loop.stop import Stop
+from experiments.train_loop.stop import SaveVote, Stop
 from kha_jax import accounting, data, sharding
 from kha_jax.config import to_dict, under
 from kha_jax.data.loader import to_device
@@ -45,6 +44,8 @@ from kha_jax.metrics import bits_per_byte
 from kha_jax.runs import faults, processes
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.cluster import Place
+from kha_jax.runs.goodput import Goodput, process_began
+from kha_jax.runs.pace import Pace
 from kha_jax.runs.watchdog import Watchdog
 from kha_jax.training.optimizer import jump
 from kha_jax.training.run_config import RunConfig
@@ -124,7 +125,9 @@ def join_processes(hang_timeout: float) -> None:
                 "10.0.0.1:1234"
             )
     here = None if missing else Place("by the flags", *given.values())
-    processes.join(here, WAIT.value, hang_timeout, command_line.give_up)
+    number = processes.join(here, WAIT.value, hang_timeout, command_line.give_up)
+    if number is not None:
+        terminal.Log.prefix = f"[{number}] "
     processes.same_program(processes.program(Path(__file__).parent), WAIT.value)
 
 
@@ -200,7 +203,7 @@ def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str,
 
 def main() -> int:
     """See the module's docstring."""
-    started = time.perf_counter()
+    started, clock = time.perf_counter(), Goodput(process_began())
     config: RunConfig = command_line.parse_config(RunConfig)
     if PRINT_CONFIG.value:
         print(json.dumps(to_dict(config), indent=1))
@@ -234,7 +237,12 @@ def main() -> int:
     texts = f"{train_source.fingerprint} {validation_source.fingerprint}"
     processes.same("config.data", texts, "give all of them the same")
     stop = Stop(config.checkpoint.grace)
-    watchdog = Watchdog(config.hang_timeout, functools.partial(command_line.give_up, stacks=True))
+    pace = Pace()
+
+    def hung(message: str) -> None:
+        command_line.give_up(message + pace.who_hangs(), stacks=True)
+
+    watchdog = Watchdog(config.hang_timeout, hung)
     ids = config.data.vocabulary_size()
     if ids is not None and ids < config.model.vocabulary_size:
         found = f"{ids} < {config.model.vocabulary_size}"
@@ -243,7 +251,7 @@ def main() -> int:
 
     # ---------------------------------------------------------------- the state, new or restored
     one_fate = processes.one_fate(command_line.code_of, command_line.give_up)
-    with contextlib.closing(folder), watchdog, checkpoints, one_fate:
+    with contextlib.closing(folder), clock, pace, watchdog, checkpoints, one_fate:
         first_step = checkpoints.newest_good() or 0
         if first_step > config.steps:
             raise UsageError(
@@ -261,6 +269,8 @@ def main() -> int:
         else:
             state = trainer.init(jax.random.key(config.seed))
         draws = folder.begin_at(first_step)
+        if jax.process_index() == 0:
+            clock.go_on(folder.path / "metrics.jsonl", first_step)
         with processes.together("record of the run", WAIT.value):
             if first_step:
                 folder.check_next_batch(checkpoints, first_step)
@@ -270,10 +280,12 @@ def main() -> int:
             log.warning("the next learning rate was %.3g, and is %.3g after the changes", *rates)
         try:
             sources = train_source, validation_source
-            run = Run(config, mesh, trainer, *sources, draws, checkpoints, stop, watchdog, started)
+            timing = watchdog, clock, pace, started
+            run = Run(config, mesh, trainer, *sources, draws, checkpoints, stop, *timing)
             code = train(run, state)
         finally:
             watchdog.allow("the last checkpoint")
+            clock.enter("save")
     if code == command_line.PREEMPTED:
         log.info("%s; config.checkpoint.grace=%g", stop.told(), config.checkpoint.grace)
     if code == command_line.DONE and jax.process_index() == 0:
@@ -298,6 +310,8 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
     stop: Stop
     watchdog: Watchdog
+    clock: Goodput
+    pace: Pace
     started: float
 
     def windows(self, step: int) -> list[int]:
@@ -331,7 +345,8 @@ class Run(NamedTuple):
                 step,
             )
             return False
-        self.checkpoints.save(step, state)
+        with self.clock.at("save"), self.pace.waiting():
+            self.checkpoints.save(step, state)
         return True
 
 
@@ -345,7 +360,8 @@ def train(run: Run, state: TrainState) -> int:
         watchdog.allow(f"the evaluation after step {step}")
         faults.at("evaluation", step)
         step_function, source = trainer.evaluation_step, run.validation_source
-        reporter.now(step, evaluate(step_function, state, source, config, run.mesh))
+        with run.clock.at("evaluation"), run.pace.waiting():
+            reporter.now(step, evaluate(step_function, state, source, config, run.mesh))
 
     reporter = Reporter(
         config,
@@ -356,7 +372,10 @@ def train(run: Run, state: TrainState) -> int:
         run.draws,
         run.windows,
         TENSORBOARD.value,
+        run.clock,
+        run.pace,
     )
+    vote = SaveVote(config.checkpoint.every_minutes, run.mesh)
     profile = Profile(config, workdir / "profile")
     with contextlib.closing(reporter):
         evaluated = processes.from_leader(
@@ -367,26 +386,30 @@ def train(run: Run, state: TrainState) -> int:
         watchdog.allow(f"step {first_step + 1} and its compilation")
         for step in range(first_step + 1, config.steps + 1):
             profile.before(step)
+            run.pace.step(step)
+            run.clock.enter("data_wait")
             waiting = time.perf_counter()
             rows_here = next(reader)
             faults.at("batch", step, rows_here)
             batch = to_device(rows_here, placement, config.batch_size)
             reporter.meter.wait(time.perf_counter() - waiting)
-            state, metrics = trainer.train_step(state, batch)
-            reporter.later(step, metrics)
+            run.clock.enter("steps" if step > first_step + 1 else "compile")
+            with run.pace.waiting():
+                state, metrics = trainer.train_step(state, batch)
+            reporter.later(step, {**metrics, **vote.cast()})
             profile.after(step, state)
             faults.at("step", step)
             if step == first_step + 1:
                 jax.block_until_ready(metrics)
                 took = time.perf_counter() - run.started
                 log.info("first step after %.1f s (imports not counted)", took)
+                run.clock.enter("steps")
 
             last, stopping = step == config.steps, run.stop.now(step)
-            every = config.checkpoint.every
-            save_now = last or stopping or (every and step % every == 0)
+            save_now = last or stopping or reporter.save_due or config.checkpoint.due(step)
             evaluate_now = run.evaluation_due(step) and (last or not stopping)
             if evaluate_now or save_now:
-                reporter.flush()
+                reporter.flush(timed=True)
             if reporter.nonfinite >= config.max_nonfinite_steps:
                 log.error(
                     "stopped after %d consecutive non-finite steps; the newest checkpoint is "
@@ -399,6 +422,9 @@ def train(run: Run, state: TrainState) -> int:
                 evaluate_and_report(step)
             if save_now and not run.save(step, state):
                 return command_line.NON_FINITE
+            if save_now:
+                vote.saved()
+                reporter.save_due = False
             reporter.meter.pause(time.perf_counter() - paused)
             if stopping and not last:
                 log.info("stopped at step %d; the same command goes on from here", step)

@@ -48,7 +48,7 @@ def plain_row(values: dict[str, Any]) -> dict[str, Any]:
 
 class MetricsFile:
     """`metrics.jsonl`: one object a line with its step, null for what is not finite. Opening it at
-    a step cuts it back to the lines up to that step; `last` is the last line that was kept.
+    a step cuts it back to the lines up to that step; `last` is what was kept of its last step.
 
     Raises:
         OSError: from any method. A line that was written in part is ended before the next one.
@@ -60,7 +60,8 @@ class MetricsFile:
             with replacing(path) as temporary, open(temporary, "x") as file:
                 for row in read_lines(path):
                     if row["step"] <= from_step:
-                        self.last = row
+                        same = row["step"] == self.last.get("step")
+                        self.last = {**self.last, **row} if same else row
                         file.write(json.dumps(plain_row(row)) + "\n")
         self.file, self.torn = open(path, "ab", buffering=0, opener=not_followed), False
 

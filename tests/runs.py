@@ -67,9 +67,10 @@ def finish(process, seconds=240):
 
 
 def lines(workdir):
-    """The metrics of a run."""
+    """The metrics of a run's steps and evaluations."""
     path = Path(workdir) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    return [row for row in rows if "loss" in row or "val_loss" in row]
 
 
 def wait_for(condition, process):

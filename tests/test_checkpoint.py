@@ -457,3 +457,10 @@ def test_a_state_comes_back_bit_equal_on_another_mesh(tmp_path, before, after):
         back = checkpoints.restore(1, wanted)["w"]
     assert back.sharding == shardings[1]
     np.testing.assert_array_equal(back, w)
+
+
+def test_some_checkpoints_stay_for_good(tmp_path):
+    with Checkpoints(tmp_path, keep=1, keep_every=4) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save(step, {"x": np.full(3, step)})
+    assert checkpoints.steps() == [4, 7]

@@ -283,7 +283,7 @@ def give_up(message: str, code: int = HANG, stacks: bool = False) -> None:
     if stacks:
         with contextlib.suppress(OSError, ValueError):
             faulthandler.dump_traceback(sys.stderr)
-    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+    print(f"{Log.prefix}error: {one_line(message)}", file=sys.stderr, flush=True)
     os._exit(code)
 
 
@@ -366,7 +366,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
         if code is None:
             raise
         spare()  # what is still to be written of it
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"{Log.prefix}error: {one_line(error)}", file=sys.stderr)
     sys.exit(code)
 
 

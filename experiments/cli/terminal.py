@@ -73,10 +73,15 @@ def _least(column: Column) -> int:
 
 
 class Log(logging.Handler):
-    """The log, on what sys.stderr is at that moment: above a bar while there is one."""
+    """The log, on what sys.stderr is at that moment: above a bar while there is one.
+
+    prefix: of every line, also of the last one, which says why a command fails.
+    """
+
+    prefix = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(f"{Log.prefix}{self.format(record)}", file=sys.stderr, flush=True)
 
 
 class Terminal:

@@ -210,24 +210,27 @@ class RunFolder:
 
         state: its shapes. Raises CheckpointError when there is no room for them.
         """
-        keep = self.config.checkpoint.keep
+        wanted = self.config.checkpoint
         accepts = [*self.lineage, self.identity]
-        made = Checkpoints(self.path / "checkpoints", keep, self._about, accepts)
+        place = self.path / "checkpoints"
+        made = Checkpoints(place, wanted.keep, self._about, accepts, wanted.keep_every)
         if jax.process_index() == 0:
             self._check_room(made, state_bytes(state))
             grace.check(self.path, state_bytes(state), self.config.checkpoint.grace)
         return made
 
     def _check_room(self, checkpoints: Checkpoints, size: int) -> None:
-        every = self.config.checkpoint.every
-        saves = 1 + (self.config.steps // every if every else 0)
-        missing = min(checkpoints.keep + 1, saves) - len(checkpoints.steps())
+        wanted, steps = self.config.checkpoint, self.config.steps
+        for_good = steps // wanted.keep_every if wanted.keep_every else 0
+        saves = 1 + (steps // wanted.every if wanted.every else 0)
+        saves = wanted.keep + 1 if wanted.every_minutes else min(wanted.keep + 1, saves)
+        missing = saves + for_good - len(checkpoints.steps())
         free = shutil.disk_usage(self.path).free
         if missing * size > free:
             raise CheckpointError(
                 f"{checkpoints.folder}: {missing} checkpoints of {size:,} bytes are still to be "
-                f"written there, {free:,} bytes are free; lower config.checkpoint.keep or name "
-                "another --workdir"
+                f"written there, {free:,} bytes are free; lower config.checkpoint.keep"
+                f"{' or raise keep_every' if for_good else ''}, or name another --workdir"
             )
 
     def begin_at(self, step: int) -> Draws:

@@ -16,6 +16,7 @@ from kha_jax.analysis.reading import saved_steps
 from kha_jax.config import ConfigError, to_dict
 from kha_jax.errors import CheckpointError, DataError, StorageError
 from kha_jax.metrics import column
+from kha_jax.runs import goodput
 from kha_jax.runs.manifest import folder_name, read_manifest
 from kha_jax.spikes import SPIKING, find_spikes, spike_score
 from kha_jax.training.run_config import RunConfig
@@ -79,6 +80,8 @@ def _cost(folder: Path, config: RunConfig, rows: list[dict[str, Any]]) -> dict[s
         seconds = sum(config.tokens_per_step / rate for rate in rates)
         took = f"{clock(seconds)} h" if seconds > SHORT else f"{seconds:.0f} s"
         out["speed"] = f"{middle:,.0f} tokens a second, {took} of training"
+    if timed := [found for found in map(goodput.of, rows) if found]:
+        out["time"] = goodput.spelt(timed[-1])
     if hardware := _hardware(folder):
         out["on"] = hardware
     return out

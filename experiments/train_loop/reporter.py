@@ -4,17 +4,21 @@ and steps that were not applied to the log, a profiler trace. None of them can s
 import functools
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable
 
 import jax
 
 from experiments.train_loop.progress import Progress
+from experiments.train_loop.stop import SAVE_DUE
 from kha_jax import accounting
 from kha_jax.attention.attention import LARGEST
 from kha_jax.data import Draws, Source
 from kha_jax.hardware import chips
 from kha_jax.metrics import Meter, MetricsFile, Spared, TensorBoard
+from kha_jax.runs.goodput import Goodput
+from kha_jax.runs.pace import Pace
 from kha_jax.spikes import SPIKING, Spikes, spike_rule
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.trace import TRACE
@@ -30,8 +34,8 @@ class Reporter:
     reported while the next one runs.
 
     source: of the training data. draws: which of them, as they are drawn, a batch holds.
-    windows: the numbers of the windows that a step trains on. nonfinite: consecutive steps that
-    were not applied.
+    windows: the numbers of the windows that a step trains on. clock, pace: of the run. nonfinite:
+    consecutive steps that were not applied. save_due: what the newest step's vote says.
     """
 
     def __init__(
@@ -44,9 +48,13 @@ class Reporter:
         draws: Draws,
         windows: Callable[[int], list[int]],
         tensorboard: bool,
+        clock: Goodput,
+        pace: Pace,
     ):
         self.config, self.draws, self.windows = config, draws, windows
-        self.pending, self.nonfinite, self.examples = None, 0, len(source)
+        self.clock, self.pace, self.examples = clock, pace, len(source)
+        self.pending, self.nonfinite, self.save_due = None, 0, False
+        self.timed = False  # a line of this start says where the time went
         cost = accounting.account(config.model, config.seq_len, tokens=config.tokens_per_step)
         peak = chips.peak_flops(jax.devices()[0].device_kind) * mesh.devices.size
         self.meter = Meter(cost.training_flops, peak)
@@ -65,6 +73,7 @@ class Reporter:
 
     def now(self, step: int, values: dict[str, Any]) -> None:
         """Reports values that are there."""
+        values = {**values, "time": round(time.time(), 3)}
         for sink in self.sinks:
             sink.call("write", step, values)
         self.progress.update(step, values)
@@ -74,14 +83,17 @@ class Reporter:
         self.flush()
         self.pending = (step, metrics)
 
-    def flush(self) -> None:
-        """Reports the step that is waiting for it."""
+    def flush(self, timed: bool = False) -> None:
+        """Reports the step that is waiting for it. timed: with where the time went."""
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
         if step % TRACE_EVERY:
             metrics = {name: z for name, z in metrics.items() if not name.startswith(SELDOM)}
-        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        with self.pace.waiting():
+            values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        self.save_due = values.pop(SAVE_DUE, 0) > 0
+        self.clock.step = step
         self.nonfinite = self.nonfinite + 1 if values["nonfinite"] else 0
         if self.nonfinite:
             found = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
@@ -92,6 +104,8 @@ class Reporter:
                 found = f"{name} {values[name]:.4g} is far from its recent {centre:.4g}"
                 log.warning("step %d: spike, %s; %s", step, found, self._batch(step))
                 values["spike"] = 1
+        if timed or not self.timed:
+            values, self.timed = {**values, **self.clock.values()}, True
         epoch = self.draws(step - 1).stop / self.examples
         self.now(step, {**values, "epoch": epoch, **self.meter.read(self.config.tokens_per_step)})
 

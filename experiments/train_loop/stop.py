@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by signals, in one process and in many."""
+"""How a run is asked to stop, by signals, and to save, by the clock: in one process and in many."""
 
 import contextlib
 import logging
@@ -10,12 +10,16 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.cli import command_line
 from kha_jax.runs import processes
 
 log = logging.getLogger("kha_jax")
+SAVE_DUE = "save_due"  # among the metrics of a step
 
 
 def asking() -> list[int]:
@@ -82,3 +86,33 @@ class Stop:
             if jax.process_count() == 1
             else multihost_utils.reached_preemption_sync_point(step)
         )
+
+
+class SaveVote:
+    """Asks for a save when so many minutes have passed by the clock of process 0. The clocks of the
+    others differ, and all have to save the same step: the answer is computed on the devices after a
+    step, and read with its metrics.
+
+    minutes: 0 for no votes.
+    """
+
+    def __init__(self, minutes: float, mesh: Mesh):
+        self.seconds, self.shape = 60 * minutes, (mesh.size,)
+        devices, here = mesh.devices.flat, jax.process_index()
+        self.local = sum(device.process_index == here for device in devices)
+        self.split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self.any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.saved()
+
+    def saved(self) -> None:
+        """A save begins."""
+        self.since = time.monotonic()
+
+    def cast(self) -> dict[str, jax.Array]:
+        """To be added to the metrics of the step that was dispatched last."""
+        if not self.seconds:
+            return {}
+        due = jax.process_index() == 0 and time.monotonic() - self.since >= self.seconds
+        mine = np.full(self.local, due, np.int32)
+        votes = jax.make_array_from_process_local_data(self.split, mine, self.shape)
+        return {SAVE_DUE: self.any(votes)}

@@ -9,6 +9,7 @@ from kha_jax.analysis import style
 from kha_jax.analysis.models import Variant
 from kha_jax.attention.attention import LARGEST
 from kha_jax.metrics import column
+from kha_jax.runs import goodput
 from kha_jax.spikes import Spike, spikes_in
 
 Rows = list[dict[str, Any]]
@@ -142,6 +143,20 @@ def _spiky(axes: Any, rows: Rows, key: str, index: int, found: list[Spike]) -> N
     heights = [one.centre if math.isnan(one.peak) else one.peak for one in found]
     at = [one.step for one in found]
     axes.plot(at, heights, linestyle="none", marker="v", color=style.KINDS[4])
+
+
+def time_spent(runs: dict[str, Rows]) -> Any:
+    """Where the time of each run went since it first began, by kind, over all its starts: the steps
+    that count lie at the bottom, and what a restart did again is `lost`."""
+    figure, panels = style.row_of(len(runs), 3.2, 4.2)
+    kinds = ("steps", *(kind for kind in goodput.KINDS if kind != "steps"))
+    for axes, (name, rows) in zip(panels, runs.items()):
+        found = [seconds for row in rows if (seconds := goodput.of(row))]
+        minutes = np.array([[0.0] * len(kinds), *([one[k] for k in kinds] for one in found)]) / 60
+        axes.stackplot(minutes.sum(axis=1), minutes.T, labels=[k.replace("_", " ") for k in kinds])
+        axes.set(title=name, xlabel="minutes since the run began", ylabel="minutes spent")
+    style.shared_legend(figure, panels)
+    return figure
 
 
 def cost_against_loss(rows: list[Variant]) -> Any:

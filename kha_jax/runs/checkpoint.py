@@ -92,6 +92,7 @@ class Checkpoints:
         keep: newest verified checkpoints that retention leaves.
         about: entries of the manifest of a step; called in the background.
         accepts: see verify.
+        keep_every: steps whose multiples retention leaves for good; 0: none.
     """
 
     def __init__(
@@ -100,8 +101,10 @@ class Checkpoints:
         keep: int = 1,
         about: Callable[[int], dict[str, Any]] = lambda step: {},
         accepts: Sequence[dict[str, Any]] = ({},),
+        keep_every: int = 0,
     ):
         self.folder, self.keep = Path(folder).absolute(), keep
+        self.keep_every = keep_every
         self.about, self.accepts = about, accepts
         self.checkpointer = ocp.StandardCheckpointer()
         self.background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -201,11 +204,14 @@ class Checkpoints:
         self._retain()
 
     def _retain(self) -> None:
-        """Removes what is older than the newest `keep` verified checkpoints."""
+        """Removes what is older than the newest `keep` verified checkpoints, and none of those that
+        stay for good."""
         kept = 0
         for step in reversed(self.steps()):
             if kept < self.keep:
                 kept += self._is_good(step)
+                continue
+            if self.keep_every and step % self.keep_every == 0:
                 continue
             try:  # the new checkpoint counts, whatever becomes of an old one
                 self.remove(step)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 REST = 8.0  # seconds; JAX looks every five whether another process was told to stop
+DRAG = 1.0  # seconds that a slow process takes longer for a step
 SMALL_DISK = 2**30  # bytes of the largest file system that a test may fill
 
 
@@ -42,6 +43,10 @@ def _rest(_: Any) -> None:
     time.sleep(REST)
 
 
+def _drag(_: Any) -> None:
+    time.sleep(DRAG)
+
+
 def _poison(batch: dict[str, Any]) -> None:
     batch["weights"][...] = float("nan")
 
@@ -59,6 +64,7 @@ ACTIONS = {
     "stop": _send(signal.SIGSTOP),
     "hang": _hang,
     "rest": _rest,
+    "drag": _drag,
     "fill": _fill,
     "fail": _fail,
     "poison": _poison,

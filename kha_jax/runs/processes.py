@@ -40,9 +40,9 @@ def join(
     seconds: int,
     silence: float,
     give_up: Callable[[str], Any],
-) -> None:
-    """Connects the processes of a run, those that the cluster has started where none is given; one
-    process needs nothing.
+) -> int | None:
+    """Connects the processes of a run, those that the cluster has started where none is given; the
+    number of this one. One that is alone needs nothing and has none.
 
     silence: seconds after which a process that hangs leaves by itself; only later does the runtime
     abort those that hear nothing of another one.
@@ -56,7 +56,7 @@ def join(
     with _after(HINT_SECONDS, log.warning, "still waiting for the other processes of the run"):
         here = given or cluster.place(seconds)
         if here is None:
-            return
+            return None
         if here.index == 0:
             _check_port(here.address)
         leave_instead_of_aborting(give_up)
@@ -77,6 +77,7 @@ def join(
             except (RuntimeError, ValueError) as error:
                 raise WaitError(f"the processes {where} did not come together: {error}") from None
     log.info("process %d of %d, process 0 %s", here.index, here.count, where)
+    return here.index
 
 
 def _check_port(address: str) -> None:

@@ -1,12 +1,15 @@
 """Notices that a run does not go on: what waits for a device, a disk or another process may wait
 for ever, and nothing else would tell."""
 
+import logging
 import threading
 import time
 from typing import Any, Callable
 
 ALLOWANCE = 3600.0  # seconds for what is no step: compilation, an evaluation, a checkpoint
 LOOKS = 1.0  # seconds between two looks at the clock, at most
+STOPPED = 10.0  # seconds that a look comes late, from which on it is mentioned
+log = logging.getLogger("kha_jax")
 
 
 class Watchdog:
@@ -47,6 +50,9 @@ class Watchdog:
         with self.changed:
             while not self.done:
                 what, seconds, deadline = self.expected
+                late = time.monotonic() - self.clock[1] - self.look
+                if late > STOPPED:
+                    log.warning("stopped for %.0f s during %s, which do not count", late, what)
                 self.clock = self._counted(), time.monotonic()
                 left = deadline - self.clock[0]
                 if left <= 0:

@@ -115,14 +115,22 @@ class CheckpointConfig(Config):
 
     every: int = 200
     """Steps between checkpoints, the last step's included; 0: none."""
+    every_minutes: float = 0.0
+    """Minutes between checkpoints, by the clock of process 0, beside those of `every`; 0: none."""
     keep: int = 2
     """Newest ones that stay."""
+    keep_every: int = 0
+    """Steps between checkpoints that stay for good, which are saved beside the others; 0: none."""
     grace: float = 30.0
     """Seconds from SIGTERM to the end, saved or not; the default is what Kubernetes gives."""
 
     def validate(self):
-        self.at_least(0, "every")
+        self.at_least(0, "every", "every_minutes", "keep_every")
         self.at_least(1, "keep", "grace")
+
+    def due(self, step: int) -> bool:
+        """Whether the number of the step asks for a checkpoint."""
+        return any(every and step % every == 0 for every in (self.every, self.keep_every))
 
 
 class ProfileConfig(Config):
