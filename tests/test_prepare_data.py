@@ -93,7 +93,6 @@ def six_units(tmp_path, monkeypatch):
 
 def test_the_same_documents_make_the_same_shards(tmp_path, here):
     """In every form that they are found in."""
-    (tmp_path / "in").mkdir()
     inputs = every_form(tmp_path / "in", documents(40))
     made = {form: tmp_path / f"of_{form}" for form in inputs}
     for form, name in inputs.items():

@@ -3,7 +3,7 @@
 import logging
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 from experiments.preparing import workers
 from experiments.preparing.duplicates import later_ones
@@ -33,7 +33,8 @@ class Preparation:
 
     def __init__(self, folder: ShardFolder, made: list[Unit], job: Job, processes: int):
         self.folder, self.units, self.job, self.processes = folder, made, job, processes
-        self.shown = 0  # bad records
+        self.records: dict[int, dict[str, Any]] = {}  # of finished units
+        self.bad = self.shown = 0  # records that were left out, and those of them that were shown
         self.size = self._bytes(range(len(made)))
 
     def run(self, tokenizer: Tokenizer | int, drop_duplicates: bool, said: dict[str, Any]) -> None:
@@ -51,8 +52,10 @@ class Preparation:
                 marks = tokenizer.end_of_document, tokenizer.begin_of_document
                 self.job = self.job._replace(tokenizer=(named, *marks))
             drop = self.duplicates(aside) if drop_duplicates else [b""] * len(self.units)
-            there = self.intact(tokenizer)
-            self.write([n for n in range(len(self.units)) if n not in there], drop, aside)
+            for record in self.intact(tokenizer):
+                self.keep(record)
+            numbers = range(len(self.units))
+            self.write([n for n in numbers if n not in self.records], drop, aside)
             self.hold_one_out(drop, aside)
             self.finish(tokenizer, said)
 
@@ -73,17 +76,16 @@ class Preparation:
         log.info("trained a tokenizer: %s%s", found, enough)
         return tokenizer
 
-    def intact(self, tokenizer: Tokenizer) -> dict[int, dict[str, Any]]:
+    def intact(self, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
         """Records of finished units whose shards are what they say."""
-        kept, about = {}, tokenizers.about(tokenizer)
+        about = tokenizers.about(tokenizer)
         for number, record in self.folder.finished().items():
             try:
                 shards = {s: _shards([record], s) for s in SPLITS}
                 shard_files.verify(self.folder.path, Meta(about, shards, {}, {}))
-                kept[number] = record
+                yield record
             except DataError as error:
                 log.warning("unit %d is made again: %s", number, error)
-        return kept
 
     def duplicates(self, aside: Path) -> list[bytes]:
         """One bit for each document of each unit, see `later_ones`."""
@@ -120,31 +122,33 @@ class Preparation:
             with closing(run_all(self.processes, workers.write, tasks, progress.told)) as ended:
                 for index, record in ended:
                     self.folder.place(record, aside)
-                    self._check_bad()
+                    self.keep(record)
                     progress.end(index, Seen(self._bytes([record["unit"]]), *_sums(record)))
 
     def _bytes(self, numbers: Iterable[int]) -> int:
         return sum(part.size for number in numbers for part in self.units[number])
 
-    def _check_bad(self) -> None:
-        """Shows the first bad records of all units.
+    def keep(self, record: dict[str, Any]) -> None:
+        """Counts a finished unit in, and shows the first bad records of all units.
 
         Raises:
             DataError: there are more of them than may be left out.
         """
-        records = self.folder.finished().values()
-        samples = [sample for record in records for sample in record["samples"]]
-        for sample in samples[self.shown : SAMPLES]:
+        before = self.records.get(record["unit"])
+        self.records[record["unit"]] = record
+        if before:
+            return
+        for sample in record["samples"][: SAMPLES - self.shown]:
             log.warning("left out %s", sample)
-        self.shown = min(len(samples), SAMPLES)
-        if sum(record["left_out"]["bad"] for record in records) > self.job.skip_bad:
-            raise DataError(too_many(samples[-1], self.job.skip_bad))
+            self.shown += 1
+        self.bad += record["left_out"]["bad"]
+        if self.bad > self.job.skip_bad:
+            raise DataError(too_many(record["samples"][-1], self.job.skip_bad))
 
     def hold_one_out(self, drop: list[bytes], aside: Path) -> None:
         """Where no document fell into validation, that of the smallest key does."""
-        records = self.folder.finished()
-        keys = {number: record["keys"] for number, record in records.items() if record["keys"]}
-        if any("validation" in record["shards"] for record in records.values()) or not keys:
+        keys = {n: record["keys"] for n, record in self.records.items() if record["keys"]}
+        if any("validation" in r["shards"] for r in self.records.values()) or not keys:
             return
         least, most = min(keys.values())[0], max(found[-1] for found in keys.values())
         if least != most:
@@ -157,7 +161,7 @@ class Preparation:
         Raises:
             DataError: there is nothing to train on.
         """
-        records = [record for _, record in sorted(self.folder.finished().items())]
+        records = [record for _, record in sorted(self.records.items())]
         shards = {split: _shards(records, split) for split in SPLITS}
         if not shards["train"]:
             raise DataError(
