@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kha_jax.data.shard_files import read_meta
-from tests.runs import ROOT, lines
+from tests.runs import ROOT, SMALL, lines
 from tests.test_prepare_data import content, documents
 from tests.test_readers import as_jsonl, as_parquet
 
@@ -143,6 +143,26 @@ def test_a_command_that_is_killed_leaves_no_process_and_goes_on(tmp_path):
     assert content(out) == content(golden) and len(read_meta(out).shards["train"]) == 6
     left = sorted(path.name for path in (out / ".preparing").iterdir())
     assert left == ["inputs.jsonl", "lock", "plan.json", "units.jsonl"]
+
+
+def test_what_a_person_prepares_is_what_a_run_learns(tmp_path):
+    """A file with a bad line is refused by name; mended, it becomes shards that kha_tiny reads."""
+    path, out, run = tmp_path / "a.jsonl", tmp_path / "shards", tmp_path / "run"
+    command = ["-m", "experiments.prepare_data", f"--input={path}", f"--out={out}"]
+    good = as_jsonl(documents(3000))
+    path.write_bytes(good + b'{"text": 3}\n')
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 65 and f"{path}:3001: 'text' is a number" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
+    path.write_bytes(good)
+    told = python(*command, "--val_fraction=0.05")
+    assert told.splitlines()[-1].startswith(
+        f"python -m experiments.train --config.data.source={out}/ --workdir="
+    )
+    python("-m", "experiments.train", *SMALL, f"--config.data.source={out}", f"--workdir={run}")
+    first, *_, last = [row["val_bits_per_byte"] for row in lines(run) if "val_loss" in row]
+    assert 8 > first > last
+    python("-m", "experiments.prepare_data", f"--describe={out}")
 
 
 @pytest.fixture(scope="module")
