@@ -32,7 +32,7 @@ from experiments.preparing.units import GROWTH, Unit
 from experiments.preparing.workers import Job
 from kha_jax.data import shard_files, tokenizers
 from kha_jax.data.shard_files import SPLITS
-from kha_jax.data.tokenizers import Tokenizer
+from kha_jax.data.tokenizers import ByteTokenizer, Tokenizer
 from kha_jax.storage import as_written
 
 INPUT = flags.DEFINE_list("input", [], "Required: files, folders and globs, joined by commas.")
@@ -108,8 +108,10 @@ def summary(folder: Path) -> None:
         say(f"left out: {out}")
     if not meta.shards["validation"]:
         log.warning("there is one document alone: a run needs another one to validate on")
-    name = shlex.quote(f"{folder}/")
-    say(f"python -m experiments.train --config.data.source={name} --workdir=runs/{folder.name}")
+    ids = meta.vocabulary_size
+    model = f" --config.model.vocabulary_size={ids}" if ids != ByteTokenizer.vocabulary_size else ""
+    source = f"--config.data.source={shlex.quote(f'{folder}/')}{model}"
+    say(f"python -m experiments.train {source} --workdir=runs/{folder.name}")
 
 
 def leave(number: int, _: Any) -> None:

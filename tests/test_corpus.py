@@ -201,6 +201,7 @@ def test_a_real_corpus_in_one_command(debian):
         python(
             *("-m", "experiments.train", f"--config.data.source={out}", f"--workdir={run}"),
             *("--config.steps=200", "--config.evaluation.every=100"),
+            f"--config.model.vocabulary_size={meta.vocabulary_size}",
         )
         found[name] = [row["val_bits_per_byte"] for row in lines(run) if "val_bits_per_byte" in row]
     assert all(8 > first > last > 0 for first, *_, last in found.values()), found
