@@ -7,7 +7,8 @@
 Without another flag it lists them: step, whether they belong to the run and have their sizes, size
 on disk, age, config. --verify also compares every checksum, and leaves with 74 when one is not
 intact. --prune=STEP,STEP removes those by name, but never the last good one. --diff=STEP,STEP
-compares two, leaf by leaf. --leaves=STEP shows the leaves of one with their norms.
+compares two, leaf by leaf. --leaves=STEP shows the leaves of one with their norms. Both refuse one
+that is damaged or of another run.
 """
 
 import fcntl
@@ -57,6 +58,17 @@ def problem(folder: Path, accepts: list[dict], thorough: bool) -> str:
         return ""
     except (CheckpointError, OSError) as error:
         return str(error)
+
+
+def intact(checkpoints: Checkpoints, steps: list[int], accepts: list[dict]) -> list[int]:
+    """The steps, whose leaves may be shown.
+
+    Raises:
+        CheckpointError: one of them is damaged, or of another run.
+    """
+    for step in steps:
+        verify(checkpoints.path(step), accepts)
+    return steps
 
 
 def show(folders: list[Path], accepts: list[dict], thorough: bool) -> bool:
@@ -144,9 +156,9 @@ def main() -> int:
         folders = checkpoints.folders()
         known = [int(folder.name) for folder in folders]
         if DIFF.value:
-            diff(checkpoints, *steps_of("diff", DIFF.value, known))
+            diff(checkpoints, *intact(checkpoints, steps_of("diff", DIFF.value, known), accepts))
         elif LEAVES.value:
-            (step,) = steps_of("leaves", [LEAVES.value], known)
+            (step,) = intact(checkpoints, steps_of("leaves", [LEAVES.value], known), accepts)
             show_leaves(checkpoints.path(step))
         elif PRUNE.value:
             prune(workdir, checkpoints, steps_of("prune", PRUNE.value, known), accepts)

@@ -162,8 +162,8 @@ def report_sweep() -> None:
 def list_spikes() -> None:
     """The spikes of --spikes, and the score."""
     path = stored.local_folder("spikes", SPIKES.value)
-    path = path / "metrics.jsonl" if path.is_dir() else path
     try:
+        path = path / "metrics.jsonl" if path.is_dir() else path
         rows = list(metrics.read_lines(path))
     except OSError as error:
         raise UsageError(f"--spikes={path} cannot be read: {error.strerror}") from None

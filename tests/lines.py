@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 from kha_jax.config import dotted, to_dict
 from kha_jax.training.run_config import RunConfig
@@ -23,19 +23,44 @@ from tests.commands import Defined, Result, defined, run_all
 from tests.runs import SMALL
 
 CODES = {0, 2, 65, 70, 74, 75, 76}
-SECONDS = 5  # of computing, after which a command is at work
+SECONDS = 2  # of computing, after which a command is at work
 AT_WORK = -signal.SIGXCPU
-TOGETHER = 100  # cases that one process is asked for
+TOGETHER = 50  # cases that one process is asked for
 LINES = 2  # on stderr, of a command that refuses
 TINY = (*SMALL, "--config.steps=2", "--config.model.layers=1", "--config.evaluation.every=0")
-# What a command gets before anything odd, where it has the flag: what is written stays in `here`.
+# What a command gets before anything odd, where it has the flag, so that nothing else is refused.
+# What is written stays in `here`.
 USUAL = {
     "workdir": "--workdir={here}/run",
     "out": "--out={here}/made",
     "input": "--input={here}/text",
     "prompt": "--prompt=def ",
+    "tokens": "--tokens=4",
+    "table": "--table=2",
     "dry_run": "--dry_run",
+    "input": "--input={here}/a.txt",
+    "workers": "--workers=1",
+    "text": "--text={here}/a.txt",
+    "kv_heads": "--kv_heads=1",
+    "wait_seconds": "--wait_seconds=10",
+    "rounds": "--rounds=1",
+    "torch_compile": "--notorch_compile",
+    "compile": "--nocompile",
 }
+OF_ITS_OWN = {
+    ("report", "out"): "--out={here}/made.png",
+    ("train", "workdir"): "--workdir={here}/{folder}",  # of a run that is done, or a new one
+}
+# Flags that stand in the place of a usual one.
+INSTEAD = {"tasks": "text", "sweep": "workdir", "spikes": "workdir", "configs": "table"}
+# Values that a flag or a field may have, by the type of its default.
+APT = {
+    bool: ("true", "false"),
+    int: ("1", "2", "3", "4", "8"),
+    float: ("0", "0.1", "0.5", "1", "2.5"),
+    str: ("linear", "mlp", "compose", "talking", "latent", "grouped_tied", "moe", "none", "full"),
+}
+TYPES = {"bool": bool, "int": int, "float": float}
 ODD = (
     *("", " ", "many", "true", "none", "0", "1", "-1", "2", "0.5", "-0", "1_0", "0x3", "٣"),
     *("9" * 30, "-" + "9" * 30, "1e400", "-1e9", "nan", "-nan", "inf", "-inf", "1e-320"),
@@ -49,7 +74,16 @@ ODD = (
         "{here}/run/checkpoints",
         "{here}/run/config.json",
     ),
-    *("../" * 40 + "nowhere", "gs://bucket/x", "odd://x", "~nobody/x", "~", "*", "configs", "."),
+    *(
+        "../" * 40 + "dev/null/nowhere",
+        "gs://bucket/x",
+        "odd://x",
+        "~nobody/x",
+        "~",
+        "*",
+        "configs",
+        ".",
+    ),
 )
 
 
@@ -63,49 +97,71 @@ class Case(NamedTuple):
 def cases(seed: int, count: int, only: str = "") -> Iterator[Case]:
     """So many, which the seed and the flags decide."""
     chance, known = random.Random(seed), defined()
-    fields = sorted(dotted(to_dict(RunConfig()), "config"))
+    fields = dotted(to_dict(RunConfig()), "config")
     for _ in range(count):
         command = only or chance.choice(sorted(known))
         takes = known[command]
         names = sorted(takes.flags)
-        usual = [USUAL[name] for name in names if name in USUAL]
+        given = [name for name in names if name in USUAL]
         if takes.takes_config:
-            usual += TINY if chance.random() < 0.5 else ()  # some commands refuse parts of it
-            names += ["config", "config.help", *chance.sample(fields, len(names) + 1)]
+            names += ["config", "config.help", *chance.sample(sorted(fields), len(names) + 1)]
         words = chance.choices([[*takes.words, "word"], takes.words or [""]], [1, 9])[0]
         words = [chance.choice(words)] if takes.words or words[0] else []
-        odd = [a for _ in range(chance.choice((1, 1, 1, 2))) for a in said(chance, names, takes)]
-        yield Case(command, [*words, *usual, *odd])
+        odd = sum((said(chance, names, takes, fields) for _ in range(chance.choice((1, 1, 2)))), [])
+        replaced = {old for new, old in INSTEAD.items() if f"--{new}" in " ".join(odd)}
+        folder = chance.choice(("run", "new"))
+        usual = [
+            OF_ITS_OWN.get((command, name), USUAL[name]).replace("{folder}", folder)
+            for name in given
+            if name not in replaced
+        ]
+        # all but `train` are also asked what they do with the config that is there without a word
+        small = takes.takes_config and (command == "train" or chance.random() < 0.5)
+        yield Case(command, [*words, *usual, *(TINY if small else ()), *odd])
 
 
-def said(chance: random.Random, names: list[str], takes: Defined) -> list[str]:
+def value_of(chance: random.Random, flag: Any, default: Any) -> str:
+    """Something odd, or as often something that a flag or a field of this default may have."""
+    if chance.random() < 0.5:
+        return chance.choice(ODD)
+    if isinstance(default, (list, tuple)):
+        return ",".join(map(str, default))
+    if default is None:
+        return chance.choice(APT[TYPES.get(flag.flag_type() if flag is not None else "", str)])
+    choices = getattr(flag.parser, "enum_values", ()) if flag is not None else ()
+    return chance.choice([str(default), *(choices or APT[type(default)])])
+
+
+def said(
+    chance: random.Random, names: list[str], takes: Defined, fields: dict[str, Any]
+) -> list[str]:
     """A flag in one of the ways in which one can write it."""
-    name, value = chance.choice(names), chance.choice(ODD)
+    name = chance.choice(names)
     flag = takes.flags[name] if name in takes.flags else None
-    if chance.random() < 0.2 and flag is not None and flag.default is not None:
-        value = str(flag.default)
-    ways = [
+    value = value_of(chance, flag, flag.default if flag is not None else fields.get(name, ""))
+    usual, ways = (
         [f"--{name}={value}"],
-        [f"--{name}={value}"],
-        [f"--{name}={value}"],
-        [f"--{name}", value],
-        [f"--{name}"],
-        [f"-{name}={value}"],
-        [f"--no{name}"],
-        [f"--no{name}={value}"],
-        [f"--{name}={value}", f"--{name}={chance.choice(ODD)}"],
-        [f"--{name.upper()}={value}"],
-        [f"--{name[:-1]}={value}"],
-        [f"--{name}.more={value}"],
-        [f"{name}={value}"],
-    ]
-    return chance.choice(ways)
+        [
+            [f"--{name}", value],
+            [f"--{name}"],
+            [f"-{name}={value}"],
+            [f"--no{name}"],
+            [f"--no{name}={value}"],
+            [f"--{name}={value}", f"--{name}={chance.choice(ODD)}"],
+            [f"--{name.upper()}={value}"],
+            [f"--{name[:-1]}={value}"],
+            [f"--{name}.more={value}"],
+            [f"{name}={value}"],
+        ],
+    )
+    return usual if chance.random() < 0.6 else chance.choice(ways)
 
 
 def prepare(here: Path, run: Path) -> None:
     """What the cases name."""
     here.mkdir()
     (here / "text").write_text("no folder")
+    (here / "a.txt").write_text("def one():\n    return 1\n" * 20)
     (here / "empty").mkdir()
     os.mkfifo(here / "pipe")
     (here / "loop").symlink_to(here / "loop")
@@ -136,7 +192,9 @@ def run(seed: int, count: int, only: str = "") -> Iterator[tuple[Case, Result]]:
     made = list(cases(seed, count, only))
     place = Path(tempfile.mkdtemp(prefix="lines-"))
     try:
-        ((code, _, err, _),) = run_all([("train", [*TINY, f"--workdir={place / 'run'}"])], place)
+        ((code, _, err, _),) = run_all(
+            [("train", [*TINY, f"--workdir={place / 'run'}"])], place / "cache"
+        )
         assert code == 0, err
         for begin in range(0, len(made), TOGETHER):
             some, asked = made[begin : begin + TOGETHER], []

@@ -22,9 +22,8 @@ import jax
 from tests import attacks
 from tests.runs import SMALL, finish, joined, leaf_hashes, lines, manifests, start, steps_done
 
-STEPS, STEPS_TOGETHER = 100, 20  # for each kill; several processes take many times as long
-LONGEST = 3600  # seconds of one start
-ANY = "--config.evaluation.every=500", "--config.hang_timeout=20"
+STEPS, STEPS_TOGETHER = 40, 20  # for each kill; several processes take many times as long
+ANY = "--config.evaluation.every=500", "--config.hang_timeout=60"
 RUN = *SMALL, *ANY
 
 
@@ -56,7 +55,7 @@ def disturbed(cache: Path, workdir: Path, wanted: argparse.Namespace) -> list[in
                 break
             time.sleep(chance.uniform(0, 0.02))
         killed = time.monotonic()
-        ends = [finish(one, LONGEST) for one in started]
+        ends = [finish(one, attacks.LONGEST) for one in started]
         codes = [code for code, _, _ in ends]
         if not any(codes):
             return at
@@ -72,7 +71,7 @@ def disturbed(cache: Path, workdir: Path, wanted: argparse.Namespace) -> list[in
 def kills(place: Path, wanted: argparse.Namespace) -> bool:
     """Whether a run that is killed ends as one that nothing happened to."""
     for process in begin(place / "cache", place / "whole", wanted):
-        code, _, err = finish(process, LONGEST)
+        code, _, err = finish(process, attacks.LONGEST)
         assert code == 0, err
     began = time.monotonic()
     at = disturbed(place / "cache", place / "killed", wanted)
@@ -97,7 +96,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", default="", help="FILE.py:VARIANT")
-    parser.add_argument("--longest", type=float, default=12.0, help="seconds until a kill")
+    parser.add_argument(
+        "--longest", type=float, default=12.0, help="seconds until a kill, in a sweep"
+    )
     parser.add_argument("--attack", default="kills", choices=["kills", *attacks.ATTACKS])
     wanted = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"  # for the runs, as in every test

@@ -278,6 +278,15 @@ INPUTS = {
     },
     "the manifest's step is a list": (manifest(lambda m: {**m, "step": [2]}), TRAIN, 74, "intact"),
     "another config's manifest": (manifest(lambda m: {**m, "config": 3}), TRAIN, 74, "intact"),
+    **{
+        f"another config's manifest, checkpoints {flag}": (
+            manifest(lambda m: {**m, "config": 3}),
+            ("checkpoints", "--workdir={run}", flag),
+            74,
+            "is of another run: its config is 3",
+        )
+        for flag in ("--leaves=2", "--diff=2,2")
+    },
     "no manifest": (remove("checkpoints/*/MANIFEST.json"), TRAIN, 74, "no manifest is left"),
     "a foreseen batch of the wrong kind": (
         foreseen(3),

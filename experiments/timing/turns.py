@@ -11,6 +11,7 @@ import time
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 from experiments.cli.c_library import MALLOC
+from kha_jax.errors import PeerError
 
 Step = Callable[[], Any]
 SETTLED = 4  # steps until a process has the memory that it keeps
@@ -92,10 +93,17 @@ class _Worker(NamedTuple):
     first: float
 
     def turn(self) -> Turn:
-        """Calls the step there."""
+        """Calls the step there.
+
+        Raises:
+            PeerError: its process died.
+        """
         time.sleep(REST)
-        self.connection.send(True)
-        return self.connection.recv()
+        try:
+            self.connection.send(True)
+            return self.connection.recv()
+        except (EOFError, OSError):
+            raise PeerError("a process that was measured died; was the memory used up?") from None
 
 
 @contextlib.contextmanager
@@ -113,7 +121,8 @@ def _process(maker: Sequence, settled: int, plain: bool) -> Iterator[_Worker]:
     if isinstance(first, str):
         raise _CannotRun(first)
     yield _Worker(ours, first)
-    ours.send(False)
+    with contextlib.suppress(OSError):  # it may be gone
+        ours.send(False)
     process.join()
 
 
