@@ -21,7 +21,7 @@ from tests.runs import ROOT, finish, joined, leaf_hashes, manifests, start, step
 
 CONFIG = "tests/soaked.py:"
 BASE = (f"--config={CONFIG}mixture",)
-REFUSED = {2, 65, 74}
+REFUSED, STOPPED = {2, 65, 74}, 75
 LONGEST = 3600  # seconds of one start
 
 
@@ -161,7 +161,9 @@ def flips(place: Path, wanted: argparse.Namespace) -> bool:
     """A bit is flipped in some place of a run folder: going on with the run is refused in one line,
     or ends as it would have. Every file has its turn where there are as many flips."""
     chance, counts = random.Random(wanted.seed), collections.Counter()
-    half = trained(place, "half", "--config.steps=30")
+    half = place / "half"
+    first = start(place / "cache", half, base=BASE, fault="terminate:step:33")
+    assert finish(first, LONGEST)[0] == STOPPED, "it does not stop when it is asked to"
     files = sorted(p.relative_to(half) for p in half.rglob("*") if p.is_file() and p.stat().st_size)
     chance.shuffle(files)
     names = (files * (1 + wanted.kills // len(files)))[: wanted.kills]
@@ -171,8 +173,7 @@ def flips(place: Path, wanted: argparse.Namespace) -> bool:
         (place / f"flipped{number}" / name).write_bytes(content)
     shutil.copytree(half, place / "whole")
     runs = [place / "whole", *(place / f"flipped{number}" for number in range(len(flipped)))]
-    flags = [*BASE, "--config.steps=60", "--allow_changes=steps"]
-    ended = run_all([("train", [*flags, f"--workdir={run}"]) for run in runs], place / "cache")
+    ended = run_all([("train", [*BASE, f"--workdir={run}"]) for run in runs], place / "cache")
     assert ended[0].code == 0, ended[0].err
     whole = leaf_hashes(runs[0])
     for run, found, (name, at, bit, _) in zip(runs[1:], ended[1:], flipped):
@@ -209,7 +210,7 @@ PHASES = {
     "save": "arrays_written:15",
     "evaluation": "evaluation:20",
 }
-STOPPED = 20.0
+FROZEN = 20.0  # seconds
 
 
 def phases(place: Path, wanted: argparse.Namespace) -> bool:
@@ -230,11 +231,11 @@ def phases(place: Path, wanted: argparse.Namespace) -> bool:
     pair = _pair(place, run, "", 0)
     wait_for(lambda: steps_done(run) >= 10, pair[1])
     pair[1].send_signal(signal.SIGSTOP)
-    time.sleep(STOPPED)
+    time.sleep(FROZEN)
     pair[1].send_signal(signal.SIGCONT)
     codes = [finish(one, LONGEST)[0] for one in pair]
     equal = leaf_hashes(run) == whole
-    print(f"stopped for {STOPPED:.0f} s: {codes}, equal {equal}")
+    print(f"stopped for {FROZEN:.0f} s: {codes}, equal {equal}")
     return good and codes == [0, 0] and equal
 
 

@@ -33,7 +33,6 @@ TINY = (*SMALL, "--config.steps=2", "--config.model.layers=1", "--config.evaluat
 USUAL = {
     "workdir": "--workdir={here}/run",
     "out": "--out={here}/made",
-    "input": "--input={here}/text",
     "prompt": "--prompt=def ",
     "tokens": "--tokens=4",
     "table": "--table=2",
