@@ -103,7 +103,7 @@ def cases(seed: int, count: int, only: str = "") -> Iterator[Case]:
         names = sorted(takes.flags)
         given = [name for name in names if name in USUAL]
         if takes.takes_config:
-            names += ["config", "config.help", *chance.sample(sorted(fields), len(names) + 1)]
+            names += ["config", "config.help", *chance.sample(sorted(fields), len(names) // 2 + 1)]
         words = chance.choices([[*takes.words, "word"], takes.words or [""]], [1, 9])[0]
         words = [chance.choice(words)] if takes.words or words[0] else []
         odd = sum((said(chance, names, takes, fields) for _ in range(chance.choice((1, 1, 2)))), [])
