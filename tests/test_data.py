@@ -10,11 +10,20 @@ import stat
 import time
 
 import google_crc32c
+import grain
 import numpy as np
 import pytest
 
 from kha_jax.config import ConfigError
-from kha_jax.data import TASKS, Draws, PythonSource, batches, python_source
+from kha_jax.data import (
+    TASKS,
+    Draws,
+    PythonSource,
+    batch_hash,
+    batches,
+    python_source,
+    window_order,
+)
 from kha_jax.data.python_source import open_shard, write_shard
 from kha_jax.data.tokenizers import ByteTokenizer
 from kha_jax.errors import DataError, StorageError
@@ -117,6 +126,27 @@ def test_every_epoch_holds_each_window_once_in_an_order_of_its_own(stream):
         sorted(rows[0]) == sorted(rows[1]) == sorted(tuple(source[i]["tokens"]) for i in range(16))
     )
     assert rows[0] != rows[1]
+
+
+def test_order_is_that_of_grain():
+    for length, seed in ((1, 3), (7, 0), (1000, 2**32 - 1)):
+        order = window_order(length, seed)
+        theirs = grain.MapDataset.range(length).seed(seed).shuffle().repeat()
+        draws = (0, 1, length - 1, length, 5 * length + 3, 10**12)
+        assert [order[draw] for draw in draws] == [theirs[draw] for draw in draws]
+        assert [window_order(length, seed, shuffle=False)[d] for d in draws] == [
+            d % length for d in draws
+        ]
+
+
+def test_text_and_batches_are_what_they_were_before_there_were_shards(stream):
+    """lineage.json, manifests and the column `data` of runs.csv hold these since 66038df."""
+    source = open_shard(stream, "train", 4)
+    assert source.fingerprint.startswith("1fc4b1e827c1e2995400f54399fcd26def9a13b263b0bc2d50c418b9")
+    assert (len(source), PythonSource().tokenizer().fingerprint) == (16, "bytes-v1")
+    for seed, step, before in ((0, 0, "6ddef188229df569"), (7, 9, "54acc2650fa5fdc4")):
+        now = batch_hash(source, draws=Draws([(0, 4)]), seed=seed, step=step)
+        assert now.startswith(before)
 
 
 def test_no_draw_is_skipped_or_repeated_when_the_batch_size_changes():

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import google_crc32c
@@ -542,3 +543,50 @@ def test_a_run_on_shards_speaks_where_they_are_not(words, tmp_path):
     )
     assert spoke.code == 0 and spoke.out.startswith("Knocking"), spoke.err
     assert again.code == 65 and "holds no meta.json" in again.err and len(again.err.split("\n")) < 4
+
+
+def resident():
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_a_thousand_shards_open_at_once_and_a_few_of_them_stay_open(tmp_path):
+    """10 M documents: opening reads none of their places."""
+    ids, lengths = np.arange(20_000) % 256, np.full(10_000, 2)
+    shards = []
+    for number in range(1000):
+        with ShardWriter(tmp_path, "train", number, ByteTokenizer()) as writer:
+            writer.add_all(ids, lengths, len(ids))
+            shards.append(writer.finish())
+    write_meta(tmp_path, ByteTokenizer(), {"train": shards, "validation": shards[:0]})
+    config, before, began = Shards(folder=str(tmp_path)), resident(), time.process_time()
+    source = config.open("train", 256, 0)
+    took, grown = time.process_time() - began, resident() - before
+    assert source.documents == 10**7 and took < 0.5 and grown < 2 * 10**7
+    handles, order = len(os.listdir("/proc/self/fd")), window_order(len(source), 0)
+    for first in range(0, 10_000, 50):
+        source.rows([order[first + row] for row in range(50)])
+    opened = len(os.listdir("/proc/self/fd")) - handles
+    assert opened < 200
+    print(f"{took:.3f} CPU s, {grown / 1e6:.1f} MB, {opened} files")
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_a_large_shard(tmp_path):
+    size, block = 10**10, shard_files.BLOCK
+    with open(tmp_path / "train-00000.bin", "wb") as file:
+        file.truncate(size)
+    sums = [google_crc32c.value(bytes(n)) for n in (block, size % block)]
+    whole = np.append(np.full(size // block, sums[0], "<u4"), np.array(sums[1], "<u4"))
+    (tmp_path / "train-00000.crc").write_bytes(whole.tobytes())
+    shard = shard_files.Shard("train-00000", size // 2, 1, size, "0" * 64)
+    meta = write_meta(tmp_path, ByteTokenizer(), {"train": [shard]})
+    source, random = TokenWindows(tmp_path, meta, "train", 2048), np.random.default_rng(0)
+    source.rows(random.integers(len(source), size=64))
+    before = resident()
+    for _ in range(100):
+        source.rows(random.integers(len(source), size=64))
+    grown = resident() - before
+    assert grown < 5 * 10**6
+    print(f"{grown / 1e6:.1f} MB after 6,400 windows of a file of 10 GB")
