@@ -175,7 +175,7 @@ def fold() -> None:
     unfolded = config.model.with_attention(on_activations)
     change = logit_change((unfolded, variables), (model, folded), config.seq_len)
     change.check(FOLDED if TOLERANCE.value is None else TOLERANCE.value)
-    write_run(out, config.replace(model=model), step, folded, WORKDIR.value)
+    write_run(out, config.with_model(model), step, folded, WORKDIR.value)
     print(
         f"folded {', '.join(slots)}: largest logit change {change.largest:.3g} of "
         f"{change.logit:.3g}, in float32; {out} is without them at step {step}"
@@ -205,7 +205,7 @@ def compress() -> None:
     change = logit_change((config.model, variables), (model, changed), config.seq_len)
     if TOLERANCE.value is not None:
         change.check(TOLERANCE.value)
-    written = config.replace(model=model)
+    written = config.with_model(model)
     write_run(out, written, step, changed, WORKDIR.value)
     show_profiles(profiles, KV_HEADS.value)
     before, after = (cache_bytes(m) for m in (config.model, model))

@@ -148,7 +148,8 @@ def build(config: RunConfig) -> tuple[jax.sharding.Mesh, Trainer]:
     with under("config"):
         config.check_on(mesh.shape, jax.default_backend())
         memory = mesh.devices.size * chips.device_bytes(jax.local_devices()[0])
-        accounting.check_memory(config.model, config.tokens_per_step // config.accumulation, memory)
+        at_once = config.tokens_per_step // config.accumulation
+        accounting.check_memory(config.model, at_once, memory, config.optimizer.trainable)
         return mesh, make_trainer(config, mesh)
 
 

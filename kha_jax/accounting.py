@@ -6,7 +6,7 @@ are visible, (T + 1) / 2 on average.
 """
 
 import math
-from typing import Callable, NamedTuple
+from typing import Callable, Literal, NamedTuple
 
 import jax
 
@@ -19,8 +19,8 @@ class Accounting(NamedTuple):
 
     parameters: all of them. active: those that one token passes through. mixing: those of the
     mixers of heads, part of both. forward_flops, training_flops: per token; a training step costs
-    three forward passes, recomputation not counted. cache_floats: numbers per token that a decoder
-    keeps over all layers.
+    three forward passes, less the gradients of weights that are frozen, recomputation not counted.
+    cache_floats: numbers per token that a decoder keeps over all layers.
     """
 
     parameters: int
@@ -31,14 +31,21 @@ class Accounting(NamedTuple):
     cache_floats: int
 
 
+Trainable = Literal["all", "mixers"]
+
+
 def account(
-    model: ModelConfig, seq_len: int, causal: bool = True, tokens: float = math.inf
+    model: ModelConfig,
+    seq_len: int,
+    causal: bool = True,
+    tokens: float = math.inf,
+    trainable: Trainable = "all",
 ) -> Accounting:
     """Counts one model.
 
     causal=False counts every query against all seq_len keys, as a kernel without skipping does.
     tokens: of a step; linear mixers applied to the weights cost the same whatever it is, so their
-    share of a token vanishes as it grows (the default).
+    share of a token vanishes as it grows (the default). trainable: all, or mixers alone.
     """
     D, segments = model.width, model.segments()
     context = (seq_len + 1) / 2 if causal else seq_len
@@ -46,16 +53,21 @@ def account(
     def over_layers(count: Callable[[Segment], float]) -> float:
         return sum(segment.layers * count(segment) for segment in segments)
 
-    forward = 2 * model.vocabulary_size * D
+    forward = output = 2 * model.vocabulary_size * D
     forward += over_layers(
         lambda s: s.attention.flops(D, context, tokens) + s.feed_forward.flops(D)
     )
+    frozen = 0.0
+    if trainable == "mixers":
+        frozen = output + over_layers(
+            lambda s: s.attention.frozen_flops(D, tokens) + s.feed_forward.flops(D)
+        )
     return Accounting(
         parameters=count_parameters(model),
         active=count_parameters(model, active=True),
         mixing=over_layers(lambda s: s.attention.mixer_parameters(D)),
         forward_flops=forward,
-        training_flops=3 * forward,
+        training_flops=3 * forward - frozen,
         cache_floats=over_layers(lambda s: s.attention.cache_floats()),
     )
 
@@ -78,17 +90,22 @@ def cache_bytes(model: ModelConfig) -> int:
     return itemsize * sum(s.layers * s.attention.cache_floats() for s in model.segments())
 
 
-def check_memory(model: ModelConfig, tokens: int, available: float) -> None:
-    """Checks that training a model may fit at all: each parameter, its gradient and two moments in
-    float32, and, for the backward pass, the input of each layer. What it really takes is more.
+def check_memory(
+    model: ModelConfig, tokens: int, available: float, trainable: Trainable = "all"
+) -> None:
+    """Checks that training a model may fit at all: each parameter, of what is trained the gradient
+    and two moments in float32, and, for the backward pass, the input of each layer. What it really
+    takes is more.
 
     tokens: that are computed at once, on all devices. available: bytes of all of them.
 
     Raises:
         ConfigError: names what takes too much, and how much.
     """
-    parameters = count_parameters(model)
-    state = 4 * 4 * parameters
+    parameters = trained = count_parameters(model)
+    if trainable == "mixers":
+        trained = account(model, 1).mixing
+    state = 4 * (parameters + 3 * trained)
     itemsize = jax.numpy.dtype(model.numerics.dtype).itemsize
     inputs = tokens * model.width * model.layers * itemsize
     there = f"the devices have {available / 1e9:,.1f} GB"

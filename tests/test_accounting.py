@@ -197,6 +197,18 @@ def test_overhead_of_knocking_at_the_dense_shape(seq_len):
     assert mlp.training_flops < linear.training_flops < 1.025 * base.training_flops
 
 
+def test_what_is_frozen_has_no_gradient():
+    """2 F, and once more what multiplies no frozen weights: the scores, the mixers, and, behind a
+    mixer of the weights, the projection of its stream."""
+    base, values, scores = dense(3, 64, 96), 2 * 64 * 4 * 128, 2 * 32 * (128 + 128) * 513 / 2
+    for mixer, behind in ((KnockingMLP(), 0), (KnockingLinear(apply="weights"), values)):
+        model, sizes = dense(3, 64, 96, value=mixer), {"seq_len": 512, "tokens": 1000}
+        forward = account(model, **sizes).forward_flops
+        again = 3 * (scores + behind) + forward - account(base, **sizes).forward_flops
+        found = account(model, trainable="mixers", **sizes).training_flops
+        assert math.isclose(found, 2 * forward + again)
+
+
 def test_linear_on_weights_costs_under_a_thousandth_at_32k_tokens():
     """The 0.8B-6.6B shape: attention of width 1536, and the active feed-forward of 4 experts of
     1152; auto takes the weights."""

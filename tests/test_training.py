@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from kha_jax import data
 from kha_jax.attention import Attention, AttentionConfig
@@ -28,7 +29,7 @@ from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.training import optimizer
 from kha_jax.training.optimizer import learning_rate, make, roles, schedule
 from kha_jax.training.run_config import MixerOptimizerConfig, OptimizerConfig, RunConfig
-from kha_jax.training.step import make_trainer
+from kha_jax.training.step import _rebalance, make_trainer
 from tests import cases
 
 KEY = jax.random.key(7)
@@ -120,6 +121,37 @@ def test_accumulation_is_weighted_by_tokens():
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
         np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
     chex.assert_trees_all_close(whole.params, parts.params, atol=2e-4)
+
+
+def test_mixers_alone_are_trained_and_as_they_are_among_all():
+    """Bit-equal elsewhere; Adam's first step does not depend on the other gradients, clipped too.
+    Moments are those of the mixers."""
+    alone = RUN.replace(optimizer=RUN.optimizer.replace(trainable="mixers"), accumulation=2)
+    trainer, state, _ = trained(alone, steps=1)
+    before, among = flatten_dict(fresh(MODEL)), flatten_dict(trained(RUN, steps=1)[1].params)
+    mixers = {path for path in before if {"query_mixer", "value_mixer"} & {*path}}
+    for path, leaf in flatten_dict(jax.device_get(state.params)).items():
+        if path in mixers:
+            np.testing.assert_allclose(leaf, among[path], atol=2e-4)
+            assert np.abs(leaf - before[path]).max() > 1e-4
+        else:
+            np.testing.assert_array_equal(leaf, before[path])
+    moments = [leaf for leaf in jax.tree.leaves(trainer.abstract.optimizer) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * alone.cost().mixing
+    paths = optimizer.trained(alone.optimizer, fresh(MODEL))
+    assert paths == mixers
+    balance = {"layers": jnp.zeros((2, 4))}
+    frozen, _ = _rebalance(alone, balance, {"layers": jnp.arange(8).reshape(2, 4)})
+    chex.assert_trees_all_equal(frozen, balance)
+
+
+def test_mixers_that_are_not_there_are_not_trained():
+    run = RUN.replace(optimizer=RUN.optimizer.replace(trainable="mixers"))
+    plain = MODEL.replace(attention=AttentionConfig(projection=ATTENTION.projection))
+    with pytest.raises(ConfigError, match="^optimizer.trainable: trains nothing with 'mixers'"):
+        run.replace(model=plain)
+    assert run.with_model(plain).optimizer == RUN.optimizer  # a folded run is trained as a whole
+    assert run.with_model(MODEL) == run
 
 
 @pytest.mark.parametrize(

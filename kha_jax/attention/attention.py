@@ -163,6 +163,18 @@ class AttentionConfig(ModuleConfig):
             + 2 * left * value_width * width
         )
 
+    def frozen_flops(self, width: int, tokens: float) -> float:
+        """Of `flops` those that multiply weights whose gradient is not needed where mixers alone
+        are trained: a mixer that acts on weights needs the gradient of what they make."""
+        left, value_width = self.output_shape()
+        streams = self.projection.streams(width).items()
+        needed = sum(
+            2 * heads * head_dim * rows
+            for slot, (heads, head_dim, rows) in streams
+            if getattr(self, slot).on_weights(rows, tokens)
+        )
+        return self.projection.flops(width) - needed + 2 * left * value_width * width
+
     def score_floats(self, length: int) -> int:
         """Logits per query that exist outside of a kernel: those of all heads, where they mix."""
         return self.projection.output_shape()[0] * length if self.mixes_scores else 0

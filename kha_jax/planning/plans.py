@@ -6,6 +6,7 @@ from kha_jax.config import ConfigError, under
 from kha_jax.planning import memory, times
 from kha_jax.planning.slices import Topology
 from kha_jax.sharding import axis_size_of
+from kha_jax.training import optimizer as optimizers
 from kha_jax.training.run_config import RunConfig
 
 
@@ -170,7 +171,10 @@ def _memory(
     if compiled:
         peak, temporary, seconds = memory.compiled_memory(config, slice_)
     else:
-        gradients = (2 if config.accumulation > 1 else 1) * params  # their sum besides
+        paths = optimizers.trained(config.optimizer, layout.state.params)
+        trained = optimizers.only(paths, layout.state.params)
+        copies = 2 if config.accumulation > 1 else 1  # their sum besides
+        gradients = copies * memory.held_bytes(trained)
         temporary = gradients + memory.estimated_temporaries(config, layout)
         peak = params + optimizer + temporary
     activation = memory.activation_bytes(config, layout)

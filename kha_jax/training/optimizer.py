@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kha_jax.training.run_config import OptimizerConfig, RunConfig
 
@@ -47,6 +48,26 @@ def roles(axes: Any) -> Any:
         return "weight" if len(axes) >= 2 else "vector"
 
     return jax.tree.map(one, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def trained(config: OptimizerConfig, axes: Any) -> frozenset[tuple[str, ...]]:
+    """The paths of the parameters that are trained: all, or those of the mixers of attention."""
+    paths = flatten_dict(axes)
+    if config.trainable == "all":
+        return frozenset(paths)
+    return frozenset(path for path in paths if any(name.endswith("_mixer") for name in path))
+
+
+def only(paths: frozenset[tuple[str, ...]], tree: Any) -> Any:
+    """The tree of the leaves at these paths."""
+    return unflatten_dict(
+        {path: leaf for path, leaf in flatten_dict(tree).items() if path in paths}
+    )
+
+
+def overlaid(part: Any, whole: Any) -> Any:
+    """The whole tree with the leaves of a part in their places."""
+    return unflatten_dict({**flatten_dict(whole), **flatten_dict(part)})
 
 
 def _clip(bound: float) -> optax.GradientTransformationExtraArgs:

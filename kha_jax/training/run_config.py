@@ -69,6 +69,8 @@ class OptimizerConfig(Config):
     """Share of the steps in which `wsd` decays, 0.1 by default."""
     mixer: MixerOptimizerConfig = MixerOptimizerConfig()
     """How the matrices of mixers are trained."""
+    trainable: Literal["all", "mixers"] = "all"
+    """What is trained: all, or `mixers` of attention alone, without moments of what is frozen."""
 
     def validate(self):
         for field in ("learning_rate", "eps", "clip_norm"):
@@ -195,12 +197,24 @@ class RunConfig(Config):
         for experts in (part.feed_forward.router_width() for part in self.model.segments()):
             problem = f"times seq_len={self.seq_len} and {experts} experts must be below 2^31"
             self.require(tokens * experts < 2**31, "batch_size", problem)
+        some = self.optimizer.trainable == "all" or self._has_mixers(self.model)
+        problem = "trains nothing with 'mixers': no layer has one with parameters; use 'all'"
+        self.require(some, "optimizer.trainable", problem)
         shortest = self.data.minimum_seq_len()
         self.require(
             self.seq_len >= shortest,
             "seq_len",
             f"must be at least {shortest} for this data, found {self.seq_len}",
         )
+
+    @staticmethod
+    def _has_mixers(model: ModelConfig) -> bool:
+        return any(part.attention.mixer_parameters(model.width) for part in model.segments())
+
+    def with_model(self, model: ModelConfig) -> "RunConfig":
+        """The run of another model, all of which is trained where it has no mixers."""
+        trainable = self.optimizer.trainable if self._has_mixers(model) else "all"
+        return self.replace(model=model, optimizer=self.optimizer.replace(trainable=trainable))
 
     @property
     def tokens_per_step(self) -> int:
@@ -209,7 +223,8 @@ class RunConfig(Config):
 
     def cost(self) -> accounting.Accounting:
         """What its model costs in rows of this length."""
-        return accounting.account(self.model, self.seq_len, tokens=self.tokens_per_step)
+        sizes = {"tokens": self.tokens_per_step, "trainable": self.optimizer.trainable}
+        return accounting.account(self.model, self.seq_len, **sizes)
 
     def check_on(self, sizes: Mapping[str, int], platform: str) -> None:
         """Checks that the run can be placed on a mesh whose axes have these sizes.

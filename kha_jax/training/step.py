@@ -122,13 +122,16 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     axes = _axes(newborn)
     needs_initial = config.optimizer.mixer.decay == "to_identity"
     initial = initial_mixers(config.model, config.seed) if needs_initial else None
-    tx = optimizer.make(config.optimizer, config.steps, axes, initial)
+    paths = optimizer.trained(config.optimizer, axes)
+    only = functools.partial(optimizer.only, paths)
+    tx = optimizer.make(
+        config.optimizer, config.steps, only(axes), None if initial is None else only(initial)
+    )
 
     def boxed_init(key: jax.Array) -> TrainState:
         born = _boxed_variables(newborn, key)
-        return TrainState(
-            jnp.zeros((), jnp.int32), born["params"], born["balance"], tx.init(born["params"])
-        )
+        moments = tx.init(only(born["params"]))
+        return TrainState(jnp.zeros((), jnp.int32), born["params"], born["balance"], moments)
 
     def init(key: jax.Array) -> TrainState:
         return nn.unbox(boxed_init(key))
@@ -145,7 +148,7 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in BATCH.items()}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, metrics = _train_step(config, model, tx, state, batch)
+        state, metrics = _train_step(config, model, tx, only, state, batch)
         return state, {**metrics, **trace(config.model, state.params)}
 
     def evaluation_step(state: TrainState, batch: Batch) -> TokenSums:
@@ -166,34 +169,37 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     )
 
 
-def _train_step(config, model, tx, state, batch):
+def _train_step(config, model, tx, only, state, batch):
     """One update from one global batch.
 
     The gradient is that of (sum of the objective over all micro-batches) / (their weighted tokens),
     so a step does not depend on how its tokens are spread over micro-batches or devices. Losses of
     routers (balancing=auxiliary, output=mixture) are the exception: products of means over tokens,
     they are taken in each micro-batch, though over all devices. A non-finite loss or gradient
-    leaves everything but the step as it was.
+    leaves everything but the step as it was. only: parameters -> those that are trained; the others
+    have neither gradients nor moments.
     """
+    own = only(state.params)
 
-    def objective(params, micro_batch):
+    def objective(trained, micro_batch):
+        params = optimizer.overlaid(trained, state.params)
         return model.apply(variables(state._replace(params=params)), micro_batch, method="loss")
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
     def accumulate(total, micro_batch):
-        (value, (sums, aux)), grads = gradient(state.params, micro_batch)
+        (value, (sums, aux)), grads = gradient(own, micro_batch)
         return jax.tree.map(jnp.add, total, (value, sums, grads)), aux
 
     if config.accumulation == 1:
-        (value, (sums, aux)), grads = gradient(state.params, batch)
+        (value, (sums, aux)), grads = gradient(own, batch)
     else:
         # Row r goes to micro-batch r mod A, so that each device splits its own rows.
         micro_batches = jax.tree.map(
             lambda z: z.reshape(-1, config.accumulation, *z.shape[1:]).swapaxes(0, 1), batch
         )
         first = jax.tree.map(lambda z: z[0], micro_batches)
-        shapes = jax.eval_shape(gradient, state.params, first)
+        shapes = jax.eval_shape(gradient, own, first)
         (value, (sums, _)), grads = shapes
         zero = jax.tree.map(lambda z: jnp.zeros(z.shape, jnp.float32), (value, sums, grads))
         (value, sums, grads), aux = jax.lax.scan(accumulate, zero, micro_batches)
@@ -207,12 +213,14 @@ def _train_step(config, model, tx, state, batch):
         return jax.tree.map(lambda g: g / tokens, optimizer.float32(grads))
 
     norm = optax.tree.norm(mean())
-    balance, load = _rebalance(config.model.feed_forward, state.balance, aux.counts)
+    balance, load = _rebalance(config, state.balance, aux.counts)
 
     def updated(state):
-        updates, moments = tx.update(mean(), state.optimizer, state.params, norm=norm)
+        before = only(state.params)
+        updates, moments = tx.update(mean(), state.optimizer, before, norm=norm)
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        params = optimizer.apply_updates(state.params, updates, key)
+        after = optimizer.apply_updates(before, updates, key)
+        params = optimizer.overlaid(after, state.params)
         return TrainState(state.step, params, balance, moments)
 
     # Branches, since a selection would hold the state of before beside the one of after.
@@ -236,13 +244,16 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def _rebalance(feed_forward, balance, counts):
-    """The routers' biases after a step with these assignments, and the metrics of their load."""
+def _rebalance(config, balance, counts):
+    """The routers' biases after a step with these assignments, frozen where mixers alone are
+    trained, and the metrics of their load."""
     if not counts:
         return balance, {}
     counts_LE = jnp.concatenate(jax.tree.leaves(counts))
     if not balance:
         return balance, moe.load_metrics(counts_LE, None)
-    update = functools.partial(moe.update_bias, feed_forward)
-    moved = jax.tree.map(update, balance, counts)
+    moved = balance
+    if config.optimizer.trainable == "all":
+        update = functools.partial(moe.update_bias, config.model.feed_forward)
+        moved = jax.tree.map(update, balance, counts)
     return moved, moe.load_metrics(counts_LE, jnp.concatenate(jax.tree.leaves(moved)))
