@@ -13,7 +13,7 @@ from kha_jax.errors import DataError
 from kha_jax.storage import open_regular
 
 CHUNK = 2**20  # bytes that are read at once
-PACKED_CHUNK = 2**15  # of what may be a thousand times as much
+PACKED_CHUNK = 2**12  # of what may be thousands of times as much
 LONGEST = 2**30  # bytes of a document, or of the line that it stands in
 LARGEST_FILE = 2**50
 WINDOW = 2**31  # bytes that `zstd --long=31` looks back
