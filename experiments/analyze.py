@@ -71,7 +71,9 @@ def open_runs() -> list[Run]:
 
 
 def _place(path: str) -> str:
-    """As epath takes it: a scheme in small letters, ~ spelt out."""
+    """As epath takes it: a scheme in small letters, ~ spelt out; of gs:// the mirror."""
+    if path.startswith("gs://"):
+        return str(stored.readable_folder("workdir", path))
     scheme, mark, rest = path.rpartition("://")
     whole = f"{scheme.lower()}{mark}{rest}" if mark else str(as_written(path))
     return whole.removeprefix("file://")

@@ -11,6 +11,7 @@ compares two, leaf by leaf. --leaves=STEP shows the leaves of one with their nor
 that is damaged or of another run.
 """
 
+import contextlib
 import fcntl
 import math
 import sys
@@ -29,7 +30,8 @@ from kha_jax.analysis.leaves import Checkpoint
 from kha_jax.errors import CheckpointError
 from kha_jax.runs.checkpoint import Checkpoints, leaves
 from kha_jax.runs.manifest import read_manifest, verify, why
-from kha_jax.storage import not_followed
+from kha_jax.storage import Lease, address, in_bucket, not_followed
+from kha_jax.storage import stored as stored_files
 from kha_jax.training.run_folder import read_config, read_lineage
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder.")
@@ -77,7 +79,7 @@ def show(folders: list[Path], accepts: list[dict], thorough: bool) -> bool:
     table.columns[2].justify = table.columns[3].justify = "right"
     wrong = {folder: problem(folder, accepts, thorough) for folder in folders}
     for folder in folders:
-        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        size = sum(found.bytes for found in stored_files(folder).values())
         hours = (time.time() - folder.stat().st_mtime) / 3600
         try:
             config = read_manifest(folder)["config"][:12]
@@ -101,11 +103,15 @@ def prune(workdir: Path, checkpoints: Checkpoints, steps: list[int], accepts: li
     left = [step for step in checkpoints.steps() if step not in steps]
     if not any(not problem(checkpoints.path(step), accepts, thorough=True) for step in left):
         raise UsageError("--prune: no good checkpoint would be left")
-    with open(workdir / "lock", "a+", opener=not_followed) as lock:
+    with contextlib.ExitStack() as held:
+        lock = held.enter_context(open(workdir / "lock", "a+", opener=not_followed))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if in_bucket(workdir):
+                held.enter_context(contextlib.closing(Lease(str(address(workdir)))))
         except BlockingIOError:
-            raise UsageError(f"--workdir={workdir} is being trained; stop it first") from None
+            said = f"--workdir={address(workdir)} is being trained; stop it first"
+            raise UsageError(said) from None
         for step in steps:
             try:
                 checkpoints.remove(step)
@@ -136,7 +142,7 @@ def diff(checkpoints: Checkpoints, first: int, second: int) -> None:
 
 def show_leaves(folder: Path) -> None:
     """Path, shape, dtype and Frobenius norm of every leaf of a checkpoint, parameters first."""
-    state = Checkpoint(folder / "state")
+    state = Checkpoint(address(folder) / "state")
     norms, table = state.norms(), Table("leaf", "shape", "dtype", "norm")
     for name in sorted(norms, key=lambda name: (not name.startswith("params/"), name)):
         leaf = state.leaves[name]

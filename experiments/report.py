@@ -56,7 +56,7 @@ def _name(folder: Path, folders: list[Path]) -> str:
 
 def draw_runs() -> None:
     """The figure of --workdir, and the card of a run that is alone."""
-    folders = [stored.local_folder("workdir", name) for name in WORKDIR.value]
+    folders = [stored.readable_folder("workdir", name) for name in WORKDIR.value]
     out = stored.local_folder("out", OUT.value)
     if out.suffix not in style.SUFFIXES:
         raise UsageError(f"--out={out}: must end in {', '.join(style.SUFFIXES)}; all are written")

@@ -134,7 +134,7 @@ def join_processes(hang_timeout: float) -> None:
 def workdir() -> Path:
     """The run folder that the flags name."""
     usual = command_line.REPOSITORY / "runs" / Path(flags.FLAGS["config"].config_filename).stem
-    return stored.own_folder("workdir", str(usual) if WORKDIR.value is None else WORKDIR.value)
+    return stored.trained_folder("workdir", str(usual) if WORKDIR.value is None else WORKDIR.value)
 
 
 def build(config: RunConfig) -> tuple[jax.sharding.Mesh, Trainer]:
@@ -232,9 +232,7 @@ def main() -> int:
         folder.identify(train_source, validation_source)
         checkpoints = folder.checkpoints(trainer.abstract)
     processes.same("config", json.dumps(to_dict(config)), "start all with the same command")
-    processes.same(
-        "--workdir", (folder.path / "lock").read_text(), "name a folder that all of them see"
-    )
+    processes.same("--workdir", folder.mark(), "name a folder that all of them see")
     texts = f"{train_source.fingerprint} {validation_source.fingerprint}"
     processes.same("config.data", texts, "give all of them the same")
     stop = Stop(config.checkpoint.grace)

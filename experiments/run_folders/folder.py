@@ -27,11 +27,25 @@ from experiments.run_folders.identity import COMPUTED, changed
 from kha_jax import __version__
 from kha_jax.config import dotted, near, to_dict
 from kha_jax.data import Draws, Source, batch_hash, tokenizers
-from kha_jax.errors import CheckpointError, DataError
+from kha_jax.errors import CheckpointError, DataError, StorageError
 from kha_jax.hardware import chips
 from kha_jax.runs.checkpoint import Checkpoints, state_bytes
 from kha_jax.runs.manifest import MANIFEST, read_manifest, room
-from kha_jax.storage import PROBE, cache_folder, not_followed, read_json, writable, write_json
+from kha_jax.storage import (
+    PROBE,
+    Lease,
+    address,
+    cache_folder,
+    fetch,
+    holder,
+    in_bucket,
+    not_followed,
+    put,
+    put_all,
+    read_json,
+    writable,
+    write_json,
+)
 from kha_jax.training.optimizer import jump
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import (
@@ -48,6 +62,7 @@ from kha_jax.training.run_folder import (
 )
 
 log = logging.getLogger("kha_jax")
+METRICS = "metrics.jsonl"
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -84,10 +99,12 @@ class RunFolder:
         self.lineage: list[dict[str, Any]] = []
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self.lease: Lease | None = None
             self.lock = open(path / "lock", "a+", opener=not_followed)
             if jax.process_index() == 0:
                 self._take_lock()
                 writable(path)
+            fetch(path)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CheckpointError(
@@ -106,14 +123,26 @@ class RunFolder:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.lock.seek(0)
-            raise UsageError(
-                f"--workdir={self.path} is in use by process {self.lock.read().strip()}; name "
-                "another folder"
-            ) from None
+            raise self._in_use(self.lock.read().strip()) from None
         self.lock.truncate(0)
         self.lock.write(f"{os.getpid()} on {os.uname().nodename}")
         self.lock.flush()
         os.fsync(self.lock.fileno())
+        if in_bucket(self.path):
+            try:
+                self.lease = Lease(str(address(self.path)))
+            except BlockingIOError as held:
+                raise self._in_use(held.strerror) from None
+
+    def _in_use(self, holder: str) -> UsageError:
+        where = f"--workdir={address(self.path)}"
+        return UsageError(f"{where} is in use by process {holder}; name another folder")
+
+    def mark(self) -> str:
+        """What all processes find that see the same folder."""
+        if in_bucket(self.path):
+            return holder(str(address(self.path)))
+        return (self.path / "lock").read_text()
 
     def _allows(self, field: str) -> bool:
         return any(field == name or field.startswith(f"{name}.") for name in self.allowed)
@@ -214,7 +243,7 @@ class RunFolder:
         accepts = [*self.lineage, self.identity]
         place = self.path / "checkpoints"
         made = Checkpoints(place, wanted.keep, self._about, accepts, wanted.keep_every)
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not in_bucket(self.path):
             self._check_room(made, state_bytes(state))
             grace.check(self.path, state_bytes(state), self.config.checkpoint.grace)
         return made
@@ -248,7 +277,11 @@ class RunFolder:
         return batch_hash(self.source, draws=self.draws, seed=self.config.seed, step=step)
 
     def _about(self, step: int) -> dict[str, Any]:
-        """What a manifest says of the run; step s has used the batches 0 ... s - 1."""
+        """What a manifest says of the run; step s has used the batches 0 ... s - 1. In a bucket the
+        metrics up to there come before it, and no manifest comes from who has lost the lock."""
+        if self.lease is not None:
+            self.lease.check()
+            put(self.path / METRICS)
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
         versions = {"python": platform.python_version(), "kha_jax": __version__, **versions}
         next_batch = self._next_batch(step)
@@ -314,5 +347,14 @@ class RunFolder:
         return len(Draws(self._batch_sizes())(step)) != self.config.batch_size
 
     def close(self) -> None:
-        """Gives the lock back."""
-        self.lock.close()
+        """Gives the lock back; all that is not a checkpoint is in the bucket then, if it is one."""
+        try:
+            if self.lease is not None:
+                self.lease.check()
+                put_all(self.path)
+        except StorageError as error:
+            log.error("the last metrics are in %s alone: %s", self.path, error)
+        finally:
+            if self.lease is not None:
+                self.lease.close()
+            self.lock.close()

@@ -1,11 +1,13 @@
 """Folders of stored runs, as flags name them."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.cli.command_line import UsageError
-from kha_jax.storage import as_written
+from kha_jax.errors import StorageError
+from kha_jax.storage import READ, WRITTEN, as_written, fetch, is_url, mirror
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -25,9 +27,9 @@ def local_folder(flag: str, name: str | None) -> Path:
         raise UsageError(f"--{flag}: is required; name the folder of a run, such as runs/kha_tiny")
     if not name.strip():
         raise UsageError(f"--{flag}={name}: names no folder; is a variable of the shell not set?")
-    if "://" in name:
+    if is_url(name):
         raise UsageError(
-            f"--{flag}={name}: object stores are not supported yet; name a folder, which may be a "
+            f"--{flag}={name}: object stores are not supported here; name a folder, which may be a "
             "mounted one"
         )
     try:
@@ -52,13 +54,48 @@ def own_folder(flag: str, name: str | None) -> Path:
     return folder
 
 
+def trained_folder(flag: str, name: str) -> Path:
+    """The folder of a run that is to be trained: one of this machine, or the mirror of one in a
+    bucket, which holds nothing yet.
+
+    Raises:
+        UsageError: it can be neither.
+    """
+    return _mirror(flag, name, WRITTEN) if is_url(name) else own_folder(flag, name)
+
+
+def readable_folder(flag: str, name: str | None) -> Path:
+    """The folder that a flag names to be read: one of this machine, or the mirror of one in a
+    bucket, with what the bucket holds now.
+
+    Raises:
+        UsageError: it can be neither.
+        StorageError: the bucket cannot be read.
+    """
+    if name is None or not is_url(name):
+        return local_folder(flag, name)
+    folder = _mirror(flag, name, READ)
+    fetch(folder)
+    return folder
+
+
+def _mirror(flag: str, name: str, use: str) -> Path:
+    try:
+        folder = mirror(name, use)
+    except StorageError as error:
+        raise UsageError(f"--{flag}={error}") from None
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UsageError(f"--{flag}={name}: needs the extra: pip install -e '.[gcs]'")
+    return folder
+
+
 def run_folder(flag: str, name: str | None) -> Path:
     """The folder of a run that is there.
 
     Raises:
         UsageError: it is not.
     """
-    folder = local_folder(flag, name)
+    folder = readable_folder(flag, name)
     if not os.path.isfile(folder / "config.json"):  # False also where the name is no name
         raise UsageError(f"--{flag}={name}: no run there; it holds no config.json")
     return folder

@@ -26,7 +26,7 @@ from kha_jax.errors import CheckpointError
 from kha_jax.metrics import plain_row, read_lines
 from kha_jax.model import ModelConfig
 from kha_jax.runs.manifest import MANIFEST, check_whose, folder_name, read_manifest
-from kha_jax.storage import is_file
+from kha_jax.storage import address, is_file
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import CONFIG, read_config, read_lineage
 from kha_jax.training.trace import TRACE
@@ -87,7 +87,7 @@ class Run:
 
     def __init__(self, path: epath.PathLike, step: int | None = None):
         self.folder, self.name = epath.Path(path), epath.Path(path).name
-        bare = [self.folder, self.folder / "state"]
+        bare = [address(p) for p in (self.folder, self.folder / "state")]
         found = next((p for p in bare if (p / "_METADATA").exists()), None)
         self.steps = [] if found else saved_steps(self.folder)
         if found is None and not self.steps:
@@ -96,7 +96,7 @@ class Run:
             raise CheckpointError(f"{self.folder}: step {step} is not kept; it has {self.steps}")
         self.step = step if found or step is not None else self.steps[-1]
         self.checkpoint = Checkpoint(
-            found or self.folder / "checkpoints" / folder_name(self.step) / "state"
+            found or address(self.folder / "checkpoints" / folder_name(self.step)) / "state"
         )
         self.config: RunConfig | None = None
         if is_file(self.folder / CONFIG):

@@ -19,7 +19,6 @@ import logging
 import math
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -27,12 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from kha_jax.errors import CheckpointError
+from kha_jax.errors import CheckpointError, StorageError
 from kha_jax.runs import faults, processes
 from kha_jax.runs.manifest import (
     MANIFEST,
-    checksum,
     compare_content,
     compare_sizes,
     folder_name,
@@ -45,13 +44,16 @@ from kha_jax.runs.manifest import (
     why,
 )
 from kha_jax.runs.verified import Verified, stamps
-from kha_jax.storage import write_json
+from kha_jax.storage import address, crc32c, in_bucket, remove, rename, retries, stored, write_json
 
 REJECTED, NEWEST = "MANIFEST.rejected", "NEWEST"
 WAIT_SECONDS = 1800  # that processes wait for one another around a save
 VERIFY_SECONDS = 3600  # that processes wait for one another to read their shares of a checkpoint
 LEAVES_NAMED = 5  # of those that differ from what is expected
 log = logging.getLogger("kha_jax")
+# Orbax hands no context of ours to TensorStore
+for defaults in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+    defaults.update(retries())
 _saves, _verifications = itertools.count(), itertools.count()  # equal in all processes
 
 
@@ -76,10 +78,13 @@ def _copied(state: Any, room: Any) -> Any:
 
 
 def _sums(target: Path) -> dict[str, dict[str, Any]]:
-    """Size and checksum of the files that this process has written: still in its page cache."""
-    names = [p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()]
-    mine = own(names, jax.process_index(), jax.process_count())
-    return {name: checksum(target / name) for name in mine}
+    """Size and checksum of the files that this process has written: still in its page cache, or
+    known to the bucket."""
+    known = stored(target)
+    return {
+        name: {"bytes": known[name].bytes, "crc32c": known[name].crc32c or crc32c(target / name)}
+        for name in own(known, jax.process_index(), jax.process_count())
+    }
 
 
 class Checkpoints:
@@ -155,18 +160,19 @@ class Checkpoints:
                 return
             try:
                 if jax.process_index() == 0:
-                    shutil.rmtree(target, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        remove(target)
                     target.mkdir(parents=True)
                     faults.at("save", step, self.folder)
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 raise self._failure(step, state_bytes(state), error) from error
         if jax.default_backend() == "cpu":
             # From an accelerator Orbax copies before it returns. On a CPU it reads the arrays
             # themselves, and the next step could not reuse those that are donated to it.
             state = self.copy = _copied(state, self.copy)
         try:
-            self.checkpointer.save(target / "state", state)
-        except (OSError, ValueError) as error:
+            self.checkpointer.save(address(target) / "state", state)
+        except Exception if in_bucket(target) else (OSError, ValueError) as error:
             raise self._failure(step, state_bytes(state), error) from error
         self.saved_step = step
         self.pending = self.background.submit(self._commit, step, state_bytes(state), next(_saves))
@@ -174,12 +180,14 @@ class Checkpoints:
     def _failure(self, step: int, size: int, error: Exception) -> CheckpointError:
         """The error of a save, whose half-written files are removed."""
         reason, hint = why(error), "; raise the limit, as by `ulimit -n 4096`"
-        with contextlib.suppress(OSError):
-            if reason != os.strerror(errno.EMFILE):
+        with contextlib.suppress(OSError, StorageError):
+            if in_bucket(self.folder):
+                hint = ""
+            elif reason != os.strerror(errno.EMFILE):
                 hint = f"; about {size:,} bytes are needed, {room(self.folder)}"
             if jax.process_index() == 0:
-                shutil.rmtree(self.path(step), ignore_errors=True)
-        return CheckpointError(f"{self.path(step)} could not be written: {reason}{hint}")
+                remove(self.path(step))
+        return CheckpointError(f"{address(self.path(step))} could not be written: {reason}{hint}")
 
     def _commit(self, step: int, size: int, number: int) -> None:
         """Waits for the arrays, then makes them count and removes what is too old."""
@@ -215,7 +223,7 @@ class Checkpoints:
                 continue
             try:  # the new checkpoint counts, whatever becomes of an old one
                 self.remove(step)
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 log.warning("%s is too old and stays: %s", self.path(step), why(error))
 
     def remove(self, step: int) -> None:
@@ -228,9 +236,9 @@ class Checkpoints:
         if path.is_symlink():
             raise OSError(errno.ELOOP, "it is a link to another folder", str(path))
         # The manifest goes first, so that a half-removed checkpoint never counts.
-        (path / MANIFEST).unlink(missing_ok=True)
+        remove(path / MANIFEST)
         faults.at("retention", step, self.folder)
-        shutil.rmtree(path)
+        remove(path)
 
     def _is_good(self, step: int) -> bool:
         """Whether a checkpoint verifies; the content of one that has before is not read again."""
@@ -310,7 +318,8 @@ class Checkpoints:
     def _candidates(self) -> Iterator[int]:
         """Steps whose manifests are of this run, with files of their sizes, newest first."""
         for path in (p for p in self.folder.glob("*/") if not (p / MANIFEST).exists()):
-            log.warning("passed over %s: no %s; the save was interrupted", path, MANIFEST)
+            where = address(path)
+            log.warning("passed over %s: no %s; the save was interrupted", where, MANIFEST)
         steps = self.steps()
         for step in reversed(steps):
             try:
@@ -322,8 +331,8 @@ class Checkpoints:
         if steps or (self.folder / NEWEST).exists():
             found = f"none of the checkpoints {steps} is intact" if steps else "no manifest is left"
             raise CheckpointError(
-                f"{self.folder}: {found} (the reasons are above); put one back, or move the folder "
-                "away to start again"
+                f"{address(self.folder)}: {found} (the reasons are above); put one back, or move "
+                "the folder away to start again"
             )
 
     def _problem(self, step: int) -> str:
@@ -351,12 +360,13 @@ class Checkpoints:
                 if path.is_symlink():  # what it leads to is not this run's to change
                     path.rename(path.with_suffix(".rejected"))
                 else:
-                    (path / MANIFEST).rename(path / REJECTED)
+                    rename(path / MANIFEST, path / REJECTED)
             except OSError as error:
                 log.warning("%s could not be set aside: %s", path, why(error))
         for path in self.folders():
             if not (path / MANIFEST).exists() and not (path / REJECTED).exists():
-                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove(path)
 
     def _check(self, path: Path, abstract: Any, partial: bool) -> None:
         """Compares shapes and dtypes with what is expected, before anything is read.
@@ -395,7 +405,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the files do not hold exactly such a tree.
         """
-        path = self.path(step) / "state"
+        path = address(self.path(step)) / "state"
         self._check(path, abstract, partial=False)
         try:
             state = self.checkpointer.restore(path, abstract)
@@ -410,7 +420,10 @@ class Checkpoints:
         Raises:
             CheckpointError: the files cannot be read.
         """
-        path, here = self.path(step) / "state", jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        path, here = (
+            address(self.path(step)) / "state",
+            jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        )
 
         def described(leaf: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
@@ -428,7 +441,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the files do not hold them.
         """
-        path = self.path(step) / "state"
+        path = address(self.path(step)) / "state"
         self._check(path, abstract, partial=True)
         placed = ocp.checkpoint_utils.construct_restore_args(abstract)
         arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=placed, partial_restore=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Iterable, Sequence
 
 from kha_jax.errors import CheckpointError
-from kha_jax.storage import crc32c, read_json
+from kha_jax.storage import address, at_hand, crc32c, read_json, stored
 
 MANIFEST, SEAL = "MANIFEST.json", "own_checksum"
 REASONS = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE
@@ -44,10 +44,6 @@ def _digest(manifest: dict[str, Any]) -> str:
 def folder_name(step: int) -> str:
     """The folder of a step below `checkpoints`."""
     return f"{step:08d}"
-
-
-def checksum(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "crc32c": crc32c(path)}
 
 
 def _sha256(path: Path) -> str:
@@ -118,19 +114,26 @@ def check_whose(folder: Path, manifest: dict[str, Any], accepts: Sequence[dict[s
 
 def compare_sizes(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     """Raises CheckpointError where a file is missing or has another size; reads none."""
+    known = stored(folder)
     for name, entry in files.items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing")
-        if (folder / name).stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{folder / name} differs from its checksum")
+        if name not in known:
+            raise CheckpointError(f"{address(folder / name)} is missing")
+        if known[name].bytes != entry["bytes"]:
+            raise CheckpointError(f"{address(folder / name)} differs from its checksum")
 
 
 def compare_content(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Raises CheckpointError where a file differs from its checksum; reads all of them."""
+    """Raises CheckpointError where a file differs from its checksum; reads all of them, but of a
+    bucket none whose checksum the bucket keeps."""
+    known = stored(folder)
     for name, entry in files.items():
         algorithm = _algorithm(entry)
-        if ALGORITHMS[algorithm](folder / name) != entry[algorithm]:
-            raise CheckpointError(f"{folder / name} differs from its checksum")
+        found = known[name].crc32c if algorithm == "crc32c" else ""
+        if not found:
+            with at_hand(folder / name) as path:
+                found = ALGORITHMS[algorithm](path)
+        if found != entry[algorithm]:
+            raise CheckpointError(f"{address(folder / name)} differs from its checksum")
 
 
 def own(names: Iterable[str], process: int, processes: int) -> list[str]:

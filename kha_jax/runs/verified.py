@@ -1,8 +1,9 @@
 """Checkpoints that have been read and found whole, so that they are not read again.
 
-`checkpoints/VERIFIED.json`: {step: {file: [size, change time, inode]}}, of the manifest and of each
-file that it names. A file that was written to, replaced or copied has others, and its step is then
-as good as never read; so is everything where the record itself is damaged.
+`checkpoints/VERIFIED.json`: {step: {file: [size, change time and inode]}}, of the manifest and of
+each file that it names; of a bucket the object's generation. A file that was written to, replaced
+or copied has others, and its step is then as good as never read; so is everything where the record
+itself is damaged.
 """
 
 import contextlib
@@ -11,22 +12,23 @@ from typing import Any
 
 from kha_jax.errors import CheckpointError
 from kha_jax.runs.manifest import MANIFEST, folder_name, read_manifest
-from kha_jax.storage import read_json, write_json
+from kha_jax.storage import address, read_json, stored, write_json
 
 VERIFIED = "VERIFIED.json"
-Stamps = dict[str, list[int]]
+Stamps = dict[str, list[int | str]]
 
 
 def stamps(folder: Path) -> Stamps:
-    """What the file system says of the files of a checkpoint: the time is that of the last change
-    of any kind, which no program can set.
+    """What the file system or bucket says of the files of a checkpoint.
 
     Raises:
-        CheckpointError, OSError: there is no whole checkpoint.
+        CheckpointError: there is no whole checkpoint.
     """
-    files = {name: folder / name for name in (MANIFEST, *read_manifest(folder)["files"])}
-    found = {name: path.stat() for name, path in files.items()}
-    return {name: [s.st_size, s.st_ctime_ns, s.st_ino] for name, s in found.items()}
+    known, names = stored(folder), (MANIFEST, *read_manifest(folder)["files"])
+    for name in names:
+        if name not in known:
+            raise CheckpointError(f"{address(folder / name)} is missing")
+    return {name: [known[name].bytes, known[name].changed] for name in names}
 
 
 class Verified:

@@ -1,11 +1,13 @@
 """Files and folders, of a disk or of a bucket.
 
-`files`: as a run writes them. `buckets`: what lies below a URL, by ranges or whole.
+`files`: as a run writes them. `buckets`: what lies below a URL, by ranges or whole. `mirror`: a run
+in a bucket as a folder of this machine. `lease`: its lock.
 """
 
 from kha_jax.storage.buckets import Objects as Objects
 from kha_jax.storage.buckets import Stored as Stored
 from kha_jax.storage.buckets import is_url as is_url
+from kha_jax.storage.buckets import retries as retries
 from kha_jax.storage.files import LARGEST as LARGEST
 from kha_jax.storage.files import LARGEST_JSON as LARGEST_JSON
 from kha_jax.storage.files import PROBE as PROBE
@@ -19,5 +21,20 @@ from kha_jax.storage.files import open_regular as open_regular
 from kha_jax.storage.files import read_json as read_json
 from kha_jax.storage.files import replacing as replacing
 from kha_jax.storage.files import writable as writable
-from kha_jax.storage.files import write_json as write_json
-from kha_jax.storage.files import write_text as write_text
+from kha_jax.storage.lease import Lease as Lease
+from kha_jax.storage.lease import holder as holder
+from kha_jax.storage.mirror import READ as READ
+from kha_jax.storage.mirror import WRITTEN as WRITTEN
+from kha_jax.storage.mirror import address as address
+from kha_jax.storage.mirror import at_hand as at_hand
+from kha_jax.storage.mirror import fetch as fetch
+from kha_jax.storage.mirror import in_bucket as in_bucket
+from kha_jax.storage.mirror import mirror as mirror
+from kha_jax.storage.mirror import opened as opened
+from kha_jax.storage.mirror import put as put
+from kha_jax.storage.mirror import put_all as put_all
+from kha_jax.storage.mirror import remove as remove
+from kha_jax.storage.mirror import rename as rename
+from kha_jax.storage.mirror import stored as stored
+from kha_jax.storage.mirror import write_json as write_json
+from kha_jax.storage.mirror import write_text as write_text

@@ -18,6 +18,7 @@ import base64
 import concurrent.futures
 import errno
 import functools
+import logging
 import os
 import re
 import time
@@ -65,7 +66,6 @@ class Objects:
         self.scheme, _, self.path = self.url.partition("://")
         import tensorstore  # whoever names no store does not wait for it
 
-        self.keys = tensorstore.KvStore.KeyRange
         opened = tensorstore.KvStore.open(f"{self.url}/", context=_context())
         self.store = self._done(opened, self.url)
 
@@ -109,8 +109,8 @@ class Objects:
             return _stored(self._ask("_info", f"{self.path}/{name}"))
         return Stored(len(self.read(name)))
 
-    def write(self, name: str, value: bytes, only_over: str | None = None) -> None:
-        """Makes an object of bytes, whole or not at all.
+    def write(self, name: str, value: bytes | None, only_over: str | None = None) -> None:
+        """Makes an object of bytes, whole or not at all; of None, removes it.
 
         only_over: the content that it must have; empty for an object that must not be there.
 
@@ -129,8 +129,9 @@ class Objects:
     def delete_below(self, folder: str) -> None:
         """Removes all objects whose names begin with FOLDER/; all there are, for the empty name."""
         below = f"{folder}/" if folder else ""
-        span = self.keys(below, f"{folder}0" if folder else "")  # 0 is what follows /
-        self._done(self.store.delete_range(span), f"{self.url}/{below}")
+        names = [name for name in self.listing() if name.startswith(below)]
+        for name, gone in [(name, self.store.write(name, None)) for name in names]:
+            self._done(gone, f"{self.url}/{name}")
 
     def _generation(self, name: str, content: bytes) -> bytes:
         """TensorStore's word for the state of an object with this content."""
@@ -218,13 +219,16 @@ def _context() -> Any:
 
 @functools.cache
 def _gcsfs() -> tuple[Any, Any]:
+    # what tells kinds of buckets apart asks for longer than a deadline where it is not answered
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)  # pages of what is one line of ours
     try:
         import fsspec
-        import gcsfs
+        import gcsfs.core
     except ImportError:
         raise StorageError("gs:// needs the extra: pip install -e '.[gcs]'") from None
     token = {"token": "anon"} if os.environ.get("STORAGE_EMULATOR_HOST") else {}
-    return fsspec, gcsfs.GCSFileSystem(**token)
+    return fsspec, gcsfs.core.GCSFileSystem(**token)
 
 
 def _stored(about: dict[str, Any]) -> Stored:

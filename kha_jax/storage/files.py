@@ -129,20 +129,6 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """The file appears whole or not at all, and is on disk when this returns; several processes may
-    write it."""
-    with replacing(path) as temporary, open(temporary, "x") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """See write_text."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
 def not_followed(path: str, flags: int) -> int:
     """An opener for files of fixed names in a folder that may be a stranger's.
 

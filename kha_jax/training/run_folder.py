@@ -24,7 +24,7 @@ from kha_jax.data import tokenizers
 from kha_jax.errors import DataError, RunError
 from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.runs import faults
-from kha_jax.storage import is_file, read_json, write_json
+from kha_jax.storage import is_file, opened, read_json, rename, write_json
 from kha_jax.training.run_config import RunConfig, old_name, with_new_names
 
 # Fields that may change on resume: they decide what is recorded, not what is learnt.
@@ -65,8 +65,9 @@ def load(folder: str | os.PathLike, step: int | None = None) -> tuple[Any, dict[
         DataError: config.json is not the one that the run was trained with.
         CheckpointError: the checkpoint is damaged.
     """
-    run = read_run(Path(folder), step)
-    return run.config.model, run.variables, read_tokenizer(Path(folder), run.config)
+    folder = opened(folder)
+    run = read_run(folder, step)
+    return run.config.model, run.variables, read_tokenizer(folder, run.config)
 
 
 def read_run(folder: Path, step: int | None = None, mesh: Mesh | None = None) -> StoredRun:
@@ -131,7 +132,7 @@ def write_config(folder: Path, config: RunConfig, record: Callable[[], None]) ->
     faults.at("config_written", 0)
     record()
     faults.at("lineage_written", 0)
-    (folder / NEXT).replace(folder / CONFIG)
+    rename(folder / NEXT, folder / CONFIG)
 
 
 def _read_config(path: Path) -> RunConfig:

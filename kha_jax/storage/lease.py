@@ -1,0 +1,143 @@
+"""The lock of a run in a bucket, where nothing can be locked: an object that its holder writes
+again and again."""
+
+import errno
+import json
+import os
+import secrets
+import threading
+import time
+from pathlib import Path
+
+from kha_jax.errors import StorageError
+from kha_jax.storage.buckets import Objects
+
+BEAT, STALE = 10.0, 45.0  # seconds between two signs of life; without one for so long it is dead
+
+
+class Lease:
+    """One holder of the object `lock` of a run, until `close`. That of a dead one is taken over: at
+    once where it was a process of this machine, otherwise after STALE seconds without a sign of
+    life, by nobody's clock but this process's own.
+
+    Raises:
+        BlockingIOError: somebody holds it; with the name of the process.
+        StorageError: the bucket cannot be written.
+    """
+
+    def __init__(self, url: str, name: str = "lock"):
+        self.objects, self.name, self.beat = Objects(url), name, 0
+        self.mark, self.alive, self.left = secrets.token_hex(8), 0.0, threading.Event()
+        self.content = ""
+        self._take()
+        threading.Thread(target=self._live, name="lease", daemon=True).start()
+
+    def _take(self) -> None:
+        began, found = time.monotonic(), self._read()
+        while found and (lives := _lives(found)) is not False:
+            if lives:
+                self._refuse(found)
+            time.sleep(min(BEAT, STALE) / 4)
+            before, found = found, self._read()
+            if found not in ("", before):
+                self._refuse(found)
+            if time.monotonic() - began > STALE:
+                break
+        try:
+            self._write(found)
+        except FileExistsError:
+            self._refuse(self._read())
+
+    def _refuse(self, found: str) -> None:
+        holder = _about(found).get("holder", "of somebody")
+        raise BlockingIOError(errno.EWOULDBLOCK, f"{holder}", self.objects.url)
+
+    def _read(self) -> str:
+        try:
+            return self.objects.read(self.name).decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def _write(self, before: str) -> None:
+        self.beat += 1
+        about = {
+            "holder": f"{os.getpid()} on {os.uname().nodename}",
+            "machine": machine(),
+            "pid": os.getpid(),
+            "began": _began(os.getpid()),
+            "mark": self.mark,
+            "beat": self.beat,
+        }
+        content = json.dumps(about)
+        self.objects.write(self.name, content.encode(), only_over=before)
+        self.content, self.alive = content, time.monotonic()
+
+    def _live(self) -> None:
+        while not self.left.wait(BEAT):
+            try:
+                self._write(self.content)
+            except FileExistsError:  # unless an answer to our own write was lost
+                if _about(found := self._read()).get("mark") != self.mark:
+                    return
+                self.content = found
+            except StorageError:
+                continue  # `check` says so once it matters
+
+    def check(self) -> None:
+        """Raises StorageError where another process has taken it over, or may have."""
+        found = _about(self._read())
+        if found.get("mark") != self.mark:
+            raise StorageError(
+                f"{self.objects.url}: is in use by process {found.get('holder')}, which took it "
+                "over when this one gave no sign of life; nothing was overwritten"
+            )
+
+    def close(self) -> None:
+        """Gives it back, if it is still this one's."""
+        self.left.set()
+        try:
+            self.objects.write(self.name, None, only_over=self.content)
+        except (FileExistsError, StorageError):
+            return
+
+
+def holder(url: str, name: str = "lock") -> str:
+    """The mark of who holds it now: the same for all who ask."""
+    try:
+        return str(_about(Objects(url).read(name).decode(errors="replace")).get("mark"))
+    except FileNotFoundError:
+        return ""
+
+
+def _about(content: str) -> dict:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def machine() -> str:
+    """Where a process number means the same process: a machine since it was started, and on it one
+    world of process numbers."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return secrets.token_hex(8)  # equal to no other
+
+
+def _began(pid: int) -> str:
+    """When a process of this machine was started, in its clock's ticks; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _lives(content: str) -> bool | None:
+    """Whether the process that wrote a lock is there; None where only time can tell."""
+    about = _about(content)
+    if about.get("machine") != machine() or not isinstance(about.get("pid"), int):
+        return None
+    return _began(about["pid"]) == about.get("began")

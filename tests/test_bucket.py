@@ -1,0 +1,245 @@
+"""Runs in a bucket: what holds of a folder holds there, whenever they are killed."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from kha_jax.errors import StorageError
+from kha_jax.storage import (
+    WRITTEN,
+    Lease,
+    Objects,
+    address,
+    fetch,
+    lease,
+    mirror,
+    put_all,
+    remove,
+    rename,
+    stored,
+    write_text,
+)
+
+pytest.importorskip("gcp_storage_emulator")
+pytest.importorskip("gcsfs")
+
+from tests.emulator import emulator  # noqa: E402
+from tests.runs import assert_same_end, finish, start  # noqa: E402
+
+URL = "gs://bucket/run"
+STEPS = 6
+TINY = (
+    f"--config.steps={STEPS}",
+    "--config.batch_size=2",
+    "--config.seq_len=32",
+    "--config.model.layers=1",
+    "--config.model.width=16",
+    "--config.model.attention.projection.head_dim=4",
+    "--config.model.feed_forward.width=32",
+    "--config.evaluation.every=3",
+    "--config.evaluation.batches=1",
+    "--config.checkpoint.every=2",
+)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """One for all: the libraries ask for its address once in a process."""
+    with emulator() as running:
+        yield running
+
+
+@pytest.fixture
+def bucket(server):
+    server.empty()
+    return server
+
+
+@pytest.fixture
+def here(bucket, tmp_path, monkeypatch):
+    """A mirror of an empty run."""
+    monkeypatch.setenv("KHA_JAX_CACHE", str(tmp_path))
+    return mirror(URL, WRITTEN)
+
+
+def test_a_mirror_becomes_what_the_bucket_holds_but_for_arrays(here, bucket):
+    objects = Objects(URL)
+    there = {"config.json": b"{}", "checkpoints/00000002/MANIFEST.json": b"m", "lock": b"theirs"}
+    arrays = ("checkpoints/00000002/state/d/1", "checkpoints/00000004/state/d/1")
+    for name, value in {**there, **dict.fromkeys(arrays, b"x" * 9), "../../out": b"!"}.items():
+        objects.write(name, value)
+    (here / "old").mkdir()
+    (here / "old" / "file").write_text("gone there")
+    (here / "config.json").write_text("[]")
+    (here / "lock").write_text("mine")
+    fetch(here)
+    files = {p.relative_to(here).as_posix(): p.read_bytes() for p in here.rglob("*") if p.is_file()}
+    assert files == {**there, "lock": b"mine"}
+    steps = sorted(p.name for p in (here / "checkpoints").iterdir())
+    assert steps == ["00000002", "00000004"] and not list(
+        (here / "checkpoints" / steps[1]).iterdir()
+    )
+    assert not (here / "old").exists()
+    assert stored(here / "checkpoints" / steps[0])["state/d/1"].bytes == 9
+    assert str(address(here / "checkpoints")) == f"{URL}/checkpoints"
+
+
+def test_what_is_written_renamed_and_removed_here_is_so_there(here, bucket):
+    write_text(here / "a", "one")
+    rename(here / "a", here / "b")
+    (here / "metrics.jsonl").write_text("line")
+    (here / "checkpoints").mkdir()
+    (here / "checkpoints" / "x").write_text("not brought")
+    put_all(here)
+    assert bucket.names() == ["run/b", "run/metrics.jsonl"] and bucket.read("run/b") == b"one"
+    Objects(URL).write("checkpoints/00000002/state/d", b"")
+    remove(here / "checkpoints")
+    remove(here / "b")
+    assert bucket.names() == ["run/metrics.jsonl"] and not (here / "b").exists()
+
+
+def test_one_holder_at_a_time_and_a_dead_one_is_taken_over(here, bucket, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    monkeypatch.setattr(lease, "STALE", 0.5)
+    first = Lease(URL)
+    with pytest.raises(BlockingIOError, match=f"{os.getpid()} on "):
+        Lease(URL)
+    monkeypatch.setattr(lease, "machine", lambda: "another")
+    with pytest.raises(BlockingIOError):  # it sees signs of life
+        Lease(URL)
+    first.left.set()
+    time.sleep(0.3)
+    second = Lease(URL)  # none for long enough
+    with pytest.raises(StorageError, match="took it over"):
+        first.check()
+    first.close()  # leaves the other's
+    second.check()
+    second.close()
+    assert not bucket.names()
+    Objects(URL).write("lock", json.dumps({"machine": "another", "pid": 1, "began": ""}).encode())
+    Lease(URL).close()  # of a process that is gone, at once
+    assert not bucket.names()
+
+
+def test_of_many_who_take_over_one_does(here, monkeypatch):
+    Objects(URL).write("lock", b"{")
+    monkeypatch.setattr(lease, "STALE", 0.2)
+    held, refused = [], []
+
+    def take():
+        try:
+            held.append(Lease(URL))
+        except BlockingIOError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=take) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(refused)) == (1, 5)
+    held[0].close()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def golden(cache, tmp_path_factory):
+    """An uninterrupted run in a folder."""
+    folder = tmp_path_factory.mktemp("golden") / "run"
+    assert finish(start(cache, folder, base=TINY))[0] == 0
+    return folder
+
+
+def run(cache, *flags, fault="", url=URL):
+    code, out, err = finish(start(cache, url, *flags, base=TINY, fault=fault), 400)
+    assert "Traceback" not in err, err
+    return code, out, err
+
+
+def brought(bucket, tmp_path):
+    """The run as a folder of files."""
+    folder = tmp_path / "brought"
+    for name in bucket.names("run/"):
+        path = folder / name.removeprefix("run/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bucket.read(name))
+    return folder
+
+
+POINTS = ("step:3", "save:4", "arrays_written:4", "manifest_written:4", "retention:2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", [*POINTS, "none"])
+def test_a_run_that_is_killed_ends_as_one_in_a_folder(bucket, cache, golden, tmp_path, point):
+    if point != "none":
+        assert run(cache, fault=f"kill:{point}")[0] == -signal.SIGKILL
+        kept = [json.loads(row)["step"] for row in published(bucket)]
+        saved = [int(n.split("/")[2]) for n in bucket.names("run/") if n.endswith("MANIFEST.json")]
+        assert max(kept, default=0) >= max(saved, default=0)
+    code, _, err = run(cache)
+    assert code == 0, err
+    folder = brought(bucket, tmp_path)
+    assert_same_end(folder, golden, STEPS)
+    assert not (folder / "lock").exists()
+    kept = sorted(p.name for p in (folder / "checkpoints").glob("0*"))
+    assert kept == ["00000004", "00000006"]
+
+
+def published(bucket):
+    names = bucket.names("run/metrics.jsonl")
+    return bucket.read(names[0]).decode().splitlines() if names else []
+
+
+@pytest.mark.slow
+def test_writes_that_fail_in_passing_are_tried_again(bucket, cache, golden, tmp_path):
+    bucket.bad_every = 5
+    assert run(cache)[0] == 0 and bucket.failed > 5
+    assert_same_end(brought(bucket, tmp_path), golden, STEPS)
+
+
+@pytest.mark.slow
+def test_a_flipped_object_is_passed_over_and_a_second_trainer_refused(
+    bucket, cache, golden, tmp_path
+):
+    assert run(cache, "--config.checkpoint.keep=3")[0] == 0
+    arrays = [n for n in bucket.names("run/checkpoints/00000006/state/") if "/d/" in n]
+    bucket.flip(max(arrays, key=lambda name: len(bucket.read(name))))
+    first = start(cache, URL, base=TINY, fault="rest:step:5,rest:step:6")
+    deadline = time.monotonic() + 200
+    while "run/lock" not in bucket.names() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    code, _, err = run(cache)
+    assert code == 2 and f"--workdir={URL} is in use by process {first.pid} on" in err, err
+    code, _, err = finish(first, 400)
+    assert code == 0 and "passed over checkpoint 6: gs://" in err, err
+    assert_same_end(brought(bucket, tmp_path), golden, STEPS)
+
+
+@pytest.mark.slow
+def test_a_store_that_is_gone_is_one_line_and_74(cache):
+    with emulator() as bucket:
+        check_that_it_is_missed(bucket, cache)
+
+
+def check_that_it_is_missed(bucket, cache):
+    process = start(cache, URL, base=TINY, fault="rest:step:3")
+    deadline = time.monotonic() + 200
+    while len(bucket.names("run/checkpoints/00000002/MANIFEST")) < 1:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    bucket.shutdown()
+    bucket.server_close()
+    began = time.monotonic()
+    code, _, err = finish(process, 300)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 74 and len(errors) == 1 and URL in errors[0] and "Traceback" not in err, err
+    assert time.monotonic() - began < 240
