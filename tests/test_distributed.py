@@ -277,7 +277,7 @@ WATCH = """
 import os, sys
 
 def told(event, about):
-    if event == "open" and "/checkpoints/" in str(about[0]) and about[1] == "rb":
+    if event == "open" and "/checkpoints/" in str(about[0]) and about[1] in ("r", "rb"):
         with open(os.environ["OPENED"] + sys.argv[-1], "a") as file:
             print(about[0], file=file)
 

@@ -30,7 +30,8 @@ class Lease:
         self.mark, self.alive, self.left = secrets.token_hex(8), 0.0, threading.Event()
         self.content = ""
         self._take()
-        threading.Thread(target=self._live, name="lease", daemon=True).start()
+        self.thread = threading.Thread(target=self._live, name="lease", daemon=True)
+        self.thread.start()
 
     def _take(self) -> None:
         began, found = time.monotonic(), self._read()
@@ -95,6 +96,7 @@ class Lease:
     def close(self) -> None:
         """Gives it back, if it is still this one's."""
         self.left.set()
+        self.thread.join()
         try:
             self.objects.write(self.name, None, only_over=self.content)
         except (FileExistsError, StorageError):
