@@ -16,6 +16,7 @@ from kha_jax.storage import (
     Lease,
     Objects,
     Stored,
+    Stored,
     address,
     fetch,
     lease,
