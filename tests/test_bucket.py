@@ -12,10 +12,10 @@ import pytest
 
 from kha_jax.errors import StorageError
 from kha_jax.storage import (
+    READ,
     WRITTEN,
     Lease,
     Objects,
-    Stored,
     Stored,
     address,
     fetch,
