@@ -319,6 +319,7 @@ class RunFolder:
             write_registrations(self.path, self.before, self.config)
             if (tokenizer := self.config.data.tokenizer()) is not None:
                 tokenizers.keep(self.path, tokenizer)
+            put_all(self.path)  # the tokenizer's own file is one of a library
             write_config(self.path, self.config, lambda: self._record(step))
             write_registrations(self.path, self.config)
         except OSError as error:
