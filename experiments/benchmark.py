@@ -15,8 +15,10 @@ what each projection and mixer costs at the paper's 0.8B-6.6B attention, counted
 startup: seconds from the command to the first step of configs/kha_tiny.py, cold and with a warm
 compilation cache. saving: how long training waits for a checkpoint of 100M parameters with AdamW's
 moments, in the call and in the step after it, how long the save takes in all, and its checksums.
-scaling: step time and memory of ways for heads to interact against the length of a row, with what
-the accounting predicts, and a figure (extra: plots); the one suite that takes --config.
+evaluate: requests of benchmarks, scored here and by lm-eval's back end for transformers (extras:
+eval, hf, interop), in the peer shape. scaling: step time and memory of ways for heads to interact
+against the length of a row, with what the accounting predicts, and a figure (extra: plots); the one
+suite that takes --config.
 Nothing here is a test; the figures go into docs/performance.md with the machine's name.
 """
 
@@ -36,7 +38,7 @@ command_line.define_config()
 SUITE = flags.DEFINE_enum(
     "suite",
     "dense",
-    ["dense", "moe", "decode", "variants", "startup", "saving", "scaling"],
+    ["dense", "moe", "decode", "variants", "startup", "saving", "scaling", "evaluate"],
     "What to measure.",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Turns of each implementation.", lower_bound=1)
@@ -270,6 +272,29 @@ def scaling() -> dict[str, Any]:
     return scaling.run(command_line.parse_config(RunConfig), LENGTHS.value, ROUNDS.value, out)
 
 
+def evaluate() -> dict[str, Any]:
+    """See the module's docstring."""
+    from experiments.timing import asked
+
+    table = Table(title=f"scoring, peer shape, {machine()}")
+    for column in ("", "tokens", "padded", "shapes", "median s", "CPU s", "times lm-eval's"):
+        table.add_column(column, justify="right")
+    out = {}
+    for kind in asked.KINDS:
+        makers = {"kha_jax": (asked.ours, kind), "lm-eval, transformers": (asked.theirs, kind)}
+        out[kind] = results = turns.apart(makers, ROUNDS.value, settled=1)
+        padded, own, with_padding, shapes = asked.counted(kind)
+        sizes = {"kha_jax": (own, with_padding, shapes)}
+        peer = results.get("lm-eval, transformers", {"median": float("nan")})["median"]
+        for name, row in results.items():
+            tokens, all_of_them, compiled = sizes.get(name, ("", padded, ""))
+            times = f"{row['median']:.2f}", f"{row['cpu']:.2f}", f"{peer / row['median']:.2f}"
+            cells = map(str, (tokens, all_of_them, compiled))
+            table.add_row(f"{kind}: {name}", *cells, *times)
+    terminal.show(table)
+    return out
+
+
 SUITES = {
     "dense": dense,
     "moe": moe,
@@ -278,6 +303,7 @@ SUITES = {
     "startup": startup,
     "saving": saving,
     "scaling": scaling,
+    "evaluate": evaluate,
 }
 
 

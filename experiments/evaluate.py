@@ -30,6 +30,8 @@ from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
 from experiments.run_folders.folder import use_compilation_cache
 
+MOST = 2**31 - 1
+
 WORKDIR = flags.DEFINE_list("workdir", None, "Required: run folder to read, or two of them.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
 TEXT = flags.DEFINE_string("text", None, "Text to score: a file, or a folder of token shards.")
@@ -41,25 +43,36 @@ STRIDE = flags.DEFINE_integer(
 )
 TASKS = flags.DEFINE_list("tasks", None, "Benchmarks by name, or kha_paper.")
 INCLUDE = flags.DEFINE_string("include", None, "Folder of YAML files with tasks of your own.")
-LIMIT = flags.DEFINE_integer("limit", None, "Documents of each task at most.", lower_bound=1)
+LIMIT = flags.DEFINE_integer(
+    "limit", None, "Documents of each task at most.", lower_bound=1, upper_bound=MOST
+)
 SHOTS = flags.DEFINE_integer(
-    "shots", None, "Examples in a prompt; those that the task says by default.", lower_bound=0
+    "shots",
+    None,
+    "Examples in a prompt; those that the task says by default.",
+    lower_bound=0,
+    upper_bound=1000,
 )
 CHAT = flags.DEFINE_bool("chat", False, "Put the prompts of tasks into the chat template.")
 RUN_CODE = flags.DEFINE_bool(
     "run_code", False, "Run the programs that answer a task, within limits that are no jail."
 )
 SAMPLES = flags.DEFINE_integer(
-    "samples", 1, "Answers to each problem of a code task, for pass@k.", lower_bound=1
+    "samples",
+    1,
+    "Answers to each problem of a code task, for pass@k.",
+    lower_bound=1,
+    upper_bound=1000,
 )
 BATCH_TOKENS = flags.DEFINE_integer(
-    "batch_tokens", 16384, "Tokens that are computed at once.", lower_bound=1
+    "batch_tokens", 16384, "Tokens that are computed at once.", lower_bound=1, upper_bound=MOST
 )
 MAX_CONTEXT = flags.DEFINE_integer(
     "max_context",
     None,
     "Tokens that the model reads at most; those that it was trained on by default.",
     lower_bound=2,
+    upper_bound=MOST,
 )
 DEVICES = flags.DEFINE_integer(
     "devices", 1, "Devices that hold the model together, where one cannot.", lower_bound=1
@@ -120,16 +133,16 @@ def tasks() -> dict[str, Any]:
     from experiments.evaluating import code_tasks, tables
     from experiments.evaluating import tasks as benchmarks
 
-    benchmarks.check_folder(INCLUDE.value)
+    include = benchmarks.folder(INCLUDE.value)
     names = list(dict.fromkeys(TASKS.value))
-    programs = code_tasks.load(names, INCLUDE.value)
+    programs = code_tasks.load(names, include)
     if programs and not RUN_CODE.value:
         raise UsageError(
             f"--tasks={programs[0].name}: runs what the model writes; add --run_code, best where "
             "nothing can be harmed"
         )
     coded = [task.name for task in programs]
-    loaded = benchmarks.load([name for name in names if name not in coded], INCLUDE.value)
+    loaded = benchmarks.load([name for name in names if name not in coded], include)
     asked = runs()
     for name, why in loaded.missing.items():
         log.warning("left out of %s: %s", benchmarks.PAPER, why)
@@ -192,7 +205,7 @@ def main() -> None:
     if sum(value is not None for value in given.values()) != 1:
         raise UsageError("--text or --tasks: give one of them; a file, or names such as hellaswag")
     for name, value in given.items():
-        if value is not None and not value:
+        if value is not None and not (value and all(value)):
             raise UsageError(f"--{name}: is empty")
     for flag, of in (("stride", "text"), *((f, "tasks") for f in ("include", "limit", "shots"))):
         if flags.FLAGS[flag].value is not None and given[of] is None:

@@ -155,6 +155,11 @@ def main() -> None:
 def check_length(longest: int, trained: int) -> None:
     """Raises UsageError where prompt and continuation are longer than what is asked for, or than
     anything that makes sense; warns where the model has not seen the like."""
+    if (MAX_CONTEXT.value or 0) > FARTHEST * trained:
+        raise UsageError(
+            f"--max_context={MAX_CONTEXT.value}: is more than {FARTHEST} times the {trained} that "
+            "the model was trained on"
+        )
     most = MAX_CONTEXT.value or FARTHEST * trained
     if longest > most and not CHAT.value:
         why = f"--max_context={most}" if MAX_CONTEXT.value else f"{FARTHEST} times the {trained}"

@@ -286,7 +286,7 @@ def test_scores_are_those_of_lm_evals_own_back_end(tmp_path, monkeypatch):
     folder, theirs, spelt = stock_pair(tmp_path)
     asked = Asked(folder, batch_tokens=512)
     assert asked.dialect.prefix == spelt.bos_token_id == 1
-    loaded = tasks.load(list(YAML), str(local_tasks(tmp_path / "tasks")))
+    loaded = tasks.load(list(YAML), local_tasks(tmp_path / "tasks"))
     found = []
     for lm in (
         adapter.model(asked),

@@ -118,12 +118,12 @@ def test_tasks_of_a_folder_are_read(tmp_path):
     (tmp_path / "theirs.yaml").write_text("task: x\ndoc_to_text: !function a.b\n")
     with gzip.open(tmp_path / "own.jsonl.gz", "wt") as file:
         file.write(json.dumps(PROBLEM) + "\n")
-    (own,) = code_tasks.load(["own", "x"], str(tmp_path))
+    (own,) = code_tasks.load(["own", "x"], tmp_path)
     assert (own.name, own.problems, own.stops) == ("own", [PROBLEM], ("\n\n",))
     with gzip.open(tmp_path / "own.jsonl.gz", "at") as file:
         file.write('{"task_id": "2", "prompt": "p"}\n')
     with pytest.raises(DataError, match=r"own.jsonl.gz:2: has no test"):
-        code_tasks.load(["own"], str(tmp_path))
+        code_tasks.load(["own"], tmp_path)
 
 
 def test_code_is_not_run_unasked(tmp_path):

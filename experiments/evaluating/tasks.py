@@ -11,6 +11,7 @@ from typing import Any, Iterator, NamedTuple, Sequence
 from experiments.cli.command_line import UsageError
 from kha_jax.config import near
 from kha_jax.errors import DataError
+from kha_jax.storage import as_written
 
 log = logging.getLogger("kha_jax")
 OWN = Path(__file__).resolve().parents[2] / "configs" / "tasks"
@@ -61,13 +62,18 @@ def check() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def check_folder(include: str | None) -> None:
-    """Raises UsageError where --include names no folder."""
-    if include is not None and not os.path.isdir(include):
+def folder(include: str | None) -> Path | None:
+    """The folder of --include.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if include is not None and not os.path.isdir(path := as_written(include)):
         raise UsageError(f"--include={include}: is no folder; name one that holds YAML files")
+    return None if include is None else path
 
 
-def load(names: Sequence[str], include: str | None = None) -> Loaded:
+def load(names: Sequence[str], include: Path | None = None) -> Loaded:
     """The tasks of these names, with their data.
 
     include: a folder of YAML files, whose tasks stand before those of lm-eval; it may name
@@ -97,7 +103,7 @@ def load(names: Sequence[str], include: str | None = None) -> Loaded:
     return found
 
 
-def _manager(names: tuple[str, ...], include: str | None) -> Any:
+def _manager(names: tuple[str, ...], include: Path | None) -> Any:
     """A TaskManager that knows the names: of the folders that look like theirs, or of all."""
     from lm_eval.tasks import TaskManager
 

@@ -13,7 +13,7 @@ from experiments.evaluating.models import Asked
 from kha_jax.data import shard_files
 from kha_jax.errors import DataError
 from kha_jax.inference.rows import windows
-from kha_jax.storage import open_regular
+from kha_jax.storage import as_written, open_regular
 
 AT_ONCE = 4096  # windows that wait to be scored
 LARGEST = 2**33  # bytes of a file
@@ -39,7 +39,7 @@ class Loss(NamedTuple):
 
 def check(name: str) -> None:
     """Raises UsageError where there is no such text."""
-    if not os.path.exists(name):
+    if not os.path.exists(as_written(name)):
         raise _missing(name, "is not there")
 
 
@@ -57,7 +57,8 @@ def loss(asked: Asked, name: str, stride: int | None) -> Loss:
         UsageError: there is no such file or folder.
         DataError: it cannot be read, or was written with another tokenizer.
     """
-    text = _folder(asked, Path(name)) if os.path.isdir(name) else _file(asked, Path(name))
+    path = as_written(name)
+    text = _folder(asked, path) if os.path.isdir(path) else _file(asked, path)
     length, before = asked.max_length, asked.dialect.prefix
     stride = max(1, length // 2) if stride is None else stride
     if stride > length:

@@ -1,1 +1,2 @@
-"""From a trained model: decoding, sampling, folding of linear mixers, compression of heads."""
+"""From a trained model: decoding, scoring, sampling, how its text is spelt, folding of linear
+mixers, compression of heads."""
