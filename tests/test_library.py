@@ -352,3 +352,5 @@ def test_fold_names_what_does_not_fit(knocking):
         kha_jax.fold(layer.attention, params)
     with pytest.raises(ValueError, match=r"parameters: expected 'output' among .*, found 'params'"):
         kha_jax.fold(layer.attention, {"params": params})
+    with pytest.raises(TypeError, match=r"an AttentionConfig \(layer.attention\), found Attention"):
+        kha_jax.fold(layer, params)

@@ -56,8 +56,12 @@ def fold(config: AttentionConfig, parameters: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ConfigError: a mixer does not fold.
+        TypeError: another config, such as the layer itself.
         ValueError: the parameters are not this attention's; names the first that is not.
     """
+    if not isinstance(config, AttentionConfig):
+        found = type(config).__name__
+        raise TypeError(f"config: expected an AttentionConfig (layer.attention), found {found}")
     slots = foldable(config)
     stacked = _checked(config, parameters)
     projection = dict(parameters["projection"])
