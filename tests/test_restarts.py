@@ -105,12 +105,8 @@ def test_whoever_is_killed_the_other_asks_for_a_restart(killed, cache, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_supervisor_restarts_two_processes_through_five_kills(cache, tmp_path):
+def test_a_supervisor_restarts_two_processes_through_five_kills(tmp_path):
     """Either of them, at random moments; the other has to leave by itself with a code that asks for
     a restart of both. The end is that of a run which nothing happened to."""
     wanted = argparse.Namespace(kills=5, processes=2, seed=3, config="")
-    for process in soak.begin(cache, tmp_path / "whole", wanted):
-        assert finish(process, 600)[0] == 0
-    at = soak.disturbed(cache, tmp_path / "killed", wanted)
-    assert len(at) == 5
-    assert_same_end(tmp_path / "killed", tmp_path / "whole", steps=soak.steps(wanted))
+    assert soak.kills(tmp_path, wanted)
