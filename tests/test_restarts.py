@@ -15,7 +15,6 @@ from tests import soak
 from tests.runs import (
     ROOT,
     SMALL,
-    assert_same_end,
     finish,
     joined,
     manifests,
