@@ -99,11 +99,14 @@ def main() -> None:
     parser.add_argument(
         "--longest", type=float, default=12.0, help="seconds until a kill, in a sweep"
     )
+    parser.add_argument("--cache", default="", help="folder to keep; a new one by default")
     parser.add_argument("--attack", default="kills", choices=["kills", *attacks.ATTACKS])
     wanted = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"  # for the runs, as in every test
     jax.config.update("jax_platforms", "cpu")  # for what is read here, where jax is imported
     place = Path(tempfile.mkdtemp(prefix="soak-"))
+    if wanted.cache:
+        (place / "cache").symlink_to(Path(wanted.cache).absolute())
     try:
         attack = attacks.ATTACKS.get(wanted.attack, kills)
         raise SystemExit(not attack(place, wanted))
