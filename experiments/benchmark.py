@@ -18,7 +18,8 @@ moments, in the call and in the step after it, how long the save takes in all, a
 evaluate: requests of benchmarks, scored here and by lm-eval's back end for transformers (extras:
 eval, hf, interop), in the peer shape. scaling: step time and memory of ways for heads to interact
 against the length of a row, with what the accounting predicts, and a figure (extra: plots); the one
-suite that takes --config.
+suite that takes --config. convert: importing and exporting a stock
+folder of 2 GB, beside a copy of it with a checksum.
 Nothing here is a test; the figures go into docs/performance.md with the machine's name.
 """
 
@@ -38,14 +39,16 @@ command_line.define_config()
 SUITE = flags.DEFINE_enum(
     "suite",
     "dense",
-    ["dense", "moe", "decode", "variants", "startup", "saving", "scaling", "evaluate"],
+    ["dense", "moe", "decode", "variants", "startup", "saving", "scaling", "evaluate", "convert"],
     "What to measure.",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Turns of each implementation.", lower_bound=1)
 TORCH_COMPILE = flags.DEFINE_bool(
     "torch_compile", True, "Also measure torch.compile (about 30 s to compile)."
 )
-SAVE_TO = flags.DEFINE_string("save_to", None, "Folder on the disk that `saving` measures.")
+SAVE_TO = flags.DEFINE_string(
+    "save_to", None, "Folder on the disk that `saving` and `convert` measure."
+)
 LENGTHS = flags.DEFINE_list(
     "lengths", ["256", "512", "1024", "2048", "4096"], "Tokens of a row, in `scaling`."
 )
@@ -295,6 +298,23 @@ def evaluate() -> dict[str, Any]:
     return out
 
 
+def convert() -> dict[str, Any]:
+    """See the module's docstring."""
+    from experiments.timing import converting
+
+    out = converting.measured(SAVE_TO.value)
+    said = [
+        f"{name} {out[name]:.1f} s ({out['copy'] / out[name]:.2f} of the speed of the copy), "
+        f"{out[f'{name}_memory'] / out['largest']:.2f} times the largest tensor beside the arrays"
+        for name in ("import", "export")
+    ]
+    terminal.say(
+        f"a folder of {out['bytes'] / 1e9:.1f} GB, {machine()}: a copy with checksum "
+        f"{out['copy']:.1f} s; {'; '.join(said)}"
+    )
+    return out
+
+
 SUITES = {
     "dense": dense,
     "moe": moe,
@@ -304,6 +324,7 @@ SUITES = {
     "saving": saving,
     "scaling": scaling,
     "evaluate": evaluate,
+    "convert": convert,
 }
 
 

@@ -1,19 +1,12 @@
-"""Turns one run folder into another.
+"""Turns one run folder into another, a stock checkpoint into a run, and a run into a stock one.
 
+    python -m experiments.convert import --model=Qwen3-0.6B --out=runs/qwen3
+    python -m experiments.convert export --workdir=runs/qwen3 --out=Qwen3-0.6B-trained
     python -m experiments.convert fold --workdir=runs/linear --out=runs/linear_folded
     python -m experiments.convert compress --workdir=runs/baseline --kv_heads=2 --out=runs/two
 
-fold: folds linear mixers into the weights around them in float32, compares the logits with those
-of the mixers applied to the activations, on random tokens, prints the largest change, and writes a
-baseline run (config.json and a checkpoint of the same step) that every command reads.
-
-compress: MEA's compression. Keys and values of each layer (of those from the twelfth on, with
---layers=12-) become combinations of --kv_heads basis heads, which alone are cached, by a singular
-value decomposition over heads. Prints how far each layer's weights are from what they were and how
-much the logits change, draws the former for all numbers of heads (compression.png, extra: plots),
-and writes a run that every command reads and training continues.
-
-The optimiser's moments start anew in what is written; its schedule does not.
+`python -m experiments.convert import --help` lists the flags of import, and so on. What is written
+has no optimiser: training goes on with new moments, and with the schedule of its step.
 """
 
 import logging
@@ -29,25 +22,45 @@ from rich.table import Table
 
 from experiments.cli import command_line, terminal
 from experiments.cli.command_line import UsageError
+from experiments.cli.commands import Command, command_of
+from experiments.converting import stock
+from experiments.converting.written import being_written, new_folder, write_run
 from experiments.run_folders import identity, stored
 from kha_jax.accounting import cache_bytes
 from kha_jax.analysis import costs, style
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import LinearMixer
-from kha_jax.config import ConfigError, near, to_dict
+from kha_jax.config import ConfigError
 from kha_jax.inference import compression
 from kha_jax.inference.folding import fold_model, foldable_slots
-from kha_jax.mesh import make_mesh
 from kha_jax.model import ModelConfig
-from kha_jax.runs.checkpoint import Checkpoints
+from kha_jax.runs.checkpoint import leaves
 from kha_jax.runs.manifest import folder_name, read_manifest
-from kha_jax.storage import being_built, writable, write_json
 from kha_jax.training.run_config import RunConfig
-from kha_jax.training.run_folder import config_hash, write_registrations
-from kha_jax.training.step import TrainState, make_trainer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder to read.")
-OUT = flags.DEFINE_string("out", None, "Required: run folder to write; must not hold checkpoints.")
+OUT = flags.DEFINE_string("out", None, "Required: folder to write; holds nothing yet.")
+MODEL = flags.DEFINE_string(
+    "model", None, "Required: folder with config.json and safetensors, as of Hugging Face."
+)
+SET = flags.DEFINE_multi_string(
+    "set", [], "config.FIELD=VALUE of the run, such as mixers to insert; may be repeated."
+)
+VERIFY = flags.DEFINE_bool(
+    "verify", True, "Compare the logits with those of transformers first (extra: interop)."
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Of all tensors; as they were imported by default."
+)
+SHARD_SIZE = flags.DEFINE_string(
+    "shard_size", None, "Largest file, such as 5GB; the files that were imported by default."
+)
+EXPERTS = flags.DEFINE_enum(
+    "experts", None, ["split", "fused"], "A tensor each, or one a layer; as imported by default."
+)
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "Folder whose tokenizer files are written; those imported by default."
+)
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to read; the newest good one by default.")
 TOLERANCE = flags.DEFINE_float(
     "tolerance",
@@ -110,27 +123,12 @@ def _spread(z: np.ndarray) -> float:
     return float(np.sqrt(z.var(axis=-1).mean()))
 
 
-def write_run(
-    folder: Path, config: RunConfig, step: int, variables: dict[str, Any], source: str
-) -> None:
-    """A run folder with one checkpoint, whose optimiser has no moments yet. It goes on with the
-    text of the run that it was made from."""
-    manifest = read_manifest(Path(source) / "checkpoints" / folder_name(step))
-    trainer = make_trainer(config, make_mesh(config.mesh, jax.devices()[:1]))
-    fresh = trainer.init(jax.random.key(config.seed)).optimizer
-    schedule = fresh[-1]._replace(count=jnp.int32(step))
-    state = TrainState(step=jnp.int32(step), optimizer=(*fresh[:-1], schedule), **variables)
-    about = {**manifest, "config": config_hash(config), "converted_from": source}
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with being_built(folder.parent, folder.name) as made:  # a run that is there is whole
-            write_registrations(made, config)
-            write_json(made / "config.json", to_dict(config))
-            with Checkpoints(made / "checkpoints", about=lambda step: about) as checkpoints:
-                checkpoints.save(step, state)
-            made.rename(folder)
-    except OSError as error:
-        raise UsageError(f"--out={folder} cannot be written: {error.strerror}") from None
+def made_of(out: Path, config: RunConfig, step: int, variables: dict[str, Any]) -> None:
+    """Writes a run made of that of --workdir, with whose text it goes on."""
+    about = read_manifest(Path(WORKDIR.value) / "checkpoints" / folder_name(step))
+    about["converted_from"] = WORKDIR.value
+    with being_written(out) as made:
+        write_run(made, config, step, leaves(variables).items(), about)
 
 
 def on_activations(attention: AttentionConfig) -> AttentionConfig:
@@ -140,30 +138,15 @@ def on_activations(attention: AttentionConfig) -> AttentionConfig:
     return attention.replace(**apart)
 
 
-def new_folder() -> Path:
-    """The folder of --out, tried before there is work to lose and left as it was.
-
-    Raises:
-        UsageError: it holds a run, or cannot be written.
-    """
-    out = stored.own_folder("out", OUT.value)
-    try:
-        if any((out / "checkpoints").glob("*")):
-            raise UsageError(f"--out={out}: already holds checkpoints; name another folder")
-        if there := out.exists():
-            for one in out.iterdir():
-                raise UsageError(f"--out={out}: already holds {one.name}; name another folder")
-        writable(out)
-        if not there:
-            out.rmdir()
-    except OSError as error:
-        raise UsageError(f"--out={out} cannot be written: {error.strerror}") from None
-    return out
-
-
 def fold() -> None:
-    """See the module's docstring."""
-    out = new_folder()
+    """Folds linear mixers into the weights around them.
+
+        python -m experiments.convert fold --workdir=runs/linear --out=runs/linear_folded
+
+    In float32; compares the logits with those of the mixers applied to the activations, on random
+    tokens, prints the largest change, and writes a baseline run of the same step.
+    """
+    out = new_folder(OUT.value)
     config, step, variables = stored.read_run(WORKDIR.value, STEP.value)
     try:
         slots = foldable_slots(config.model)
@@ -175,7 +158,7 @@ def fold() -> None:
     unfolded = config.model.with_attention(on_activations)
     change = logit_change((unfolded, variables), (model, folded), config.seq_len)
     change.check(FOLDED if TOLERANCE.value is None else TOLERANCE.value)
-    write_run(out, config.with_model(model), step, folded, WORKDIR.value)
+    made_of(out, config.with_model(model), step, folded)
     print(
         f"folded {', '.join(slots)}: largest logit change {change.largest:.3g} of "
         f"{change.logit:.3g}, in float32; {out} is without them at step {step}"
@@ -183,8 +166,16 @@ def fold() -> None:
 
 
 def compress() -> None:
-    """See the module's docstring."""
-    out, layers = new_folder(), re.fullmatch(r"(\d+)-", LAYERS.value)
+    """Makes keys and values of each layer combinations of fewer heads, which alone are cached.
+
+        python -m experiments.convert compress --workdir=runs/baseline --kv_heads=2 --out=runs/two
+
+    MEA's compression, by a singular value decomposition over heads; with --layers=12- of the layers
+    from the twelfth on. Prints how far each layer's weights are from what they were and how much
+    the logits change, draws the former for all numbers of heads (compression.png, extra: plots),
+    and writes a run that every command reads and training continues.
+    """
+    out, layers = new_folder(OUT.value), re.fullmatch(r"(\d+)-", LAYERS.value)
     if KV_HEADS.value is None:
         raise UsageError("--kv_heads: is required; name fewer than the run has, such as 2")
     if not layers:
@@ -206,7 +197,7 @@ def compress() -> None:
     if TOLERANCE.value is not None:
         change.check(TOLERANCE.value)
     written = config.with_model(model)
-    write_run(out, written, step, changed, WORKDIR.value)
+    made_of(out, written, step, changed)
     show_profiles(profiles, KV_HEADS.value)
     before, after = (cache_bytes(m) for m in (config.model, model))
     print(
@@ -241,17 +232,49 @@ def show_profiles(profiles: dict[str, dict[int, np.ndarray]], heads: int) -> Non
     terminal.show(table)
 
 
-COMMANDS = {"fold": fold, "compress": compress}
+def import_stock() -> None:
+    """Makes a run of a stock checkpoint.
+
+        python -m experiments.convert import --model=Qwen3-0.6B --out=runs/qwen3
+        python -m experiments.convert import --model=Qwen3-0.6B --out=runs/qwen3_mlp
+            --set=config.model.attention.value.kind=mlp
+
+    Reads a folder of Hugging Face's (config.json, safetensors) of the families that
+    docs/stock_checkpoints.md lists. Mixers that --set inserts start as the identity, so that the
+    run begins as the stock model; --verify shows it against transformers, in float32. What came
+    beside the weights is kept in RUN/stock, for the way back.
+    """
+    stock.import_run(MODEL.value, OUT.value, SET.value, VERIFY.value)
+
+
+def export_stock() -> None:
+    """Makes a stock checkpoint of a run.
+
+        python -m experiments.convert export --workdir=runs/qwen3 --out=Qwen3-0.6B-trained
+
+    Linear mixers are folded into the weights in float32, which are then cast to the dtype that they
+    were imported with, or --dtype. transformers reads the folder without code of its own; --verify
+    compares the logits, and shows what folding and the cast change.
+    """
+    layout = DTYPE.value, SHARD_SIZE.value, EXPERTS.value, TOKENIZER.value
+    stock.export_run(WORKDIR.value, OUT.value, STEP.value, *layout, verify=VERIFY.value)
+
+
+COMMANDS = {
+    "import": Command(import_stock, ("model", "out", "set", "verify")),
+    "export": Command(
+        export_stock,
+        ("workdir", "out", "step", "dtype", "shard_size", "experts", "tokenizer", "verify"),
+    ),
+    "fold": Command(fold, ("workdir", "out", "step", "tolerance")),
+    "compress": Command(compress, ("workdir", "out", "step", "tolerance", "kv_heads", "layers")),
+}
 
 
 def main(command: str = "") -> None:
     """Runs one command."""
-    if command not in COMMANDS:
-        raise UsageError(
-            f"{command or 'no command'!r}: is not a command; {near(command, COMMANDS)}"
-        )
-    COMMANDS[command]()
+    command_of(COMMANDS, [command] if command else []).main()
 
 
 if __name__ == "__main__":
-    command_line.run(main, words=1)
+    command_line.run(main, words=1, commands=COMMANDS)

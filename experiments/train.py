@@ -4,7 +4,8 @@
     python -m experiments.train --config.model.attention.key.kind=linear --workdir=runs/key_linear
     python -m experiments.train --config=configs/kha_moe_tiny.py --config.help
 
-The same command resumes a run that was stopped. Exit codes: 0 done, 2 flags or config, 65 data, 70
+The same command resumes a run that was stopped. Without --config a run folder that is there has its
+own config. Exit codes: 0 done, 2 flags or config, 65 data, 70
 a step hangs, or another process did not come, is gone or cannot go on, 74 checkpoint storage, 75
 stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps, or a
 state that is not finite.
@@ -49,9 +50,9 @@ from kha_jax.runs.pace import Pace
 from kha_jax.runs.watchdog import Watchdog
 from kha_jax.training.optimizer import jump
 from kha_jax.training.run_config import RunConfig
-from kha_jax.training.step import Trainer, TrainState, all_finite, make_trainer
+from kha_jax.training.step import Trainer, TrainState, all_finite, begun, make_trainer
 
-command_line.define_config()
+command_line.define_config(of_run=True)
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run folder; runs/NAME of the config file by default."
 )
@@ -251,7 +252,8 @@ def main() -> int:
     # ---------------------------------------------------------------- the state, new or restored
     one_fate = processes.one_fate(command_line.code_of, command_line.give_up)
     with contextlib.closing(folder), clock, pace, watchdog, checkpoints, one_fate:
-        first_step = checkpoints.newest_good() or 0
+        newest = checkpoints.newest_good()
+        first_step = newest or 0
         if first_step > config.steps:
             raise UsageError(
                 f"config.steps={config.steps}: {folder.path} has {first_step} already; train "
@@ -263,10 +265,7 @@ def main() -> int:
                 "--config.steps and --allow_changes=steps, or train again with another --workdir"
             )
             return command_line.DONE
-        if first_step:
-            state = checkpoints.restore(first_step, trainer.abstract)
-        else:
-            state = trainer.init(jax.random.key(config.seed))
+        state = begun(trainer, checkpoints, newest)
         draws = folder.begin_at(first_step)
         if jax.process_index() == 0:
             clock.go_on(folder.path / "metrics.jsonl", first_step)

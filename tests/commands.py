@@ -77,7 +77,9 @@ def defined() -> dict[str, Defined]:
     found = {}
     for path in sorted((ROOT / "experiments").glob("[a-z]*.py")):
         values, asked = flags.FlagValues(), []
-        command_line.define_config = lambda *default, asked=asked: asked.append(default)
+        command_line.define_config = lambda *default, of_run=False, asked=asked: asked.append(
+            default
+        )
         for name, maker in before[0].items():
             setattr(flags, name, functools.partial(maker, flag_values=values))
         try:

@@ -38,7 +38,6 @@ FLAGS = {
     "--config.model.attention.value.kind=mpl": "did you mean 'mlp'?",
     "--config.data.source=python": "did you mean 'python_source'?",
     "--config.data.source=a/b --config.data.folder=c": "config.data.folder another",
-    "--config.data.source=shards": "config.data.folder: names no folder",
     "--config.data.source=s3://b/shards": "s3:// is not supported",
     "--config.steps=many": "config.steps: expected int, found 'many'",
     "--config.steps many": "config.steps",

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import command_line
+from kha_jax import convert
+from kha_jax.inference.folding import fold_model
 from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import read_run
 from tests.commands import defined
 from tests.runs import SMALL, finish, start
 
@@ -155,6 +158,10 @@ def place(tmp_path_factory, cache):
     code, _, err = finish(start(cache, runs / "linear", base=base))
     assert code == 0, err
     (runs / "kha_tiny").symlink_to("linear")
+    _, _, variables = run = read_run(runs / "linear")
+    model = run.config.model
+    (stock := runs.parent / "Qwen3-0.6B").mkdir()
+    convert.write(stock, *fold_model(model, variables))
     return runs.parent
 
 

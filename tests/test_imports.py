@@ -27,6 +27,7 @@ LAYERS = {
     "nnx": 3,
     "remat": 3,
     "runs": 3,
+    "convert": 4,
     "inference": 4,
     "training": 4,
     "analysis": 5,
@@ -36,6 +37,7 @@ LAYERS = {
 # The commands stand on these, which stand on the library.
 ROOMS = {
     "cli": 0,
+    "converting": 2,
     "evaluating": 2,
     "preparing": 1,
     "run_folders": 1,
@@ -53,6 +55,7 @@ SOURCES = sorted(
     path.relative_to(ROOT)
     for folder in ("kha_jax", "experiments")
     for path in (ROOT / folder).rglob("*.py")
+    if path.parent.name != "files"  # written beside checkpoints, and never imported
 )
 
 

@@ -414,8 +414,8 @@ def test_a_config_is_valid_where_its_folder_is_not(tmp_path, corpus):
         run.data.open("train", 64, 0)
     with pytest.raises(ConfigError, match="must be at least the data's 264, found 100"):
         run.replace(data=corpus[1])
-    with pytest.raises(ConfigError, match="folder: names no folder"):
-        Shards()
+    with pytest.raises(DataError, match="folder: names no folder"):
+        Shards().open("train", 64, 0)
 
 
 def test_validation_reads_windows_from_all_over(corpus):

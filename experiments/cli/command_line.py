@@ -6,6 +6,7 @@ import difflib
 import errno
 import faulthandler
 import functools
+import inspect
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from absl import flags
 from ml_collections import config_flags
@@ -22,7 +23,7 @@ from ml_collections.config_dict import ConfigDict
 
 from experiments.cli import c_library, help_text, hints
 from experiments.cli.terminal import Log, Terminal, spare
-from kha_jax.config import ConfigError, from_dict, near
+from kha_jax.config import ConfigError, from_dict, near, to_config_dict
 
 DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
 # What the system says of a disk, not of a mistake in this code.
@@ -38,9 +39,10 @@ class UsageError(Exception):
     """A command line that cannot be used; shown as one line, exit code 2."""
 
 
-def define_config(default: str = DEFAULT_CONFIG) -> None:
+def define_config(default: str = DEFAULT_CONFIG, of_run: bool = False) -> None:
     """The flag --config=file.py[:variant], with --config.a.b=value for single fields; complaints
-    end the program at once.
+    end the program at once. of_run: the default is the config of the run that --workdir names,
+    where there is one.
 
     config_flags already reads the command line when the flag is defined, so the overrides are
     checked here.
@@ -49,12 +51,16 @@ def define_config(default: str = DEFAULT_CONFIG) -> None:
     try:
         if help_text.wanted():
             arguments = arguments[:1]
+        default = of_run and _config_of_run(arguments[1:]) or default
         _check_config_arguments(arguments[1:], default)
         _define_flag(arguments, default, flags.FLAGS)
         flags.DEFINE_bool("config.help", False, "List the config's fields with their meaning.")
-    except UsageError as error:
+    except Exception as error:
+        code = code_of(error)
+        if code is None:
+            raise
         print(f"error: {one_line(error)}", file=Terminal(sys.stderr))
-        sys.exit(USAGE)
+        sys.exit(code)
 
 
 class _ConfigFiles(flags.ArgumentParser):
@@ -71,6 +77,13 @@ def _define_flag(arguments: list[str], default: str, values: flags.FlagValues) -
     config_flags.DEFINE_config_file("config", None, about, flag_values=values, sys_argv=arguments)
     values["config"].parser = _ConfigFiles()  # before the default is read
     values.set_default("config", default)
+
+
+def _config_of_run(arguments: list[str]) -> str | None:
+    """The config.json of the run that --workdir names, where there is one."""
+    named = _values_of("workdir", arguments)
+    path = os.path.join(os.path.expanduser(named[-1]), "config.json") if named else ""
+    return path if os.path.isfile(path) and ":" not in path else None  # which names a variant
 
 
 def _check_config_arguments(arguments: list[str], default: str) -> None:
@@ -103,20 +116,25 @@ def _named_config(arguments: list[str], default: str) -> str:
     Raises:
         UsageError: there are two of them.
     """
-    named = [
-        following if match[1] is None else match[1]
-        for argument, following in zip(arguments, [*arguments[1:], ""])
-        if (match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL))
-    ]
+    named = _values_of("config", arguments)
     if len(named) > 1:
         raise UsageError(f"--config={named[1]}: there is --config={named[0]} too; leave out one")
     return named[0] if named else default
 
 
+def _values_of(flag: str, arguments: list[str]) -> list[str]:
+    """What --FLAG=VALUE, or --FLAG VALUE, gives, as often as it stands there."""
+    return [
+        following if match[1] is None else match[1]
+        for argument, following in zip(arguments, [*arguments[1:], ""])
+        if (match := re.fullmatch(rf"--?{flag}(?:=(.*))?", argument, re.DOTALL))
+    ]
+
+
 @functools.cache
 def _functions(path: str) -> dict[str, Any]:
-    """What a config file defines; it is run once."""
-    return runpy.run_path(path)
+    """What a config file defines; it is run once. The config.json of a run defines nothing."""
+    return {} if path.endswith(".json") else runpy.run_path(path)
 
 
 @functools.cache
@@ -125,11 +143,14 @@ def _made(path: str, variant: str) -> Any:
 
 
 def run_config_file(path: str, variant: str = "", flag: str = "--config") -> ConfigDict:
-    """What get_config(variant) of a config file returns; `flag` has named it.
+    """What get_config(variant) of a config file returns, or what the config.json of a run holds;
+    `flag` has named it.
 
     Raises:
         UsageError: the file cannot be run, with the line of it that says why, or defines no config.
     """
+    if path.endswith(".json"):
+        return _stored_config(path, variant, flag)
     if (neighbours := str(Path(path).resolve().parent)) not in sys.path:
         sys.path.append(neighbours)  # of a config file outside of the repository
     try:
@@ -153,6 +174,15 @@ def run_config_file(path: str, variant: str = "", flag: str = "--config") -> Con
         found = type(config).__name__
         raise UsageError(f"{flag}={path}: get_config returns a {found}, expected a ConfigDict")
     return copy.deepcopy(config)
+
+
+def _stored_config(path: str, variant: str, flag: str) -> ConfigDict:
+    from kha_jax.training.run_folder import read_config
+
+    if variant or os.path.basename(path) != "config.json":
+        problem = "is no config.json of a run, which knows no variants"
+        raise UsageError(f"{flag}={path}{variant and ':' + variant}: {problem}")
+    return to_config_dict(read_config(Path(path).parent))
 
 
 def check_override(config: Any, path: str, text: str | None) -> None:
@@ -192,7 +222,7 @@ def config_of(cls: type, arguments: Sequence[str]) -> Any:
     _define_flag(line, DEFAULT_CONFIG, values)
     try:
         values(line)
-        return _parsed(cls, values["config"])
+        return parsed(cls, values["config"])
     except (flags.Error, ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from None
 
@@ -205,7 +235,7 @@ def parse_config(cls: type) -> Any:
         UsageError: names the field, what was found and what would work.
     """
     try:
-        config = _parsed(cls, flags.FLAGS["config"])
+        config = parsed(cls, flags.FLAGS["config"])
     except ConfigError as error:
         raise UsageError(str(error)) from None
     if flags.FLAGS["config.help"].value:
@@ -215,7 +245,7 @@ def parse_config(cls: type) -> Any:
     return config
 
 
-def _parsed(cls: type, flag: Any) -> Any:
+def parsed(cls: type, flag: Any) -> Any:
     """The frozen config of a flag that has been read. Where the config file has PRESETS, those of
     `mesh.preset` set their fields, but for what was typed."""
     typed = config_flags.get_override_values(flag)
@@ -308,10 +338,11 @@ def code_of(error: BaseException) -> int | None:
     return next((code for kinds, code in codes.items() if isinstance(error, kinds)), None)
 
 
-def own_flags() -> list[flags.Flag]:
-    """The flags of this program, without those that absl has for all."""
+def own_flags(of: Sequence[str] | None = None) -> list[flags.Flag]:
+    """The flags of this program, without those that absl has for all; `of`: these alone."""
     modules = (__name__, sys.argv[0])
-    return [flag for module in modules for flag in flags.FLAGS.get_flags_for_module(module)]
+    own = [flag for module in modules for flag in flags.FLAGS.get_flags_for_module(module)]
+    return [flag for flag in own if of is None or flag.name in of]
 
 
 def _quiet_libtpu() -> None:
@@ -331,11 +362,14 @@ def _report(lost: Any) -> None:
         sys.__unraisablehook__(lost)
 
 
-def run(main: Callable[..., int | None], words: int = 0) -> None:
+def run(
+    main: Callable[..., int | None], words: int = 0, commands: Mapping[str, Any] | None = None
+) -> None:
     """Parses the flags, calls main and leaves with the contract's exit code; expected errors are
     one line on stderr.
 
-    words: how many arguments that are not flags main takes, at most.
+    words: how many arguments that are not flags main takes, at most. commands: those that the first
+    of them may name, for --help.
     """
     from kha_jax.errors import WaitError
     from kha_jax.runs.processes import lost_peer
@@ -352,7 +386,7 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     sys.unraisablehook = _report
     try:
-        code = _outcome(main, words)
+        code = _outcome(main, words, commands or {})
         sys.stdout.flush()
     except Exception as error:
         code = code_of(error)
@@ -370,11 +404,13 @@ def run(main: Callable[..., int | None], words: int = 0) -> None:
     sys.exit(code)
 
 
-def _outcome(main: Callable[..., int | None], words: int) -> int:
+def _outcome(main: Callable[..., int | None], words: int, commands: Mapping[str, Any]) -> int:
     """The exit code of what the command line asks for."""
     if help_text.wanted():
-        about = sys.modules["__main__"].__doc__
-        print("\n".join(help_text.of_program(about, own_flags(), REPOSITORY)))
+        about, own = sys.modules["__main__"].__doc__, None
+        if named := next((word for word in sys.argv[1:] if word in commands), None):
+            about, own = inspect.getdoc(commands[named].main), commands[named].flags
+        print("\n".join(help_text.of_program(about, own_flags(own), REPOSITORY)))
         return DONE
     _quiet_libtpu()
     try:

@@ -30,7 +30,7 @@ from kha_jax.data import Draws, Source, batch_hash, tokenizers
 from kha_jax.errors import CheckpointError, DataError, StorageError
 from kha_jax.hardware import chips
 from kha_jax.runs.checkpoint import Checkpoints, state_bytes
-from kha_jax.runs.manifest import MANIFEST, read_manifest, room
+from kha_jax.runs.manifest import MANIFEST, WEIGHTS, read_manifest, room
 from kha_jax.storage import (
     PROBE,
     Lease,
@@ -145,7 +145,15 @@ class RunFolder:
         return (self.path / "lock").read_text()
 
     def _allows(self, field: str) -> bool:
+        if self._untrained():
+            return True
         return any(field == name or field.startswith(f"{name}.") for name in self.allowed)
+
+    def _untrained(self) -> bool:
+        """Whether the run is a model that was made and not trained yet: all but it is open."""
+        made = [*(self.path / "checkpoints").glob(f"*/{MANIFEST}")]
+        zero = made and all(int(path.parent.name) == 0 for path in made)
+        return bool(zero) and read_manifest(made[0].parent).get("holds") == WEIGHTS
 
     def _check_names(self) -> None:
         fields = list(dotted(to_dict(self.config)))
@@ -203,7 +211,8 @@ class RunFolder:
             **{name: source.fingerprint for name, source in splits.items()},
             "tokenizer": tokenizer_hash(self.config),
         }
-        last = {**self.identity, **(self.lineage[-1] if self.lineage else {})}
+        known = self.lineage[-1] if self.lineage else {}  # None of what a new model has not read
+        last = self.identity | {name: value for name, value in known.items() if value is not None}
         if last["tokenizer"] != self.identity["tokenizer"]:
             raise UsageError(
                 f"config.data: this run began with the tokenizer {last['tokenizer']}, found "

@@ -116,8 +116,9 @@ def _documents(ends_BT: np.ndarray) -> Example:
 class Shards(DataConfig):
     """Text of your own, as `experiments.prepare_data` has written it; docs/data.md.
 
-    The config is valid where its folder is not, as when a checkpoint is read on another machine:
-    what the folder decides is checked where it is there, and when it is opened.
+    The config is valid where its folder is not, as when a checkpoint is read on another machine, or
+    where none is named yet, as after `convert import`: what the folder decides is checked where it
+    is there, and when it is opened.
     """
 
     folder: str = ""
@@ -126,8 +127,6 @@ class Shards(DataConfig):
     """Folder for a copy of shards below 10 GB that lie in a bucket; None: read by ranges."""
 
     def validate(self):
-        problem = "names no folder; write --config.data.source=FOLDER, with what prepare_data wrote"
-        self.require(bool(self.folder.strip()), "folder", problem)
         remote = is_url(self.folder)
         problem = f"does nothing with shards on this machine, found {self.cache_dir}"
         self.require(remote or self.cache_dir is None, "cache_dir", problem)
@@ -138,12 +137,17 @@ class Shards(DataConfig):
                 raise ConfigError("folder", str(error)) from None
 
     def place(self) -> Place:
-        """Where the shards are."""
+        """Where the shards are; raises DataError where no folder is named."""
+        if not self.folder.strip():
+            raise DataError(
+                "config.data.folder: names no folder; write --config.data.source=FOLDER, with what "
+                "prepare_data wrote"
+            )
         return self.folder.rstrip("/") if is_url(self.folder) else as_written(self.folder)
 
     def vocabulary_size(self) -> int | None:
-        place = self.place()
         try:
+            place = self.place()
             if is_url(str(place)):  # which is not asked before it is opened
                 return OPENED[place].vocabulary_size if place in OPENED else None
             return read_meta(place).vocabulary_size

@@ -146,9 +146,11 @@ class Checkpoints:
         """Steps that have a manifest, oldest first."""
         return [int(p.name) for p in self.folders() if (p / MANIFEST).exists()]
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Any, copy: bool = True) -> None:
         """Starts saving `state`; its arrays are copied before this returns. The step saved or
         restored last is left alone.
+
+        copy: False for arrays that stay as they are until the save has ended, on a CPU too.
 
         Raises:
             CheckpointError: this save could not start, or the previous one failed.
@@ -166,7 +168,7 @@ class Checkpoints:
                     faults.at("save", step, self.folder)
             except (OSError, StorageError) as error:
                 raise self._failure(step, state_bytes(state), error) from error
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" and copy:
             # From an accelerator Orbax copies before it returns. On a CPU it reads the arrays
             # themselves, and the next step could not reuse those that are donated to it.
             state = self.copy = _copied(state, self.copy)

@@ -13,6 +13,7 @@ from kha_jax.errors import CheckpointError
 from kha_jax.storage import address, at_hand, crc32c, read_json, stored
 
 MANIFEST, SEAL = "MANIFEST.json", "own_checksum"
+WEIGHTS = "weights"  # what the entry `holds` says of a checkpoint without an optimiser's state
 REASONS = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE
 
 

@@ -9,6 +9,7 @@ from typing import Any, Callable, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kha_jax.attention.attention import SCORES, SLOTS
@@ -17,6 +18,9 @@ from kha_jax.feed_forward import moe
 from kha_jax.hardware.chips import chip_of
 from kha_jax.model import Batch, ModelConfig, Transformer
 from kha_jax.ops.losses import TokenSums
+from kha_jax.runs.checkpoint import Checkpoints
+from kha_jax.runs.checkpoint import leaves as by_path
+from kha_jax.runs.manifest import WEIGHTS, read_manifest
 from kha_jax.sharding import batch_sharding, on_mesh, tree_shardings
 from kha_jax.training import optimizer
 from kha_jax.training.run_config import BATCH, RunConfig
@@ -40,13 +44,16 @@ class Trainer(NamedTuple):
     """One run on one mesh: its functions, compiled when they are first called wherever that is, and
     the shapes and places of what they take.
 
-    init: the state from a random key. train_step: the next state and metrics; it takes the memory
-    of the state that it is given. evaluation_step: sums over the tokens of a batch. config,
-    compiler_options: the run as it is tuned for the devices, and what it is compiled with.
+    init: the state from a random key. begin: from (step, params, balance), whose memory it takes,
+    with an optimiser that has no moments yet and whose schedule is at that step. train_step: the
+    next state and metrics; it takes the memory of the state that it is given. evaluation_step: sums
+    over the tokens of a batch. config, compiler_options: the run as it is tuned for the devices,
+    and what it is compiled with.
     """
 
     model: Transformer
     init: Callable[[jax.Array], TrainState]
+    begin: Callable[[jax.Array, Any, Any], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluation_step: Callable[[TrainState, Batch], TokenSums]
     abstract: TrainState
@@ -97,6 +104,38 @@ def initial_mixers(config: ModelConfig, seed: int) -> Any:
     )()
 
 
+def abstract_variables(config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Any:
+    """Shapes and dtypes of the variables of a model, with their places on a mesh where there is
+    one; an empty collection where a model has none.
+
+    Raises:
+        ConfigError: names a parameter that does not divide over the mesh.
+    """
+    model = any_length(config)
+    boxed = jax.eval_shape(lambda key: _boxed_variables(model, key), jax.random.key(0))
+    if mesh is None:
+        return nn.unbox(boxed)
+    with under("mesh"):
+        places = tree_shardings(boxed, mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        nn.unbox(boxed),
+        places,
+    )
+
+
+def initial_leaves(config: ModelConfig, seed: int, like: dict[str, Any]) -> dict[str, jax.Array]:
+    """Those of the variables that a run of this seed starts from, by path; `like`: their shapes and
+    places. Nothing else is made."""
+    model = any_length(config)
+
+    def born():
+        made = nn.unbox(_boxed_variables(model, jax.random.key(seed)))
+        return {path: leaf for path, leaf in by_path(made).items() if path in like}
+
+    return jax.jit(born, out_shardings={path: leaf.sharding for path, leaf in like.items()})()
+
+
 def any_length(config: ModelConfig) -> Transformer:
     """The model with a kernel that runs on the one token that parameters are made with, as not
     every kernel does; they do not depend on it."""
@@ -136,6 +175,10 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     def init(key: jax.Array) -> TrainState:
         return nn.unbox(boxed_init(key))
 
+    def begin(step: jax.Array, params: Any, balance: Any) -> TrainState:
+        *moments, schedule = tx.init(only(params))
+        return TrainState(step, params, balance, (*moments, schedule._replace(count=step)))
+
     boxed_state = jax.eval_shape(boxed_init, jax.random.key(0))
     with under("mesh"):
         shardings = tree_shardings(boxed_state, mesh)
@@ -157,6 +200,7 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     return Trainer(
         model=model,
         init=jax.jit(init, out_shardings=shardings),
+        begin=jax.jit(begin, donate_argnums=(1, 2), out_shardings=shardings),
         train_step=compiled(
             on_mesh(mesh, train_step), donate_argnums=0, out_shardings=(shardings, None)
         ),
@@ -167,6 +211,21 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
         config=config,
         compiler_options=settings.options,
     )
+
+
+def begun(trainer: Trainer, checkpoints: Checkpoints, step: int | None) -> TrainState:
+    """The state of a checkpoint, with an optimiser of its own where it holds weights alone; without
+    a step that of a new run.
+
+    Raises:
+        CheckpointError: the files do not hold such a state.
+    """
+    if step is None:
+        return trainer.init(jax.random.key(trainer.config.seed))
+    if read_manifest(checkpoints.path(step)).get("holds") != WEIGHTS:
+        return checkpoints.restore(step, trainer.abstract)
+    weights = checkpoints.restore_part(step, variables(trainer.abstract))
+    return trainer.begin(np.int32(step), weights["params"], weights["balance"])
 
 
 def _train_step(config, model, tx, only, state, batch):

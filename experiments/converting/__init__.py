@@ -1,0 +1,1 @@
+"""Runs that are made of others, and of stock checkpoints: written, compared, imported, exported."""

@@ -1,0 +1,104 @@
+"""What importing and exporting a stock checkpoint costs: seconds beside those of a copy with a
+checksum on the same disk, and memory beside the arrays themselves."""
+
+import hashlib
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import jax
+
+from kha_jax import convert
+from kha_jax.attention import AttentionConfig
+from kha_jax.attention.projections import GroupedQuery
+from kha_jax.feed_forward import SwiGLU
+from kha_jax.mesh import MeshConfig, make_mesh
+from kha_jax.model import ModelConfig
+from kha_jax.runs.checkpoint import leaves as by_path
+from kha_jax.runs.checkpoint import state_bytes
+from kha_jax.training.step import abstract_variables
+
+SIZE = 2 * 10**9  # bytes of the folder, in bfloat16
+WIDTH, INNER, VOCABULARY = 1024, 4096, 64_000
+
+
+def measured(save_to: str | None, size: int = SIZE) -> dict[str, Any]:
+    """Seconds and peaks of memory by what is done; `largest`: bytes of the largest tensor in
+    float32."""
+    model = of_size(size)
+    like = by_path(abstract_variables(model, make_mesh(MeshConfig(), jax.devices()[:1])))
+    with tempfile.TemporaryDirectory(dir=save_to) as scratch:
+        folder, back = Path(scratch, "stock"), Path(scratch, "back")
+        folder.mkdir(), back.mkdir()
+        convert.write(folder, model, convert.nested(random_leaves(like)), dtype="bfloat16")
+        (weights,) = folder.glob("*.safetensors")
+        out: dict[str, Any] = {"bytes": weights.stat().st_size, "largest": VOCABULARY * WIDTH * 4}
+        out["copy"], _ = timed(lambda: copied(weights, Path(scratch, "copy")))
+
+        def read() -> Any:
+            stock = convert.open_stock(folder)
+            return convert.nested((leaf.path, leaf.on(like[leaf.path])) for leaf in stock.leaves())
+
+        held: list[Any] = []
+        out["import"], peak = timed(lambda: held.append(jax.block_until_ready(read())))
+        out["import_memory"] = peak - state_bytes(held[0])
+        out["export"], out["export_memory"] = timed(
+            lambda: convert.write(back, model, held[0], dtype="bfloat16")
+        )
+    return out
+
+
+def of_size(size: int) -> ModelConfig:
+    """A Llama whose folder has about so many bytes."""
+    projection = GroupedQuery(query_heads=16, kv_heads=4, head_dim=64, qk_norm="none")
+    fields = {
+        "width": WIDTH,
+        "vocabulary_size": VOCABULARY,
+        "attention": AttentionConfig(projection=projection),
+        "feed_forward": SwiGLU(width=INNER),
+    }
+    one = ModelConfig(layers=1, **fields)
+    layer = one.attention.parameters(WIDTH) + one.feed_forward.parameters(WIDTH)
+    layers = (size // 2 - VOCABULARY * WIDTH) // layer
+    return ModelConfig(layers=max(1, layers), **fields)
+
+
+def random_leaves(like: dict[str, Any]) -> Iterator[tuple[str, jax.Array]]:
+    for number, (path, leaf) in enumerate(like.items()):
+        yield path, jax.random.normal(jax.random.key(number), leaf.shape, leaf.dtype)
+
+
+def copied(source: Path, target: Path) -> None:
+    """A copy whose checksum is taken."""
+    shutil.copyfile(source, target)
+    with open(target, "rb") as file:
+        hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, int]:
+    """(seconds, how much the process's own memory grew at its peak, file pages not counted)."""
+    before, peak, done = own_memory(), [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], own_memory())
+
+    watcher = threading.Thread(target=sample, daemon=True)
+    watcher.start()
+    began = time.perf_counter()
+    try:
+        work()
+    finally:
+        seconds = time.perf_counter() - began
+        done.set()
+        watcher.join()
+    return seconds, max(peak[0], own_memory()) - before
+
+
+def own_memory() -> int:
+    """Bytes in memory that are no file's."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
