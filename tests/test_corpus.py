@@ -60,9 +60,10 @@ runpy.run_module("experiments.prepare_data", run_name="__main__")
 """
 
 
-def python(*line, **how):
+def python(*line):
+    settings = {**os.environ, "XLA_FLAGS": ""}  # one device, as a person has it
     done = subprocess.run(
-        [sys.executable, *map(str, line)], cwd=ROOT, capture_output=True, text=True, **how
+        [sys.executable, *map(str, line)], cwd=ROOT, env=settings, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
