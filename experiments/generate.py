@@ -128,6 +128,7 @@ def main() -> None:
     longest = max(map(len, prompts), default=0) + TOKENS.value
     check_length(longest, config.seq_len)
     config, step, variables = stored.read_run(WORKDIR.value, STEP.value)
+    warn_of_length(longest, config.seq_len)
     use_compilation_cache()
     trained = config.model, variables
     decoder = Decoder(*(fold_if_linear(*trained) if FOLD.value else trained))
@@ -154,7 +155,7 @@ def main() -> None:
 
 def check_length(longest: int, trained: int) -> None:
     """Raises UsageError where prompt and continuation are longer than what is asked for, or than
-    anything that makes sense; warns where the model has not seen the like."""
+    anything that makes sense."""
     if (MAX_CONTEXT.value or 0) > FARTHEST * trained:
         raise UsageError(
             f"--max_context={MAX_CONTEXT.value}: is more than {FARTHEST} times the {trained} that "
@@ -168,6 +169,10 @@ def check_length(longest: int, trained: int) -> None:
             f"--tokens={TOKENS.value}: makes {longest:,} with the longest --prompt, more than "
             f"{why}{of}"
         )
+
+
+def warn_of_length(longest: int, trained: int) -> None:
+    """Where the model has not seen the like."""
     reached = (MAX_CONTEXT.value or 0) if CHAT.value else longest
     if reached > trained:
         log.warning(

@@ -138,7 +138,7 @@ def test_a_model_over_several_devices_says_the_same(asked, runs):
 def test_bad_command_lines_are_one_line(runs):
     a, text = f"--workdir={runs}/a", f"--text={runs}/text"
     said = {
-        (a,): (2, "--text: is required; name a file"),
+        (a,): (2, "--text or --tasks: give one of them"),
         (a, "--text=nowhere"): (2, "--text=nowhere: is not there; name a file of text"),
         (text,): (2, "--workdir: is required"),
         (f"{a},{runs}/a", text): (2, "name one run, or two different ones"),

@@ -115,14 +115,15 @@ class Goodput:
     def __enter__(self) -> "Goodput":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *_: Any) -> None:
         if self.path is None:
             return
         values = self.values()
         row = {"step": self.step, "time": round(self.since, 3), **values}
         with contextlib.suppress(OSError), open(self.path, "ab", opener=not_followed) as file:
             file.write(json.dumps(row).encode() + b"\n")
-        log.info("%s", spelt(self.seconds))
+        if kind is None:  # an error has one line, its own
+            log.info("%s", spelt(self.seconds))
 
 
 def spelt(seconds: dict[str, float]) -> str:

@@ -28,7 +28,7 @@ class Lease:
     def __init__(self, url: str, name: str = "lock"):
         self.objects, self.name, self.beat = Objects(url), name, 0
         self.mark, self.alive, self.left = secrets.token_hex(8), 0.0, threading.Event()
-        self.content = ""
+        self.content, self.machine = "", machine()
         self._take()
         self.thread = threading.Thread(target=self._live, name="lease", daemon=True)
         self.thread.start()
@@ -63,7 +63,7 @@ class Lease:
         self.beat += 1
         about = {
             "holder": f"{os.getpid()} on {os.uname().nodename}",
-            "machine": machine(),
+            "machine": self.machine,
             "pid": os.getpid(),
             "began": _began(os.getpid()),
             "mark": self.mark,
