@@ -112,9 +112,10 @@ def both_dialects(config: Values) -> Values:
     """The rotary keys of the dialect that a config.json does not have, from the one that it has."""
     new = config.get("rope_parameters")
     if new:
-        scaling = {name: value for name, value in new.items() if name != "rope_theta"}
+        others = ("rope_theta", "partial_rotary_factor")
+        scaling = {name: value for name, value in new.items() if name not in others}
         plain = scaling.get("rope_type", "default") == "default"
-        there = {"rope_theta": new["rope_theta"]} if "rope_theta" in new else {}
+        there = {name: new[name] for name in others if name in new}
         made = {**there, "rope_scaling": None if plain else scaling}
     else:
         theta, scaling = config.get("rope_theta"), config.get("rope_scaling") or {}
