@@ -28,7 +28,8 @@ from experiments.cli.command_line import UsageError
 from experiments.run_folders import stored
 from kha_jax.analysis.leaves import Checkpoint
 from kha_jax.errors import CheckpointError
-from kha_jax.runs.checkpoint import Checkpoints, leaves
+from kha_jax.runs.arrays import leaves
+from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import read_manifest, verify, why
 from kha_jax.storage import Lease, address, in_bucket, not_followed
 from kha_jax.storage import stored as stored_files

@@ -34,7 +34,7 @@ from kha_jax.config import ConfigError
 from kha_jax.inference import compression
 from kha_jax.inference.folding import fold_model, foldable_slots
 from kha_jax.model import ModelConfig
-from kha_jax.runs.checkpoint import leaves
+from kha_jax.runs.arrays import leaves
 from kha_jax.runs.manifest import folder_name, read_manifest
 from kha_jax.training.run_config import RunConfig
 

@@ -14,7 +14,7 @@ from kha_jax.convert.families import FAMILIES, read_config
 from kha_jax.convert.folders import open_folder
 from kha_jax.errors import DataError
 from kha_jax.mesh import MeshConfig, make_mesh
-from kha_jax.runs.checkpoint import leaves as by_path
+from kha_jax.runs.arrays import leaves as by_path
 from kha_jax.training.step import abstract_variables
 from tests import stock_folders
 from tests.stock_folders import FOLDERS, edited, folder

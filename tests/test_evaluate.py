@@ -15,7 +15,7 @@ from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import KnockingLinear
 from kha_jax.attention.projections import GroupedQuery
 from kha_jax.config import to_dict
-from kha_jax.data import shard_files
+from kha_jax.data import shard_writer
 from kha_jax.data.tokenizers import ByteTokenizer
 from kha_jax.errors import DataError
 from kha_jax.feed_forward import SwiGLU
@@ -69,10 +69,10 @@ def runs(tmp_path_factory):
     (base / "empty").write_text("")
     shards, tokenizer = base / "shards", ByteTokenizer()
     shards.mkdir()
-    with shard_files.ShardWriter(shards, "validation", 0, tokenizer) as writer:
+    with shard_writer.ShardWriter(shards, "validation", 0, tokenizer) as writer:
         for part in (TEXT.encode(), b"", b"x"):
             writer.add(tokenizer.encode(part), len(part))
-        shard_files.write_meta(shards, tokenizer, {"validation": [writer.finish()]})
+        shard_writer.write_meta(shards, tokenizer, {"validation": [writer.finish()]})
     return base
 
 

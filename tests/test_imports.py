@@ -224,7 +224,7 @@ def test_every_part_of_the_library_has_a_layer():
         ("kha_jax/model.py", "def f():\n    from kha_jax.inference.decoding import Decoder", True),
         ("kha_jax/attention/mixers.py", "from .. import inference", True),
         ("kha_jax/ops/norm.py", "from kha_jax.config import Config", True),
-        ("kha_jax/config.py", "from kha_jax.ops import norm", True),
+        ("kha_jax/config/base.py", "from kha_jax.ops import norm", True),
         ("kha_jax/modules.py", "from kha_jax.training.run_config import RunConfig", True),
         ("kha_jax/training/step.py", "import experiments.train", True),
         ("kha_jax/training/step.py", "from configs import base", True),

@@ -18,7 +18,8 @@ from experiments.cli.command_line import UsageError
 from experiments.run_folders.folder import RunFolder
 from kha_jax.config import ConfigError, from_dict, to_dict
 from kha_jax.data import Draws, Shards, batch_hash, batches, shard_files, shard_reader, window_order
-from kha_jax.data.shard_files import ShardWriter, read_meta, verify, write_meta
+from kha_jax.data.shard_files import read_meta, verify
+from kha_jax.data.shard_writer import ShardWriter, write_meta
 from kha_jax.data.shards import TokenWindows
 from kha_jax.data.tokenizers import ByteTokenizer, JsonTokenizer
 from kha_jax.errors import DataError, StorageError

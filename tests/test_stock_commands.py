@@ -16,8 +16,8 @@ from kha_jax.convert.folders import open_folder
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.model import ModelConfig
+from kha_jax.runs.arrays import leaves as by_path
 from kha_jax.runs.checkpoint import Checkpoints
-from kha_jax.runs.checkpoint import leaves as by_path
 from kha_jax.runs.manifest import read_manifest
 from kha_jax.training.run_folder import read_config, read_run
 from kha_jax.training.step import abstract_variables, begun, make_trainer

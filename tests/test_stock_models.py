@@ -25,7 +25,7 @@ from kha_jax.convert import agreement, own_code
 from kha_jax.inference.decoding import Decoder
 from kha_jax.inference.sampling import Sampling
 from kha_jax.mesh import MeshConfig, make_mesh
-from kha_jax.runs.checkpoint import leaves as by_path
+from kha_jax.runs.arrays import leaves as by_path
 from kha_jax.sharding import on_mesh
 from kha_jax.training.step import abstract_variables, initial_leaves
 from tests import smollm2, stock_folders

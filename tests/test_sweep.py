@@ -22,7 +22,7 @@ from experiments.sweeps.planned import Wanted
 from experiments.sweeps.runner import Sweep
 from kha_jax.errors import DataError, SweepError
 from kha_jax.mesh import MeshConfig, make_mesh
-from kha_jax.runs.checkpoint import leaves
+from kha_jax.runs.arrays import leaves
 from kha_jax.runs.results import read_results
 from kha_jax.training.step import make_trainer
 from tests.runs import ROOT, SMALL

@@ -24,7 +24,7 @@ from kha_jax.errors import DataError
 from kha_jax.feed_forward.moe import BIAS_RULES
 from kha_jax.mesh import make_mesh
 from kha_jax.model import AttentionFrom, ModelConfig, SameAttention
-from kha_jax.runs.checkpoint import leaves as by_path
+from kha_jax.runs.arrays import leaves as by_path
 from kha_jax.storage import write_json
 from kha_jax.training.run_config import OptimizerConfig, RunConfig
 from kha_jax.training.run_folder import IDENTITY, config_hash

@@ -14,7 +14,7 @@ from kha_jax.data import tokenizers
 from kha_jax.data.shard_files import META, SUFFIXES
 from kha_jax.errors import StorageError
 from kha_jax.runs import faults
-from kha_jax.storage import not_followed, read_json, replacing, write_json
+from kha_jax.storage import not_followed, read_json, replacing, synced, write_json
 
 OWN = ".preparing"  # the folder of what is known before all units are there
 VERSION = 1  # of the way that units are cut and written
@@ -125,7 +125,7 @@ class ShardFolder:
                 for suffix in SUFFIXES:
                     name = f"{shard['name']}{suffix}"
                     (aside / name).replace(self.path / name)
-            _sync(self.path)
+            synced(self.path)
             faults.at("unit_renamed", number, self.path)
             self._append(json.dumps(record))
         except OSError as error:
@@ -163,11 +163,3 @@ def _difference(was: str, file: File) -> str:
     if path != file.path:
         return f"{file.path} stands where {path} was"
     return f"{path} has another time" if size == file.size else f"{path} has another size"
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

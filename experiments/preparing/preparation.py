@@ -14,7 +14,7 @@ from experiments.preparing.readers import SAMPLES, too_many
 from experiments.preparing.texts import KEY_BYTES
 from experiments.preparing.units import GROWTH, Unit
 from experiments.preparing.workers import Job
-from kha_jax.data import shard_files, tokenizers
+from kha_jax.data import shard_files, shard_writer, tokenizers
 from kha_jax.data.shard_files import SPLITS, Meta, Shard
 from kha_jax.data.tokenizers import JsonTokenizer, Tokenizer
 from kha_jax.errors import DataError
@@ -171,7 +171,7 @@ class Preparation:
         kinds = ("bad", "empty", "duplicates")
         left_out = {kind: sum(r["left_out"][kind] for r in records) for kind in kinds}
         faults.at("meta", len(records), self.folder.path)
-        shard_files.write_meta(self.folder.path, tokenizer, shards, said, left_out)
+        shard_writer.write_meta(self.folder.path, tokenizer, shards, said, left_out)
 
 
 def _sums(record: dict[str, Any]) -> list[int]:

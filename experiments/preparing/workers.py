@@ -22,7 +22,8 @@ from experiments.preparing.readers import Reader
 from experiments.preparing.texts import Batch
 from experiments.preparing.units import Unit
 from kha_jax.data import tokenizers
-from kha_jax.data.shard_files import SPLITS, ShardWriter
+from kha_jax.data.shard_files import SPLITS
+from kha_jax.data.shard_writer import ShardWriter
 from kha_jax.data.tokenizers import Tokenizer
 
 LONG = 2**24  # bytes of a document that is encoded whole, above which that is warned of

@@ -29,7 +29,8 @@ from kha_jax.config import dotted, near, to_dict
 from kha_jax.data import Draws, Source, batch_hash, tokenizers
 from kha_jax.errors import CheckpointError, DataError, StorageError
 from kha_jax.hardware import chips
-from kha_jax.runs.checkpoint import Checkpoints, state_bytes
+from kha_jax.runs.arrays import state_bytes
+from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import MANIFEST, WEIGHTS, read_manifest, room
 from kha_jax.storage import (
     PROBE,

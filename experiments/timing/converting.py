@@ -17,8 +17,8 @@ from kha_jax.attention.projections import GroupedQuery
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.model import ModelConfig
-from kha_jax.runs.checkpoint import leaves as by_path
-from kha_jax.runs.checkpoint import state_bytes
+from kha_jax.runs.arrays import leaves as by_path
+from kha_jax.runs.arrays import state_bytes
 from kha_jax.training.step import abstract_variables
 
 SIZE = 2 * 10**9  # bytes of the folder, in bfloat16

@@ -37,7 +37,8 @@ def saves(rounds: int, folder: str | None) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from kha_jax.runs.checkpoint import Checkpoints, state_bytes
+    from kha_jax.runs.arrays import state_bytes
+    from kha_jax.runs.checkpoint import Checkpoints
     from kha_jax.runs.manifest import checksum
 
     def timed(action: Callable, *arguments: Any) -> tuple[float, Any]:

@@ -16,7 +16,7 @@ from kha_jax.convert.rows import Link
 from kha_jax.convert.stock import HEAD, Record, layout_of, links_of
 from kha_jax.errors import DataError
 from kha_jax.model import ModelConfig
-from kha_jax.runs.checkpoint import leaves as by_path
+from kha_jax.runs.arrays import leaves as by_path
 
 
 def kind_for(model: ModelConfig, record: Record | None) -> str:

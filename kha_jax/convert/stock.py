@@ -24,7 +24,7 @@ from kha_jax.convert.rows import Link, check, links
 from kha_jax.convert.tables import Layout, layer_rows, outer_rows
 from kha_jax.errors import DataError
 from kha_jax.model import ModelConfig
-from kha_jax.runs.checkpoint import leaves as by_path
+from kha_jax.runs.arrays import leaves as by_path
 from kha_jax.storage import read_json, write_json
 from kha_jax.training.step import abstract_variables
 

@@ -16,7 +16,8 @@ from typing import Iterable, Iterator, Sequence
 
 from kha_jax.data import tokenizers
 from kha_jax.data.loader import DataConfig
-from kha_jax.data.shard_files import META, VERSION, ShardWriter, read_meta, write_meta
+from kha_jax.data.shard_files import META, VERSION, read_meta
+from kha_jax.data.shard_writer import ShardWriter, write_meta
 from kha_jax.data.shards import TokenWindows
 from kha_jax.data.tokenizers import ByteTokenizer
 from kha_jax.errors import DataError, StorageError

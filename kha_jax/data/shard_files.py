@@ -1,4 +1,4 @@
-"""Token shards on disk: written one by one, whole or not at all.
+"""Token shards on disk: what their files hold, read and held against their checksums.
 
 A folder holds `meta.json`, the `tokenizer.json` of its ids (none for bytes), and for each shard
 
@@ -11,27 +11,21 @@ A folder holds `meta.json`, the `tokenizer.json` of its ids (none for bytes), an
 `meta.json` is written last: a folder without it is not finished.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple
 
-import google_crc32c
 import numpy as np
 
 from kha_jax.data import tokenizers
-from kha_jax.data.tokenizers import Tokenizer
-from kha_jax.errors import DataError, StorageError
+from kha_jax.errors import DataError
 from kha_jax.storage import (
     Objects,
     is_url,
-    not_followed,
     open_regular,
     read_json,
-    write_json,
 )
 
 Place = Path | str  # a folder of this machine, or the URL of one in a store
@@ -56,149 +50,6 @@ class Shard(NamedTuple):
     documents: int
     bytes: int
     sha256: str
-
-
-class ShardWriter:
-    """Writes one shard of documents, without begin and end: those are added here.
-
-    Files stand aside under the name of the shard and `.part` until `finish` has them on disk and
-    renames them, `.bin` last; what a killed writer has left is overwritten. As a context it removes
-    them where `finish` was not reached.
-
-        with ShardWriter(folder, "train", 12, tokenizer) as writer:
-            writer.add(tokenizer.encode(text), len(text))
-            shard = writer.finish()
-
-    Raises:
-        StorageError: the folder cannot be written.
-        DataError: an id is beyond the vocabulary, or that of the end or begin.
-    """
-
-    def __init__(self, folder: Path, split: str, number: int, tokenizer: Tokenizer):
-        self.folder, self.name = Path(folder), f"{split}-{number:05d}"
-        self.tokenizer, self.dtype = tokenizer, id_type(tokenizer.vocabulary_size)
-        self.tokens, self.documents, self.bytes = 0, 0, 0
-        self.digest, self.rest = hashlib.sha256(), b""
-        self.inside = False  # of a document whose pieces are still coming
-        self.files: dict[str, Any] = {}
-        with _writing(self.folder):
-            for suffix in SUFFIXES:
-                self.files[suffix] = open(self._part(suffix), "wb", opener=not_followed)
-
-    def _part(self, suffix: str) -> Path:
-        return self.folder / f"{self.name}{suffix}.part"
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        for suffix, file in self.files.items():
-            file.close()
-            self._part(suffix).unlink(missing_ok=True)
-
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """One document."""
-        self.add_all(ids, np.array([len(ids)]), text_bytes)
-
-    def add_all(self, ids: np.ndarray, lengths: Sequence[int], text_bytes: int) -> None:
-        """Several documents.
-
-        ids: one after another, lengths: how many are of each, text_bytes: of all of them.
-        """
-        self._check(ids)
-        lengths = np.asarray(lengths, np.int64)
-        ends = np.cumsum(lengths)
-        begins = ends - lengths
-        marks = [self.tokenizer.begin_of_document, self.tokenizer.end_of_document]
-        places = np.stack([begins, ends], 1)
-        if marks[0] is None:
-            marks, places = marks[1:], places[:, 1:]
-        values = np.tile(marks, len(lengths)).astype(self.dtype)
-        whole = np.insert(ids.astype(self.dtype), places.ravel(), values)
-        self._put(whole, self.tokens + begins + len(marks) * np.arange(len(lengths)))
-        self.bytes += text_bytes
-
-    def add_piece(self, ids: np.ndarray, text_bytes: int, last: bool) -> None:
-        """The next piece of a document that comes in pieces; last: it ends with this one."""
-        self._check(ids)
-        begin, end = self.tokenizer.begin_of_document, self.tokenizer.end_of_document
-        first = [] if self.inside or begin is None else [begin]
-        whole = np.concatenate([first, ids, [end] if last else []]).astype(self.dtype)
-        self._put(whole, np.array([] if self.inside else [self.tokens]))
-        self.inside, self.bytes = not last, self.bytes + text_bytes
-
-    def _check(self, ids: np.ndarray) -> None:
-        """The rule that lets readers find documents by the end's id alone."""
-        tokenizer = self.tokenizer
-        special = {tokenizer.end_of_document, tokenizer.begin_of_document} - {None}
-        for number in sorted(special):
-            if (ids == number).any():
-                at = int(np.argmax(ids == number))
-                raise DataError(
-                    f"{self.name}: a text encodes to id {number} at its token {at}, which begins "
-                    "or ends documents; name another end or begin"
-                )
-        if ids.size and ids.max() >= tokenizer.vocabulary_size:
-            raise DataError(
-                f"{self.name}: id {ids.max()} is beyond the vocabulary of "
-                f"{tokenizer.vocabulary_size}"
-            )
-
-    def _put(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        data = ids.tobytes()
-        with _writing(self.folder):
-            self.files[".bin"].write(data)
-            self.files[".documents"].write(starts.astype(DOCUMENT).tobytes())
-            self._checksums(data)
-        self.digest.update(data)
-        self.tokens += len(ids)
-        self.documents += len(starts)
-
-    def _checksums(self, data: bytes, last: bool = False) -> None:
-        data = self.rest + data
-        whole = len(data) if last else len(data) // BLOCK * BLOCK
-        self.files[".crc"].write(_checksums(data[:whole]).tobytes())
-        self.rest = data[whole:]
-
-    def finish(self) -> Shard:
-        """Puts the shard on disk and in its place; its entry of meta.json."""
-        assert not self.inside, "a document has not come to its last piece"
-        with _writing(self.folder):
-            self._checksums(b"", last=True)
-            for file in self.files.values():
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-            for suffix in SUFFIXES:
-                self._part(suffix).replace(self.folder / f"{self.name}{suffix}")
-            _sync(self.folder)
-        self.files = {}
-        sha256 = self.digest.hexdigest()
-        return Shard(self.name, self.tokens, self.documents, self.bytes, sha256)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Says in one line what the system says of a folder that is written."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from None
-
-
-def _checksums(data: bytes) -> np.ndarray:
-    """crc32c of each block."""
-    blocks = (data[at : at + BLOCK] for at in range(0, len(data), BLOCK))
-    return np.array([google_crc32c.value(block) for block in blocks], CHECKSUM)
-
-
-def _sync(folder: Path) -> None:
-    """Renames are on disk when this returns."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Meta(NamedTuple):
@@ -230,44 +81,6 @@ class Meta(NamedTuple):
         said = {name: self.about[name] for name in tokenizers.ABOUT if name != "probe_ids"}
         content = json.dumps([VERSION, said, shards], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
-
-
-def write_meta(
-    folder: Path,
-    tokenizer: Tokenizer,
-    shards: Mapping[str, Sequence[Shard]],
-    flags: Mapping[str, Any] | None = None,
-    left_out: Mapping[str, int] | None = None,
-) -> Meta:
-    """Finishes a folder: its tokenizer.json, then meta.json.
-
-    Args:
-        shards: of the splits `train` and `validation`, in their order.
-        flags: of the command, as JSON holds them.
-        left_out: how many documents were left out, by reason.
-
-    Raises:
-        StorageError: the folder cannot be written.
-    """
-    folder = Path(folder)
-    splits = {split: tuple(shards.get(split, ())) for split in SPLITS}
-    about = tokenizers.about(tokenizer)
-    meta = Meta(about, splits, dict(flags or {}), dict(left_out or {}))
-    counts = ("tokens", "documents", "bytes")
-    content = {
-        "version": VERSION,
-        "dtype": meta.dtype.name,
-        **about,
-        "shards": {split: [shard._asdict() for shard in some] for split, some in splits.items()},
-        "totals": {s: {field: meta.total(s, field) for field in counts} for s in SPLITS},
-        "flags": meta.flags,
-        "left_out": meta.left_out,
-    }
-    with _writing(folder):
-        tokenizers.write_file(folder, tokenizer)
-        write_json(folder / META, content)
-        _sync(folder)
-    return meta
 
 
 def read_meta(folder: Place) -> Meta:

@@ -4,9 +4,8 @@ of every file.
 Layout: `<workdir>/checkpoints/<step>/state/...`, then `<step>/MANIFEST.json`, then
 `checkpoints/NEWEST`, which holds the step; `checkpoints/VERIFIED.json` says what needs no second
 reading. Each process sums what it has written itself, and reads its share when a run is opened. A
-folder without a manifest is a leftover of an
-interrupted save; a writer removes it. Where NEWEST is, a checkpoint has been whole, so that a run
-which finds none any more does not start again.
+folder without a manifest is a leftover of an interrupted save; a writer removes it. Where NEWEST
+is, a checkpoint has been whole, so that a run which finds none any more does not start again.
 """
 
 import concurrent.futures
@@ -16,58 +15,36 @@ import functools
 import itertools
 import json
 import logging
-import math
 import os
 import re
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from kha_jax.errors import CheckpointError, StorageError
-from kha_jax.runs import faults, processes
+from kha_jax.runs import arrays, faults, processes
+from kha_jax.runs.arrays import state_bytes
 from kha_jax.runs.manifest import (
     MANIFEST,
-    compare_content,
     compare_sizes,
     folder_name,
     own,
     read_manifest,
     room,
     sealed,
-    share,
     verify,
     why,
 )
-from kha_jax.runs.verified import Verified, stamps
-from kha_jax.storage import address, crc32c, in_bucket, remove, rename, retries, stored, write_json
+from kha_jax.runs.verified import NEWEST, VERIFY_SECONDS, Verified, candidates, stamps
+from kha_jax.storage import address, crc32c, in_bucket, remove, rename, stored, write_json
 
-REJECTED, NEWEST = "MANIFEST.rejected", "NEWEST"
+REJECTED = "MANIFEST.rejected"
 WAIT_SECONDS = 1800  # that processes wait for one another around a save
-VERIFY_SECONDS = 3600  # that processes wait for one another to read their shares of a checkpoint
-LEAVES_NAMED = 5  # of those that differ from what is expected
 log = logging.getLogger("kha_jax")
-# Orbax hands no context of ours to TensorStore
-for defaults in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
-    defaults.update(retries())
-_saves, _verifications = itertools.count(), itertools.count()  # equal in all processes
-
-
-def leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by their path, such as params/layers/attention/query."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def state_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays, or of their descriptions."""
-    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+_saves = itertools.count()  # equal in all processes
 
 
 @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
@@ -173,7 +150,7 @@ class Checkpoints:
             # themselves, and the next step could not reuse those that are donated to it.
             state = self.copy = _copied(state, self.copy)
         try:
-            self.checkpointer.save(address(target) / "state", state)
+            self.checkpointer.save(self._state(step), state)
         except Exception if in_bucket(target) else (OSError, ValueError) as error:
             raise self._failure(step, state_bytes(state), error) from error
         self.saved_step = step
@@ -297,16 +274,16 @@ class Checkpoints:
                 restarts from scratch over them.
         """
         leader = jax.process_index() == 0
-        candidates, good, before = self._candidates() if leader else iter(()), None, {}
+        good, before, queue = None, {}, iter(())
+        if leader:
+            queue = candidates(self.folder, self.steps(), self.accepts)
         while good is None:
-            step = processes.from_leader(
-                "newest checkpoint", lambda: next(candidates, -1), WAIT_SECONDS
-            )
+            step = processes.from_leader("newest checkpoint", lambda: next(queue, -1), WAIT_SECONDS)
             if step < 0:
                 break
             if leader:
                 before = stamps(self.path(step))
-            problem = self._problem(step)
+            problem = self.verified.problem(step)
             if problem:
                 log.warning("passed over checkpoint %d: %s", step, problem)
             if processes.from_leader("verification", lambda: not problem, VERIFY_SECONDS):
@@ -316,43 +293,6 @@ class Checkpoints:
                 self.verified.add(good, before)
             self._set_aside([s for s in self.steps() if good is None or s > good])
         return good
-
-    def _candidates(self) -> Iterator[int]:
-        """Steps whose manifests are of this run, with files of their sizes, newest first."""
-        for path in (p for p in self.folder.glob("*/") if not (p / MANIFEST).exists()):
-            where = address(path)
-            log.warning("passed over %s: no %s; the save was interrupted", where, MANIFEST)
-        steps = self.steps()
-        for step in reversed(steps):
-            try:
-                verify(self.path(step), self.accepts, thorough=False)
-            except (CheckpointError, OSError) as error:
-                log.warning("passed over checkpoint %d: %s", step, error)
-                continue
-            yield step
-        if steps or (self.folder / NEWEST).exists():
-            found = f"none of the checkpoints {steps} is intact" if steps else "no manifest is left"
-            raise CheckpointError(
-                f"{address(self.folder)}: {found} (the reasons are above); put one back, or move "
-                "the folder away to start again"
-            )
-
-    def _problem(self, step: int) -> str:
-        """What is wrong with the content of a checkpoint; empty where nothing is, and on all
-        processes but 0. Each reads its share, and none of a step that was verified before."""
-
-        def found() -> str:
-            try:
-                if step not in self.verified:
-                    files = read_manifest(self.path(step))["files"]
-                    part = share(files, jax.process_index(), jax.process_count())
-                    compare_content(self.path(step), part)
-            except (CheckpointError, OSError) as error:
-                return str(error)
-            return ""
-
-        name = f"verification {next(_verifications)}"
-        return next(filter(None, processes.to_leader(name, found, VERIFY_SECONDS)), "")
 
     def _set_aside(self, rejected: list[int]) -> None:
         for step in rejected:
@@ -370,49 +310,13 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     remove(path)
 
-    def _check(self, path: Path, abstract: Any, partial: bool) -> None:
-        """Compares shapes and dtypes with what is expected, before anything is read.
-
-        Raises:
-            CheckpointError: names leaves that are missing, not expected, or differ.
-        """
-        try:
-            saved = leaves(self.checkpointer.metadata(path).item_metadata.tree)
-        except Exception as error:
-            raise CheckpointError(f"{path} holds no state: {error}") from error
-        expected, wrong = leaves(abstract), []
-        for name, leaf in expected.items():
-            want = f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
-            if name not in saved:
-                wrong.append(f"{name} is missing, expected {want}")
-                continue
-            storage = saved[name].storage
-            found = f"{np.dtype(saved[name].dtype)}{list(saved[name].shape)}"
-            if found != want:
-                wrong.append(f"{name} is {found}, expected {want}")
-            elif storage and math.prod(storage.chunk_shape or ()) > max(1, math.prod(leaf.shape)):
-                wrong.append(f"{name} is stored in chunks of {list(storage.chunk_shape)}")
-        if not partial:
-            wrong += [f"{name} is not expected" for name in saved if name not in expected]
-        if wrong:
-            more = f" and {len(wrong) - LEAVES_NAMED} more" if len(wrong) > LEAVES_NAMED else ""
-            raise CheckpointError(
-                f"{path} does not hold the state of this config: "
-                f"{'; '.join(wrong[:LEAVES_NAMED])}{more}"
-            )
-
     def restore(self, step: int, abstract: Any) -> Any:
         """The state saved at `step`, laid out as the ShapeDtypeStructs in `abstract` say.
 
         Raises:
             CheckpointError: the files do not hold exactly such a tree.
         """
-        path = address(self.path(step)) / "state"
-        self._check(path, abstract, partial=False)
-        try:
-            state = self.checkpointer.restore(path, abstract)
-        except Exception as error:
-            raise CheckpointError(f"{path} could not be read: {error}") from error
+        state = arrays.read(self.checkpointer, self._state(step), abstract)
         self.saved_step = step
         return state
 
@@ -422,19 +326,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the files cannot be read.
         """
-        path, here = (
-            address(self.path(step)) / "state",
-            jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-        )
-
-        def described(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-
-        try:
-            tree = self.checkpointer.metadata(path).item_metadata.tree
-            return self.checkpointer.restore(path, jax.tree.map(described, tree))
-        except Exception as error:
-            raise CheckpointError(f"{self.path(step)} could not be read: {error}") from error
+        return arrays.read_all(self.checkpointer, self._state(step))
 
     def restore_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """Some fields of the state saved at `step`, such as {"params": ...}, without reading the
@@ -443,12 +335,8 @@ class Checkpoints:
         Raises:
             CheckpointError: the files do not hold them.
         """
-        path = address(self.path(step)) / "state"
-        self._check(path, abstract, partial=True)
-        placed = ocp.checkpoint_utils.construct_restore_args(abstract)
-        arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=placed, partial_restore=True)
-        try:
-            with ocp.PyTreeCheckpointer() as reader:
-                return reader.restore(path, args=arguments)
-        except Exception as error:
-            raise CheckpointError(f"{path} could not be read: {error}") from error
+        return arrays.read_part(self.checkpointer, self._state(step), abstract)
+
+    def _state(self, step: int) -> Any:
+        """Where the arrays of a step are, also in a bucket."""
+        return address(self.path(step)) / "state"

@@ -1,4 +1,4 @@
-"""Checkpoints that have been read and found whole, so that they are not read again.
+"""Which checkpoints are whole, and which have been found so and are not read again.
 
 `checkpoints/VERIFIED.json`: {step: {file: [size, change time and inode]}}, of the manifest and of
 each file that it names; of a bucket the object's generation. A file that was written to, replaced
@@ -7,14 +7,29 @@ itself is damaged.
 """
 
 import contextlib
+import itertools
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator, Sequence
+
+import jax
 
 from kha_jax.errors import CheckpointError
-from kha_jax.runs.manifest import MANIFEST, folder_name, read_manifest
+from kha_jax.runs import processes
+from kha_jax.runs.manifest import (
+    MANIFEST,
+    compare_content,
+    folder_name,
+    read_manifest,
+    share,
+    verify,
+)
 from kha_jax.storage import address, read_json, stored, write_json
 
-VERIFIED = "VERIFIED.json"
+VERIFIED, NEWEST = "VERIFIED.json", "NEWEST"
+VERIFY_SECONDS = 3600  # that processes wait for one another to read their shares of a checkpoint
+log = logging.getLogger("kha_jax")
+_verifications = itertools.count()  # equal in all processes
 Stamps = dict[str, list[int | str]]
 
 
@@ -52,6 +67,24 @@ class Verified:
         with contextlib.suppress(OSError):  # it will be read once more
             write_json(self.folder / VERIFIED, self.known)
 
+    def problem(self, step: int) -> str:
+        """What is wrong with the content of a checkpoint; empty where nothing is, and on all
+        processes but 0. Each reads its share, and none of a step that was verified before."""
+        path = self.folder / folder_name(step)
+
+        def found() -> str:
+            try:
+                if step not in self:
+                    files = read_manifest(path)["files"]
+                    part = share(files, jax.process_index(), jax.process_count())
+                    compare_content(path, part)
+            except (CheckpointError, OSError) as error:
+                return str(error)
+            return ""
+
+        name = f"verification {next(_verifications)}"
+        return next(filter(None, processes.to_leader(name, found, VERIFY_SECONDS)), "")
+
     def _is_there(self, step: str) -> bool:
         return step.isdecimal() and (self.folder / folder_name(int(step)) / MANIFEST).exists()
 
@@ -62,3 +95,29 @@ def _recorded(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def candidates(folder: Path, steps: Sequence[int], accepts: Sequence[dict]) -> Iterator[int]:
+    """Steps whose manifests are of this run, with files of their sizes, newest first.
+
+    steps: that have a manifest. accepts: see manifest.verify.
+
+    Raises:
+        CheckpointError: there are checkpoints, or have been, but none is good.
+    """
+    for path in (p for p in folder.glob("*/") if not (p / MANIFEST).exists()):
+        where = address(path)
+        log.warning("passed over %s: no %s; the save was interrupted", where, MANIFEST)
+    for step in reversed(steps):
+        try:
+            verify(folder / folder_name(step), accepts, thorough=False)
+        except (CheckpointError, OSError) as error:
+            log.warning("passed over checkpoint %d: %s", step, error)
+            continue
+        yield step
+    if steps or (folder / NEWEST).exists():
+        found = f"none of the checkpoints {steps} is intact" if steps else "no manifest is left"
+        raise CheckpointError(
+            f"{address(folder)}: {found} (the reasons are above); put one back, or move the "
+            "folder away to start again"
+        )

@@ -20,6 +20,7 @@ from kha_jax.storage.files import not_followed as not_followed
 from kha_jax.storage.files import open_regular as open_regular
 from kha_jax.storage.files import read_json as read_json
 from kha_jax.storage.files import replacing as replacing
+from kha_jax.storage.files import synced as synced
 from kha_jax.storage.files import writable as writable
 from kha_jax.storage.lease import Lease as Lease
 from kha_jax.storage.lease import holder as holder

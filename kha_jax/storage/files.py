@@ -165,6 +165,15 @@ def writable(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
+def synced(folder: Path) -> None:
+    """Renames within the folder are on disk when this returns."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def being_built(base: Path, name: str) -> Iterator[Path]:
     """A new folder below `base`, for this process to fill and to rename. It is removed at the end,

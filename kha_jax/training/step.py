@@ -18,8 +18,8 @@ from kha_jax.feed_forward import moe
 from kha_jax.hardware.chips import chip_of
 from kha_jax.model import Batch, ModelConfig, Transformer
 from kha_jax.ops.losses import TokenSums
+from kha_jax.runs.arrays import leaves as by_path
 from kha_jax.runs.checkpoint import Checkpoints
-from kha_jax.runs.checkpoint import leaves as by_path
 from kha_jax.runs.manifest import WEIGHTS, read_manifest
 from kha_jax.sharding import batch_sharding, on_mesh, tree_shardings
 from kha_jax.training import optimizer
