@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kha_jax.attention.devices import attend
 from kha_jax.attention.mixers import STREAM_MIXERS, NoMixer, StreamMixer
 from kha_jax.attention.outputs import OUTPUT_MIXERS, NoOutputMixer, OutputMixer
 from kha_jax.attention.projections import (
@@ -29,12 +30,10 @@ from kha_jax.modules import Aux, Module, ModuleConfig
 from kha_jax.ops import attention as ops
 from kha_jax.ops import attention_cached
 from kha_jax.ops.linear import linear
-from kha_jax.sharding import axis_size, constrain, index_along, per_device, platform
 
 SLOTS = ("query", "key", "value")
 SCORES = ("logits", "probabilities")
-LARGEST = "attention/largest_logit"  # the metric; see Attention.largest_logit
-SAMPLE = 64  # queries that it looks at
+LARGEST = "attention/largest_logit"  # the metric; see `devices`
 KEYS = 128  # cached ones at once, at least, that branches look at
 
 
@@ -328,7 +327,9 @@ class Attention(Module):
         with jax.named_scope("project"):
             k_BSKH, v_BSKU = self.projection.keys_and_values(state, self.mixers)
         # scores
-        o_BTNU, largest = self._scores(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT)
+        scale, kernel = self.config.projection.scale(), self.config.kernel
+        streams = q_BTNH, k_BSKH, v_BSKU, segment_ids_BT
+        o_BTNU, largest = attend(*streams, self._maps(), scale, kernel)
         # output
         y_BTD, aux = self._finish(o_BTNU, x_BTD, v_BSKU)
         return y_BTD, aux._replace(metrics={**aux.metrics, LARGEST: largest}), state
@@ -354,56 +355,3 @@ class Attention(Module):
 
     def _maps(self) -> ops.ScoreMaps:
         return ops.ScoreMaps(*(self.score_mixers[slot]() for slot in SCORES))
-
-    def _scores(self, q_BTNH, k_BSKH, v_BSKU, segment_ids_BS):
-        """What the heads read, and the largest logit.
-
-        Every device computes its rows of the batch, so that fused kernels need not know of the
-        mesh: for its heads, or, where heads mix in the scores, for its queries.
-        """
-        maps, fixed = self._maps(), {"scale": self.config.projection.scale()}
-        fixed |= {"kernel": self.config.kernel, "platform": platform()}
-        rows, whole = ("batch", "length"), ("batch", "length", None, None)
-        queries = keys = ("batch", "length", "heads", None)
-        if maps.mix_heads:
-            queries, keys = ("batch", "query_length", None, None), whole
-        elif k_BSKH.shape[2] < axis_size("heads"):
-            # A copy for each device that holds some of a key head's queries.
-            copies = axis_size("heads") // k_BSKH.shape[2]
-            k_BSKH, v_BSKU = (jnp.repeat(z, copies, axis=2) for z in (k_BSKH, v_BSKU))
-
-        def local(q_BTNH, k_BSKH, v_BSKU, ids_BS, maps):
-            start = index_along("query_length") * q_BTNH.shape[1] if maps.mix_heads else 0
-            return ops.attention(q_BTNH, k_BSKH, v_BSKU, ids_BS, maps=maps, start=start, **fixed)
-
-        on_each = jax.tree.map(lambda leaf: (None,) * leaf.ndim, maps)
-        run = per_device(local, (queries, keys, keys, rows, on_each), queries)
-        o_BTNU = run(q_BTNH, k_BSKH, v_BSKU, segment_ids_BS, maps)
-        largest = self._largest_logit(q_BTNH, k_BSKH, segment_ids_BS, maps, keys)
-        return constrain(o_BTNU, "batch", "length", "heads", None), largest
-
-    @jax.named_scope("largest_logit")
-    def _largest_logit(self, q_BTNH, k_BSKH, segment_ids_BS, maps, keys):
-        """The largest logit, over all heads and the keys that they may see, of up to SAMPLE evenly
-        spaced queries of the batch's first row, the last one among them: exact for these, and from
-        below for all. Scaled, and mixed where heads mix in the scores. No gradient passes.
-
-        keys: logical axes of the keys. Every device takes its own first row and heads, so that two
-        numbers a head are all that devices exchange.
-        """
-        T = q_BTNH.shape[1]
-        stride = -(-T // SAMPLE)
-        q_BTNH, k_BSKH, maps = jax.lax.stop_gradient((q_BTNH, k_BSKH, maps))
-        heads = "heads" if keys[2] == "heads" else None
-        scale = self.config.projection.scale()
-
-        def local(q_BRNH, k_BSKH, ids_BS, maps):
-            ids_1S = None if ids_BS is None else ids_BS[:1]
-            places = jnp.arange((T - 1) % stride, T, stride)
-            return ops.largest_logit(q_BRNH[:1], k_BSKH[:1], ids_1S, places, scale, maps)
-
-        on_each = jax.tree.map(lambda leaf: (None,) * leaf.ndim, maps)
-        axes = ("batch", None, heads, None), keys, ("batch", "length"), on_each
-        run = per_device(local, axes, ("batch", heads))
-        q_BRNH = q_BTNH[:, (T - 1) % stride :: stride]
-        return jnp.max(run(q_BRNH, k_BSKH, segment_ids_BS, maps)[0])
