@@ -22,7 +22,7 @@ from rich import box
 from rich.table import Table
 
 from experiments.cli import command_line, terminal
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.run_folders import stored
 from experiments.sweeps import page
 from kha_jax import analysis

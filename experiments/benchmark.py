@@ -32,7 +32,7 @@ from absl import flags
 from rich.table import Table
 
 from experiments.cli import command_line, terminal
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.timing import peers, turns
 
 command_line.define_config()

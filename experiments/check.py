@@ -13,7 +13,7 @@ import time
 import jax
 from absl import flags
 
-from experiments.cli import command_line
+from experiments.cli import codes, command_line
 from experiments.sweeps import members
 from experiments.sweeps.members import Member
 from kha_jax.comparing.properties import check
@@ -47,7 +47,7 @@ def check_all(found: dict[str, Member]) -> int:
         failed += [name] if broken else []
         print(f"{name:16} {words} ({time.perf_counter() - began:.1f} s)", flush=True)
     print(f"FAILED: {', '.join(failed)}" if failed else "all keep what they have to")
-    return BROKEN if failed else command_line.DONE
+    return BROKEN if failed else codes.DONE
 
 
 def main() -> int:

@@ -23,8 +23,8 @@ import numpy as np
 from absl import flags
 from rich.table import Table
 
-from experiments.cli import command_line, terminal
-from experiments.cli.command_line import UsageError
+from experiments.cli import codes, command_line, terminal
+from experiments.cli.codes import UsageError
 from experiments.run_folders import stored
 from kha_jax.analysis.leaves import Checkpoint
 from kha_jax.errors import CheckpointError
@@ -170,8 +170,8 @@ def main() -> int:
         elif PRUNE.value:
             prune(workdir, checkpoints, steps_of("prune", PRUNE.value, known), accepts)
         elif not show(folders, accepts, VERIFY.value):
-            return command_line.STORAGE if VERIFY.value else command_line.DONE
-    return command_line.DONE
+            return codes.STORAGE if VERIFY.value else codes.DONE
+    return codes.DONE
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from absl import flags
 from rich.table import Table
 
 from experiments.cli import command_line, terminal
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.cli.commands import Command, command_of
 from experiments.converting import stock
 from experiments.converting.written import being_written, new_folder, write_run

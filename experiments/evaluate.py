@@ -27,7 +27,7 @@ from absl import flags
 from rich.table import Table
 
 from experiments.cli import command_line, terminal
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.run_folders.folder import use_compilation_cache
 
 MOST = 2**31 - 1

@@ -21,7 +21,7 @@ from typing import Iterator
 from absl import flags
 
 from experiments.cli import command_line
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.cli.conversation import Messages, converse
 from experiments.run_folders import stored
 from experiments.run_folders.folder import use_compilation_cache

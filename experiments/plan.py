@@ -20,8 +20,8 @@ import jax
 from absl import flags
 from rich.table import Table
 
-from experiments.cli import command_line, terminal
-from experiments.cli.command_line import UsageError
+from experiments.cli import command_line, config_files, terminal
+from experiments.cli.codes import UsageError
 from kha_jax import planning
 from kha_jax.config import ConfigError, under
 from kha_jax.hardware import tpu
@@ -31,7 +31,7 @@ from kha_jax.planning.search import COMPILED, MARGIN
 from kha_jax.remat import POLICIES
 from kha_jax.training.run_config import RunConfig
 
-command_line.define_config(str(command_line.REPOSITORY / "configs" / "kha_moe_6b.py"))
+command_line.define_config(str(config_files.REPOSITORY / "configs" / "kha_moe_6b.py"))
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,

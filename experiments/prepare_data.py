@@ -21,8 +21,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments.cli import command_line
-from experiments.cli.command_line import UsageError
+from experiments.cli import codes, command_line
+from experiments.cli.codes import UsageError
 from experiments.cli.terminal import say
 from experiments.preparing import units
 from experiments.preparing.folder import ShardFolder, cannot_be_written
@@ -154,10 +154,10 @@ def main() -> int:
             summary(folder.path)
     except KeyboardInterrupt:
         log.info("stopped; the same command goes on")
-        return command_line.PREEMPTED
+        return codes.PREEMPTED
     except OSError as error:
         raise cannot_be_written(as_written(OUT.value), error) from None
-    return command_line.DONE
+    return codes.DONE
 
 
 def introduce(files: list[units.File], made: list[Unit], left_out: int) -> None:

@@ -23,7 +23,7 @@ from absl import flags
 from rich.table import Table
 
 from experiments.cli import command_line, terminal
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.run_folders import stored
 from experiments.sweeps import card, page
 from experiments.sweeps import report as sweep_report

@@ -28,8 +28,8 @@ from rich.live import Live
 from rich.table import Table
 
 from configs.tables import SCALES, TABLES, load
-from experiments.cli import command_line, terminal
-from experiments.cli.command_line import UsageError
+from experiments.cli import codes, command_line, config_files, terminal
+from experiments.cli.codes import UsageError
 from experiments.run_folders import results, stored
 from experiments.sweeps import planned
 from experiments.sweeps.planned import Planned, Wanted
@@ -69,7 +69,7 @@ def table_rows() -> tuple[str, list[Wanted]]:
     if TABLE.value not in TABLES:
         raise UsageError(f"--table={TABLE.value}: is not known; {near(TABLE.value, TABLES)}")
     file, table = TABLES[TABLE.value], load(TABLE.value)
-    path = os.path.relpath(command_line.REPOSITORY / "configs" / f"{file}.py")
+    path = os.path.relpath(config_files.REPOSITORY / "configs" / f"{file}.py")
     for name in ROWS.value:
         if name not in table.rows:
             raise UsageError(f"--rows={name}: is not in the table; {near(name, table.rows)}")
@@ -91,9 +91,9 @@ def config_rows() -> tuple[str, list[Wanted]]:
     if ROWS.value or flags.FLAGS["scale"].present:
         raise UsageError("--rows, --scale: are of a table; --configs takes its files as they are")
     short = [
-        name.rpartition(":")[2] if ":" in name else command_line.stem(name) for name in FILES.value
+        name.rpartition(":")[2] if ":" in name else config_files.stem(name) for name in FILES.value
     ]
-    names = short if len({*short}) == len(short) else list(map(command_line.stem, FILES.value))
+    names = short if len({*short}) == len(short) else list(map(config_files.stem, FILES.value))
     if len({*names}) < len(names):
         raise UsageError("--configs: names the same config twice; vary it with --set")
     for file in FILES.value:
@@ -242,7 +242,7 @@ def train(sweep: Sweep, board: Board) -> int:
         if code is None:
             taken.add(board.training.name)
             continue
-        if code == command_line.PREEMPTED:
+        if code == codes.PREEMPTED:
             terminal.say(f"stopped in {board.training.name}; the same command goes on from there")
             return code
         done = sweep.done()
@@ -255,7 +255,7 @@ def train(sweep: Sweep, board: Board) -> int:
     for name, code in sweep.failed.items():
         run = next(run for run in sweep.runs if run.name == name)
         terminal.say(f"{name} failed with {code}: {sweep.why(run)}")
-    return next(iter(sweep.failed.values()), command_line.DONE)
+    return next(iter(sweep.failed.values()), codes.DONE)
 
 
 def command() -> str:
@@ -271,12 +271,12 @@ def main() -> int:
     if INDEX.value is not None and INDEX.value >= len(runs):
         raise UsageError(f"--index={INDEX.value}: there are {len(runs)} runs, from 0 on")
     name = TABLES.get(TABLE.value or "", "ablation")
-    default = command_line.REPOSITORY / "runs" / f"{name}-{SCALE.value}"
+    default = config_files.REPOSITORY / "runs" / f"{name}-{SCALE.value}"
     folder = stored.own_folder("out", str(default) if OUT.value is None else OUT.value)
     sweep = Sweep(folder, runs, results.known(KNOWN.value))
     if DRY_RUN.value:
         list_runs(sweep)
-        return command_line.DONE
+        return codes.DONE
     terminal.spare()
     jax.config.update("jax_platforms", "cpu")  # the accelerators are for the runs
     fields = ("name", "baseline", "printed", "note")

@@ -26,8 +26,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.cli import command_line, terminal
-from experiments.cli.command_line import UsageError
+from experiments.cli import codes, command_line, config_files, terminal
+from experiments.cli.codes import UsageError
 from experiments.cli.terminal import say
 from experiments.run_folders import stored
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
@@ -134,7 +134,7 @@ def join_processes(hang_timeout: float) -> None:
 
 def workdir() -> Path:
     """The run folder that the flags name."""
-    usual = command_line.REPOSITORY / "runs" / Path(flags.FLAGS["config"].config_filename).stem
+    usual = config_files.REPOSITORY / "runs" / Path(flags.FLAGS["config"].config_filename).stem
     return stored.trained_folder("workdir", str(usual) if WORKDIR.value is None else WORKDIR.value)
 
 
@@ -209,14 +209,14 @@ def main() -> int:
     config: RunConfig = command_line.parse_config(RunConfig)
     if PRINT_CONFIG.value:
         print(json.dumps(to_dict(config), indent=1))
-        return command_line.DONE
+        return codes.DONE
     if TENSORBOARD.value and importlib.util.find_spec("tensorboardX") is None:
         raise UsageError("--tensorboard: needs the extra: pip install -e '.[tensorboard]'")
 
     path = workdir()
     if REPLAY.value:
         replay.show(path, REPLAY.value)
-        return command_line.DONE
+        return codes.DONE
     terminal.spare()
 
     # ---------------------------------------------------------------- processes, devices, data
@@ -250,7 +250,7 @@ def main() -> int:
     data_check.warn_of_epochs(config, len(train_source))
 
     # ---------------------------------------------------------------- the state, new or restored
-    one_fate = processes.one_fate(command_line.code_of, command_line.give_up)
+    one_fate = processes.one_fate(codes.code_of, command_line.give_up)
     with contextlib.closing(folder), clock, pace, watchdog, checkpoints, one_fate:
         newest = checkpoints.newest_good()
         first_step = newest or 0
@@ -264,7 +264,7 @@ def main() -> int:
                 f"{folder.path} already has its {config.steps} steps; go on with a larger "
                 "--config.steps and --allow_changes=steps, or train again with another --workdir"
             )
-            return command_line.DONE
+            return codes.DONE
         state = begun(trainer, checkpoints, newest)
         draws = folder.begin_at(first_step)
         if jax.process_index() == 0:
@@ -284,9 +284,9 @@ def main() -> int:
         finally:
             watchdog.allow("the last checkpoint")
             clock.enter("save")
-    if code == command_line.PREEMPTED:
+    if code == codes.PREEMPTED:
         log.info("%s; config.checkpoint.grace=%g", stop.told(), config.checkpoint.grace)
-    if code == command_line.DONE and jax.process_index() == 0:
+    if code == codes.DONE and jax.process_index() == 0:
         say(farewell(folder.path, text=config.data.tokenizer() is not None))
     return code
 
@@ -414,21 +414,21 @@ def train(run: Run, state: TrainState) -> int:
                     "intact, and the same command goes on from it",
                     reporter.nonfinite,
                 )
-                return command_line.NON_FINITE
+                return codes.NON_FINITE
             paused = time.perf_counter()
             if evaluate_now:
                 evaluate_and_report(step)
             if save_now and not run.save(step, state):
-                return command_line.NON_FINITE
+                return codes.NON_FINITE
             if save_now:
                 vote.saved()
                 reporter.save_due = False
             reporter.meter.pause(time.perf_counter() - paused)
             if stopping and not last:
                 log.info("stopped at step %d; the same command goes on from here", step)
-                return command_line.PREEMPTED
+                return codes.PREEMPTED
             watchdog.step(step + 1)
-    return command_line.DONE
+    return codes.DONE
 
 
 if __name__ == "__main__":

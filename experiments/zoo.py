@@ -23,8 +23,8 @@ import jax
 from absl import flags
 from rich.table import Table
 
-from experiments.cli import command_line, terminal
-from experiments.cli.command_line import UsageError
+from experiments.cli import codes, command_line, config_files, terminal
+from experiments.cli.codes import UsageError
 from experiments.run_folders import results, stored
 from experiments.run_folders.identity import changed
 from experiments.sweeps import members, planned, runner
@@ -78,7 +78,7 @@ def measured(found: dict[str, Member], rows: dict[str, Row]) -> tuple[float, dic
 def sweep_of(found: dict[str, Member]) -> runner.Sweep:
     """The runs of --train in the folder of a sweep, which holds none of them under another budget
     or with other settings."""
-    usual = str(command_line.REPOSITORY / "runs" / "zoo")
+    usual = str(config_files.REPOSITORY / "runs" / "zoo")
     folder = stored.own_folder("out", usual if OUT.value is None else OUT.value)
     steps = f"--config.steps={TRAIN.value}"
     wanted = [Wanted(name, (*member.line(), steps), "baseline") for name, member in found.items()]
@@ -113,11 +113,11 @@ def check_free(folder: Path, run: Planned) -> None:
 
 def trained(sweep: runner.Sweep, rows: dict[str, Row]) -> tuple[int, dict[str, Row]]:
     """Trains what is missing; the exit code, and the rows with their losses."""
-    code = command_line.DONE
+    code = codes.DONE
     for run in sweep.missing():
         log.info("training %s", run.name)
         ended = sweep.train(run, lambda: None)
-        if ended == command_line.PREEMPTED:
+        if ended == codes.PREEMPTED:
             return ended, rows
         if ended is None:
             log.info("left out %s: another process trains it", run.name)
@@ -249,7 +249,7 @@ def main() -> int | None:
     sweep = sweep_of(found) if TRAIN.value else None
     if CSV.value:
         write_csv(CSV.value, rows)
-    rate, code = None, command_line.DONE
+    rate, code = None, codes.DONE
     if MEASURE.value:
         rate, rows = measured(found, rows)
     if sweep:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.evaluating import scores, tables, tasks
 from experiments.evaluating.adapter import Answers
 from experiments.evaluating.models import Asked

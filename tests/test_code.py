@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.evaluating import code_runner, code_tasks
 from experiments.evaluating.code_tasks import CodeTask, at_least_one
 from kha_jax.errors import DataError

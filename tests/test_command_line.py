@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import command_line, help_text, hints
+from experiments.cli import command_line, config_files, help_text, hints
 from kha_jax.config import dotted, to_dict
 from kha_jax.training.run_config import RunConfig
 
@@ -121,7 +121,7 @@ def test_help_on_a_config_shows_every_field_with_what_it_takes_and_means():
 
 def test_a_field_is_found_by_what_one_types_of_it():
     """The group may be left out, the name be its initials or a slip; nothing is made up."""
-    config = command_line.run_config_file(command_line.DEFAULT_CONFIG)
+    config = config_files.run_config_file(command_line.DEFAULT_CONFIG)
     found = {typed: hints.nested(config, typed) for typed in ("wd", "layer", "dropout")}
     assert found == {
         "wd": "config.optimizer.weight_decay",

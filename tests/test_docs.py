@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.cli import command_line
+from experiments.cli import command_line, config_files
 from kha_jax import convert
 from kha_jax.inference.folding import fold_model
 from kha_jax.training.run_config import RunConfig
@@ -135,7 +135,7 @@ def holds(config, path: str) -> bool:
 @pytest.mark.parametrize("path", [p for p in PAGES if p.stem not in WRONG], ids=name)
 def test_flags_and_fields_exist(path, known):
     """Those in code spans of their own, such as `--seeds=3`, `config.steps`, `--config.steps=3`."""
-    config = command_line.run_config_file(command_line.DEFAULT_CONFIG)
+    config = config_files.run_config_file(command_line.DEFAULT_CONFIG)
     names = {flag for values in known.values() for flag in values} | {"config", "help"}
     spans = [span for span in code(path) if not re.search("python|make|error: ", span)]
     for span in (span for span in spans if not span.startswith(OTHERS)):
@@ -144,7 +144,7 @@ def test_flags_and_fields_exist(path, known):
         ):
             assert holds(config, field), f"{field} in {span}"
             if value:
-                command_line.check_override(config, field, value)
+                config_files.check_override(config, field, value)
         for flag in re.findall(r"(?:^| )--(\w+)", span):
             assert flag in names or flag.removeprefix("no") in names, f"--{flag} in {span}"
 

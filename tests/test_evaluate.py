@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.evaluating import texts
 from experiments.evaluating.models import Asked
 from kha_jax.attention import AttentionConfig

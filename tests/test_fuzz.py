@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.cli.command_line import UsageError, check_override
+from experiments.cli.codes import UsageError
+from experiments.cli.config_files import check_override
 from kha_jax import accounting
 from kha_jax.config import ConfigError, dotted, from_dict, to_dict
 from kha_jax.data.python_source import open_shard, write_shard

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kha_jax.nnx
-from experiments.cli.command_line import run_config_file
+from experiments.cli.config_files import run_config_file
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import STREAM_MIXERS
 from kha_jax.attention.outputs import MixtureOfHeads

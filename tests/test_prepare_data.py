@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.preparing import preparation, processes, texts, units, workers
 from experiments.preparing.describe import describe
 from experiments.preparing.duplicates import later_ones

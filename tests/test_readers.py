@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.preparing import readers, units
 from experiments.preparing.readers import Reader
 from kha_jax.errors import DataError

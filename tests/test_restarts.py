@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from experiments.cli.command_line import HANG, PREEMPTED
+from experiments.cli.codes import HANG, PREEMPTED
 from experiments.run_folders import grace
 from kha_jax.training.run_config import CheckpointConfig
 from tests import soak

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.run_folders import folder as folder_module
 from experiments.run_folders import stored
 from experiments.run_folders.folder import RunFolder, use_compilation_cache

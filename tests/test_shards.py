@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.run_folders.folder import RunFolder
 from kha_jax.config import ConfigError, from_dict, to_dict
 from kha_jax.data import Draws, Shards, batch_hash, batches, shard_files, shard_reader, window_order

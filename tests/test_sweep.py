@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.cli import command_line
-from experiments.cli.command_line import UsageError
+from experiments.cli import codes
+from experiments.cli.codes import UsageError
 from experiments.run_folders import results
 from experiments.sweeps import planned
 from experiments.sweeps.planned import Wanted
@@ -49,7 +49,7 @@ def trained(monkeypatch):
         names.append(folder.name)
         if folder.name.startswith("gate"):
             log.write_text("error: more than one can say\n")
-            return command_line.NON_FINITE
+            return codes.NON_FINITE
         saved = folder / "checkpoints" / "00000004"
         saved.mkdir(parents=True)
         about = {
@@ -62,7 +62,7 @@ def trained(monkeypatch):
         steps = [{"step": n, "loss": 5.0 - n, "tokens_per_second": 4096.0} for n in range(1, 5)]
         lines = [*steps, {"step": 4, "val_loss": len(names) / 10, "val_bits_per_byte": 2.0}]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        return command_line.DONE
+        return codes.DONE
 
     monkeypatch.setattr(Sweep, "_train", train)
     monkeypatch.setattr(Sweep, "_texts", lambda self, config: ("text" * 3, "held" * 3))

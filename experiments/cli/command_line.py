@@ -1,20 +1,14 @@
 """What all commands share: the config flag, one-line errors, exit codes, logging."""
 
 import contextlib
-import copy
 import difflib
-import errno
 import faulthandler
-import functools
 import inspect
 import logging
 import os
 import re
-import runpy
 import sys
 import threading
-import traceback
-from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 from absl import flags
@@ -22,21 +16,25 @@ from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict
 
 from experiments.cli import c_library, help_text, hints
+from experiments.cli.codes import (
+    DONE,
+    HANG,
+    UsageError,
+    code_of,
+    one_line,
+)
+from experiments.cli.config_files import (
+    REPOSITORY,
+    check_config_file,
+    check_override,
+    functions_of,
+    run_config_file,
+)
 from experiments.cli.terminal import Log, Terminal, spare
-from kha_jax.config import ConfigError, from_dict, near, to_config_dict
+from kha_jax.config import ConfigError, from_dict, near
 
-DONE, USAGE, DATA, HANG, STORAGE, PREEMPTED, NON_FINITE = 0, 2, 65, 70, 74, 75, 76
-# What the system says of a disk, not of a mistake in this code.
-OF_THE_MACHINE = {
-    getattr(errno, name) for name in ("ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ELOOP".split())
-}
 GRACE = 10.0  # seconds in which a process that hangs says so
-REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = str(REPOSITORY / "configs" / "kha_tiny.py")
-
-
-class UsageError(Exception):
-    """A command line that cannot be used; shown as one line, exit code 2."""
 
 
 def define_config(default: str = DEFAULT_CONFIG, of_run: bool = False) -> None:
@@ -103,13 +101,6 @@ def _check_config_arguments(arguments: list[str], default: str) -> None:
             check_override(config, match[1], match[2])
 
 
-def check_config_file(path: str, flag: str = "--config") -> None:
-    """Raises UsageError where there is no such file, with the one of configs/ that has the name."""
-    if not os.path.isfile(path):  # False also where the name is no name
-        hint = hints.config_file(path, REPOSITORY / "configs")
-        raise UsageError(f"{flag}: no file {path}; {hint}")
-
-
 def _named_config(arguments: list[str], default: str) -> str:
     """What --config=FILE, or --config FILE, names.
 
@@ -129,85 +120,6 @@ def _values_of(flag: str, arguments: list[str]) -> list[str]:
         for argument, following in zip(arguments, [*arguments[1:], ""])
         if (match := re.fullmatch(rf"--?{flag}(?:=(.*))?", argument, re.DOTALL))
     ]
-
-
-@functools.cache
-def _functions(path: str) -> dict[str, Any]:
-    """What a config file defines; it is run once. The config.json of a run defines nothing."""
-    return {} if path.endswith(".json") else runpy.run_path(path)
-
-
-@functools.cache
-def _made(path: str, variant: str) -> Any:
-    return _functions(path)["get_config"](*filter(None, [variant]))
-
-
-def run_config_file(path: str, variant: str = "", flag: str = "--config") -> ConfigDict:
-    """What get_config(variant) of a config file returns, or what the config.json of a run holds;
-    `flag` has named it.
-
-    Raises:
-        UsageError: the file cannot be run, with the line of it that says why, or defines no config.
-    """
-    if path.endswith(".json"):
-        return _stored_config(path, variant, flag)
-    if (neighbours := str(Path(path).resolve().parent)) not in sys.path:
-        sys.path.append(neighbours)  # of a config file outside of the repository
-    try:
-        functions = _functions(path)
-        if "get_config" not in functions:
-            raise UsageError(f"{flag}={path}: defines no get_config(variant)")
-        config = _made(path, variant)
-    except ConfigError as error:
-        raise UsageError(f"{flag}={path}: {error}") from None
-    except (Exception, SystemExit) as error:  # whatever the code of a stranger raises
-        if isinstance(error, UsageError):
-            raise
-        frames = traceback.extract_tb(error.__traceback__)
-        number = next((f.lineno for f in reversed(frames) if f.filename == path), None)
-        number = getattr(error, "lineno", None) or number
-        said = " ".join(str(error).split())
-        if type(error) is not ValueError:  # which says what a variant is not
-            said = f"line {number}: {type(error).__name__}: {said}"
-        raise UsageError(f"{flag}={path}: {said}") from None
-    if not isinstance(config, ConfigDict):
-        found = type(config).__name__
-        raise UsageError(f"{flag}={path}: get_config returns a {found}, expected a ConfigDict")
-    return copy.deepcopy(config)
-
-
-def _stored_config(path: str, variant: str, flag: str) -> ConfigDict:
-    from kha_jax.training.run_folder import read_config
-
-    if variant or os.path.basename(path) != "config.json":
-        problem = "is no config.json of a run, which knows no variants"
-        raise UsageError(f"{flag}={path}{variant and ':' + variant}: {problem}")
-    return to_config_dict(read_config(Path(path).parent))
-
-
-def check_override(config: Any, path: str, text: str | None) -> None:
-    """Checks one override, before ml_collections does in words of its own.
-
-    Raises:
-        UsageError: it names no field, or a text that cannot be its value.
-    """
-    node, walked = config, "config"
-    for name in path.split("."):
-        if not hasattr(node, "keys"):
-            raise UsageError(f"{walked}.{name}: {walked} is a single value, not a group of fields")
-        if name not in node:
-            meant = hints.nested(config, path)
-            hint = f"did you mean {meant}?" if meant else near(name, node.keys())
-            raise UsageError(f"{walked}.{name}: is not a known field; {hint}")
-        holder, node, walked = node, node[name], f"{walked}.{name}"
-    kind = holder.get_type(name)
-    if hasattr(node, "keys"):
-        raise UsageError(f"{walked}: is a group of fields; set one of {', '.join(node.keys())}")
-    if kind in (int, float) and text is not None:
-        try:
-            kind(text)
-        except ValueError:
-            raise UsageError(f"{walked}: expected {kind.__name__}, found {text!r}") from None
 
 
 def config_of(cls: type, arguments: Sequence[str]) -> Any:
@@ -250,7 +162,7 @@ def parsed(cls: type, flag: Any) -> Any:
     `mesh.preset` set their fields, but for what was typed."""
     typed = config_flags.get_override_values(flag)
     if "mesh.preset" in typed:
-        presets = _functions(flag.config_filename.partition(":")[0]).get("PRESETS", {})
+        presets = functions_of(flag.config_filename.partition(":")[0]).get("PRESETS", {})
         meant = presets.get(flag.value.mesh.preset, {})
         flag.value.update_from_flattened_dict({k: v for k, v in meant.items() if k not in typed})
     return from_dict(cls, flag.value, typed={f"config.{path}" for path in typed})
@@ -267,12 +179,6 @@ def load_variant(cls: type, path: str, variant: str, flag: str = "--config") -> 
         return from_dict(cls, run_config_file(path, variant, flag))
     except ConfigError as error:
         raise UsageError(f"{path}:{variant}: {error}") from None
-
-
-def stem(named: str) -> str:
-    """FILE-VARIANT of FILE.py:VARIANT."""
-    path, _, variant = named.partition(":")
-    return "-".join(filter(None, (Path(path).stem, variant)))
 
 
 def _parse_flags(argv: list[str], words: int) -> list[str]:
@@ -315,27 +221,6 @@ def give_up(message: str, code: int = HANG, stacks: bool = False) -> None:
             faulthandler.dump_traceback(sys.stderr)
     print(f"{Log.prefix}error: {one_line(message)}", file=sys.stderr, flush=True)
     os._exit(code)
-
-
-def one_line(said: Any) -> str:
-    """What an error says in one line, whose characters a terminal shows and does not obey."""
-    words = " ".join(str(said).split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
-
-
-def code_of(error: BaseException) -> int | None:
-    """The contract's exit code of an expected error."""
-    from kha_jax.errors import DataError, PeerError, RunError, StorageError, SweepError, WaitError
-
-    codes = {
-        (UsageError, ConfigError, RunError, SweepError): USAGE,
-        DataError: DATA,
-        (PeerError, WaitError): HANG,
-        StorageError: STORAGE,
-    }
-    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
-        return STORAGE
-    return next((code for kinds, code in codes.items() if isinstance(error, kinds)), None)
 
 
 def own_flags(of: Sequence[str] | None = None) -> list[flags.Flag]:

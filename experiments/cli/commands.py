@@ -2,7 +2,8 @@
 
 from typing import Callable, Mapping, NamedTuple, Sequence
 
-from experiments.cli.command_line import UsageError, own_flags
+from experiments.cli.codes import UsageError
+from experiments.cli.command_line import own_flags
 from kha_jax.config import near
 
 

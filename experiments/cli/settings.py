@@ -7,8 +7,8 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_dict import ConfigDict
 
-from experiments.cli import command_line
-from experiments.cli.command_line import UsageError
+from experiments.cli import codes, command_line, config_files
+from experiments.cli.codes import UsageError
 from kha_jax.config import to_config_dict
 
 
@@ -33,7 +33,7 @@ def with_settings(config: Any, settings: Sequence[str], flag: str) -> Any:
         match = re.fullmatch(r"config\.([^=]+)=(.*)", setting, re.DOTALL)
         if not match:
             raise UsageError(f"--{flag}={setting}: write config.FIELD=VALUE")
-        command_line.check_override(base, match[1], match[2])
+        config_files.check_override(base, match[1], match[2])
     line = ["", *(f"--{setting}" for setting in settings)]
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=line)
     values["config"].parser = _Given(base)
@@ -42,4 +42,4 @@ def with_settings(config: Any, settings: Sequence[str], flag: str) -> Any:
         values(line)
         return command_line.parsed(type(config), values["config"])
     except (flags.Error, ValueError, TypeError) as error:
-        raise UsageError(f"--{flag}: {command_line.one_line(error)}") from None
+        raise UsageError(f"--{flag}: {codes.one_line(error)}") from None

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from experiments.cli import settings
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.converting.written import being_written, new_folder, write_run
 from experiments.run_folders import stored
 from kha_jax import convert

@@ -6,7 +6,7 @@ from typing import Any, Iterable, Iterator
 
 import jax
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.run_folders import stored
 from kha_jax.config import to_dict
 from kha_jax.convert import nested

@@ -7,7 +7,7 @@ tokens in front of an empty context, the same beginnings left out of what is too
 import logging
 from typing import Any, Iterator, NamedTuple, Sequence
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.evaluating.models import Asked
 from kha_jax.errors import DataError
 from kha_jax.inference.rows import Request, eighth, windows

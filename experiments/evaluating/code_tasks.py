@@ -16,7 +16,7 @@ from typing import NamedTuple, Sequence
 
 import numpy as np
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.evaluating import code_runner
 from experiments.evaluating.adapter import Answers, Asking
 from experiments.evaluating.models import Asked

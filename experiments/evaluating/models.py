@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.run_folders import stored
 from kha_jax.inference.decoding import Decoder
 from kha_jax.inference.folding import fold_if_linear

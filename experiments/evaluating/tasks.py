@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Sequence
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from kha_jax.config import near
 from kha_jax.errors import DataError
 from kha_jax.storage import as_written

@@ -8,7 +8,7 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.evaluating.models import Asked
 from kha_jax.data import shard_files
 from kha_jax.errors import DataError

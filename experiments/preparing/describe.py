@@ -6,7 +6,7 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.cli.terminal import say
 from experiments.preparing.progress import count, many
 from kha_jax.config import ConfigError

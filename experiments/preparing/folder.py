@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Iterator
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.preparing.units import File
 from kha_jax.data import tokenizers
 from kha_jax.data.shard_files import META, SUFFIXES

@@ -10,7 +10,7 @@ import os
 import stat
 from typing import Iterable, Iterator, NamedTuple
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 
 SMALL = 2**26  # bytes of small files that share a unit
 LARGE = 2**28  # bytes of a unit of a large file that can be cut

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.run_folders import grace
 from experiments.run_folders.identity import COMPUTED, changed
 from kha_jax import __version__

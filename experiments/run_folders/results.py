@@ -4,7 +4,7 @@ import contextlib
 import subprocess
 from typing import Sequence
 
-from experiments.cli import command_line
+from experiments.cli import config_files
 from experiments.run_folders import stored
 from kha_jax.runs.results import RunResult, read_results
 
@@ -19,7 +19,7 @@ def commit() -> str:
     """Of this code, with a + where it was changed since; empty outside of git."""
 
     def git(*words: str) -> str:
-        line = ["git", "-C", str(command_line.REPOSITORY), *words]
+        line = ["git", "-C", str(config_files.REPOSITORY), *words]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from kha_jax.errors import StorageError
 from kha_jax.storage import READ, WRITTEN, as_written, fetch, is_url, mirror
 

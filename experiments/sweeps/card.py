@@ -7,7 +7,7 @@ from typing import Any, Iterator
 
 from rich.table import Table
 
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.run_folders import stored
 from experiments.run_folders.folder import use_compilation_cache
 from experiments.train_loop.progress import clock

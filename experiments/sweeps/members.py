@@ -8,8 +8,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import base
-from experiments.cli import command_line
-from experiments.cli.command_line import UsageError
+from experiments.cli import command_line, config_files
+from experiments.cli.codes import UsageError
 from experiments.run_folders import identity
 from kha_jax.accounting import Accounting, account, cache_bytes
 from kha_jax.attention import AttentionConfig
@@ -74,7 +74,7 @@ def all_members(
             run = config.replace(model=own.model)
         except ConfigError as error:
             raise UsageError(f"--add={named}: beside config, {error}") from None
-        yield command_line.stem(named), Member(run, (), (f"--config={named}",), own)
+        yield config_files.stem(named), Member(run, (), (f"--config={named}",), own)
 
 
 def members(config: RunConfig, add: Sequence[str], only: Sequence[str]) -> dict[str, Member]:
@@ -85,7 +85,7 @@ def members(config: RunConfig, add: Sequence[str], only: Sequence[str]) -> dict[
         UsageError: a name of `only` is not known, or is added twice.
     """
     found: dict[str, Member] = {}
-    known, always = [], {"baseline", *map(command_line.stem, add)}
+    known, always = [], {"baseline", *map(config_files.stem, add)}
     for name, member in all_members(config, add):
         if name in known:
             raise UsageError(f"--add: there is a {name} already; rename the file")

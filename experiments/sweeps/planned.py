@@ -9,7 +9,7 @@ import re
 from typing import NamedTuple, Sequence
 
 from experiments.cli import command_line
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from kha_jax.config import to_dict
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import config_hash

@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
-from experiments.cli import command_line
-from experiments.cli.command_line import UsageError
+from experiments.cli import codes, config_files
+from experiments.cli.codes import UsageError
 from experiments.run_folders import results
 from experiments.sweeps.planned import Planned
 from experiments.train_loop.data_check import check_vocabulary
@@ -205,19 +205,19 @@ class Sweep:
             commit = results.commit()
             line = [sys.executable, "-m", "experiments.train", *run.arguments]
             code = self._train([*line, f"--workdir={folder}"], folder / LOG, watch)
-        result = summary(run, folder, commit) if code == command_line.DONE else None
+        result = summary(run, folder, commit) if code == codes.DONE else None
         if result:
             self.keep(result)
-        elif code == command_line.DONE:
-            code = command_line.STORAGE  # it says that it is done, and its record is not there
-        if code not in (command_line.DONE, command_line.PREEMPTED):
+        elif code == codes.DONE:
+            code = codes.STORAGE  # it says that it is done, and its record is not there
+        if code not in (codes.DONE, codes.PREEMPTED):
             self.failed[run.name] = code
-        return command_line.PREEMPTED if self.asked_to_stop else code
+        return codes.PREEMPTED if self.asked_to_stop else code
 
     def _train(self, line: list[str], path: Path, watch: Callable[[], None]) -> int:
         with open(path, "ab", opener=not_followed) as log:
             # where this process is, so that paths mean the same
-            known = str(command_line.REPOSITORY), os.environ.get("PYTHONPATH")
+            known = str(config_files.REPOSITORY), os.environ.get("PYTHONPATH")
             child = subprocess.Popen(
                 line,
                 stdout=log,

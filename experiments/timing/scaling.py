@@ -9,7 +9,7 @@ from rich.table import Table
 
 from configs import base
 from experiments.cli import terminal
-from experiments.cli.command_line import UsageError
+from experiments.cli.codes import UsageError
 from experiments.timing import turns
 from experiments.timing.steps import TrainingStep
 from kha_jax.analysis import costs, style

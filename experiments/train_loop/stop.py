@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.cli import command_line
+from experiments.cli import codes, command_line
 from kha_jax.runs import processes
 
 log = logging.getLogger("kha_jax")
@@ -55,7 +55,7 @@ class Stop:
     def _ask(self, *_: Any) -> None:
         self.asked, self.handled = True, self.handled + 1
         if self.handled > 1:
-            os._exit(command_line.PREEMPTED)
+            os._exit(codes.PREEMPTED)
 
     def _listen(self) -> None:
         (number,) = self.numbers.recv(1)
@@ -67,11 +67,11 @@ class Stop:
         self.numbers.settimeout(self.grace if number == signal.SIGTERM else None)
         with contextlib.suppress(TimeoutError):
             self.numbers.recv(1)
-            os._exit(command_line.PREEMPTED)
+            os._exit(codes.PREEMPTED)
         command_line.give_up(
             f"not saved within {self.grace:g} s of SIGTERM (config.checkpoint.grace); the same "
             "command goes on from the newest checkpoint",
-            command_line.PREEMPTED,
+            codes.PREEMPTED,
         )
 
     def told(self) -> str:
