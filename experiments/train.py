@@ -15,15 +15,12 @@ import contextlib
 import importlib.util
 import json
 import logging
-import math
 import re
 import sys
 import time
 from pathlib import Path
-from typing import Iterator, NamedTuple, Sequence
 
 import jax
-import numpy as np
 from absl import flags
 
 from experiments.cli import codes, command_line, config_files, terminal
@@ -32,25 +29,22 @@ from experiments.cli.terminal import say
 from experiments.run_folders import stored
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
 from experiments.train_loop import data_check, replay
+from experiments.train_loop.loop import Run, train, windows_to_evaluate
 from experiments.train_loop.progress import farewell
-from experiments.train_loop.reporter import Profile, Reporter
-from experiments.train_loop.stop import SaveVote, Stop
-from kha_jax import accounting, data, sharding
+from experiments.train_loop.stop import Stop
+from kha_jax import accounting, data
 from kha_jax.config import to_dict, under
-from kha_jax.data.loader import to_device
 from kha_jax.errors import DataError
 from kha_jax.hardware import chips, tpu
 from kha_jax.mesh import make_mesh
-from kha_jax.metrics import bits_per_byte
-from kha_jax.runs import faults, processes
-from kha_jax.runs.checkpoint import Checkpoints
+from kha_jax.runs import processes
 from kha_jax.runs.cluster import Place
 from kha_jax.runs.goodput import Goodput, process_began
 from kha_jax.runs.pace import Pace
 from kha_jax.runs.watchdog import Watchdog
 from kha_jax.training.optimizer import jump
 from kha_jax.training.run_config import RunConfig
-from kha_jax.training.step import Trainer, TrainState, all_finite, begun, make_trainer
+from kha_jax.training.step import Trainer, TrainState, begun, make_trainer
 
 command_line.define_config(of_run=True)
 WORKDIR = flags.DEFINE_string(
@@ -179,30 +173,6 @@ def open_sources(config: RunConfig) -> tuple[data.Source, data.Source]:
     return train, validation
 
 
-def windows_to_evaluate(config: RunConfig, source: data.Source) -> Sequence[int]:
-    """Which windows an evaluation reads, the same each time."""
-    count = min(config.evaluation.batches * config.batch_size, len(source))
-    return config.data.evaluated(len(source), count)
-
-
-def evaluate(step_function, state, source, config: RunConfig, mesh) -> dict[str, float]:
-    """Loss, accuracy and, for text, bits per byte over `windows_to_evaluate`, as many at once as
-    in a training step's micro-batch."""
-    size, placement = config.batch_size // config.accumulation, sharding.batch_sharding(mesh)
-    windows = windows_to_evaluate(config, source)
-    rows = sharding.local_rows(mesh, size)
-    reader = data.each_once(source, batch_size=size, rows=rows, windows=windows)
-    sums = [step_function(state, to_device(batch, placement, size)) for batch in reader]
-    total = jax.tree.map(
-        lambda *parts: float(np.sum([np.asarray(part, np.float64) for part in parts])), *sums
-    )
-    tokens = total.tokens or math.nan  # the mean of nothing is none
-    values = {"val_loss": total.loss / tokens, "val_accuracy": total.correct / tokens}
-    if source.bytes_per_token:
-        values["val_bits_per_byte"] = bits_per_byte(values["val_loss"], source.bytes_per_token)
-    return values
-
-
 def main() -> int:
     """See the module's docstring."""
     started, clock = time.perf_counter(), Goodput(process_began())
@@ -279,7 +249,8 @@ def main() -> int:
         try:
             sources = train_source, validation_source
             timing = watchdog, clock, pace, started
-            run = Run(config, mesh, trainer, *sources, draws, checkpoints, stop, *timing)
+            sinks = TENSORBOARD.value, WAIT.value
+            run = Run(config, mesh, trainer, *sources, draws, checkpoints, stop, *timing, *sinks)
             code = train(run, state)
         finally:
             watchdog.allow("the last checkpoint")
@@ -294,141 +265,6 @@ def main() -> int:
 def applied(state: TrainState) -> int:
     """How many updates its parameters have had; a step that is not finite has none."""
     return int(state.optimizer[-1].count)
-
-
-class Run(NamedTuple):
-    """What the loop works with; started: when the command was, by time.perf_counter."""
-
-    config: RunConfig
-    mesh: jax.sharding.Mesh
-    trainer: Trainer
-    train_source: data.Source
-    validation_source: data.Source
-    draws: data.Draws
-    checkpoints: Checkpoints
-    stop: Stop
-    watchdog: Watchdog
-    clock: Goodput
-    pace: Pace
-    started: float
-
-    def windows(self, step: int) -> list[int]:
-        """The numbers of the windows that a step trains on."""
-        order = data.window_order(len(self.train_source), self.config.seed)
-        return [order[draw] for draw in self.draws(step - 1)]
-
-    def reader(self, first_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of the batches after that step."""
-        return data.batches(
-            self.train_source,
-            draws=self.draws,
-            rows=sharding.local_rows(self.mesh, self.config.batch_size),
-            seed=self.config.seed,
-            start=first_step,
-            stop=self.config.steps,
-        )
-
-    def evaluation_due(self, step: int) -> bool:
-        """Whether the config asks for one after this step."""
-        every, last = self.config.evaluation.every, self.config.steps
-        return every > 0 and (step == last or step % every == 0)
-
-    def save(self, step: int, state: TrainState) -> bool:
-        """Starts a save; False, with the reason logged, of a state that is not finite."""
-        self.watchdog.allow(f"the checkpoint of step {step}")
-        if not all_finite(state):
-            log.error(
-                "stopped at step %d: parameters or moments are not finite, and are not saved; the "
-                "newest checkpoint, if there is one, is intact",
-                step,
-            )
-            return False
-        with self.clock.at("save"), self.pace.waiting():
-            self.checkpoints.save(step, state)
-        return True
-
-
-def train(run: Run, state: TrainState) -> int:
-    """The steps that are left; the contract's exit code."""
-    config, trainer, watchdog = run.config, run.trainer, run.watchdog
-    workdir, first_step = run.checkpoints.folder.parent, int(state.step)
-    reader, placement = run.reader(first_step), sharding.batch_sharding(run.mesh)
-
-    def evaluate_and_report(step: int) -> None:
-        watchdog.allow(f"the evaluation after step {step}")
-        faults.at("evaluation", step)
-        step_function, source = trainer.evaluation_step, run.validation_source
-        with run.clock.at("evaluation"), run.pace.waiting():
-            reporter.now(step, evaluate(step_function, state, source, config, run.mesh))
-
-    reporter = Reporter(
-        config,
-        run.mesh,
-        workdir,
-        first_step,
-        run.train_source,
-        run.draws,
-        run.windows,
-        TENSORBOARD.value,
-        run.clock,
-        run.pace,
-    )
-    vote = SaveVote(config.checkpoint.every_minutes, run.mesh)
-    profile = Profile(config, workdir / "profile")
-    with contextlib.closing(reporter):
-        evaluated = processes.from_leader(
-            "record of the last evaluation", lambda: reporter.evaluated(first_step), WAIT.value
-        )
-        if run.evaluation_due(first_step) and not evaluated:
-            evaluate_and_report(first_step)  # the run was stopped before it could
-        watchdog.allow(f"step {first_step + 1} and its compilation")
-        for step in range(first_step + 1, config.steps + 1):
-            profile.before(step)
-            run.pace.step(step)
-            run.clock.enter("data_wait")
-            waiting = time.perf_counter()
-            rows_here = next(reader)
-            faults.at("batch", step, rows_here)
-            batch = to_device(rows_here, placement, config.batch_size)
-            reporter.meter.wait(time.perf_counter() - waiting)
-            run.clock.enter("steps" if step > first_step + 1 else "compile")
-            with run.pace.waiting():
-                state, metrics = trainer.train_step(state, batch)
-            reporter.later(step, {**metrics, **vote.cast()})
-            profile.after(step, state)
-            faults.at("step", step)
-            if step == first_step + 1:
-                jax.block_until_ready(metrics)
-                took = time.perf_counter() - run.started
-                log.info("first step after %.1f s (imports not counted)", took)
-                run.clock.enter("steps")
-
-            last, stopping = step == config.steps, run.stop.now(step)
-            save_now = last or stopping or reporter.save_due or config.checkpoint.due(step)
-            evaluate_now = run.evaluation_due(step) and (last or not stopping)
-            if evaluate_now or save_now:
-                reporter.flush(timed=True)
-            if reporter.nonfinite >= config.max_nonfinite_steps:
-                log.error(
-                    "stopped after %d consecutive non-finite steps; the newest checkpoint is "
-                    "intact, and the same command goes on from it",
-                    reporter.nonfinite,
-                )
-                return codes.NON_FINITE
-            paused = time.perf_counter()
-            if evaluate_now:
-                evaluate_and_report(step)
-            if save_now and not run.save(step, state):
-                return codes.NON_FINITE
-            if save_now:
-                vote.saved()
-                reporter.save_due = False
-            reporter.meter.pause(time.perf_counter() - paused)
-            if stopping and not last:
-                log.info("stopped at step %d; the same command goes on from here", step)
-                return codes.PREEMPTED
-            watchdog.step(step + 1)
-    return codes.DONE
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from experiments.run_folders import folder as folder_module
 from experiments.run_folders import stored
 from experiments.run_folders.folder import RunFolder, use_compilation_cache
 from experiments.sweeps import runner
-from experiments.train import evaluate, open_sources
+from experiments.train import open_sources
 from experiments.train_loop import data_check
+from experiments.train_loop.loop import evaluate
 from kha_jax.config import ConfigError, from_dict, to_dict
 from kha_jax.data import Draws, MultiQueryAssociativeRecall, PythonSource
 from kha_jax.errors import CheckpointError, DataError, RunError, StorageError
