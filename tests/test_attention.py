@@ -13,7 +13,8 @@ import pytest
 from configs.base import variants
 from kha_jax import accounting, sharding
 from kha_jax.attention import AttentionConfig, mixers, outputs, projections, scores
-from kha_jax.attention.attention import LARGEST, SAMPLE
+from kha_jax.attention.attention import LARGEST
+from kha_jax.attention.devices import SAMPLE
 from kha_jax.attention.mixers import HeadComposition, KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.outputs import (
     DifferentialOutput,
@@ -32,7 +33,7 @@ from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.modules import Numerics
 from kha_jax.ops import attention as ops
 from kha_jax.training.run_config import RunConfig
-from tests import cases, reference
+from tests import cases, reference_parts
 from tests.cases import (
     CASES,
     CLAIMING,
@@ -75,7 +76,7 @@ def finding(measure, name, projection):
 def test_agrees_with_the_oracle(name, projection):
     config = config_of(name, projection)
     layer, parameters, settings = for_reference(name, projection, random(config))
-    arguments = reference.float64((inputs(), parameters))
+    arguments = reference_parts.float64((inputs(), parameters))
     expected = layer(*arguments, POSITIONS, SEGMENTS, settings)
     assert relative_error(output(config, random(config)), expected) < 1e-5
 
@@ -87,7 +88,7 @@ def test_cached_decoding_agrees_with_the_oracle_at_every_position(name, projecti
     decoded = properties.decoded(layer_of(config))(random(config), inputs())
     for row, pad in enumerate(PAD):
         x, positions = inputs()[row : row + 1, pad:], np.arange(T - pad)[None]
-        arguments = (*reference.float64((x, parameters)), positions, np.zeros_like(positions))
+        arguments = (*reference_parts.float64((x, parameters)), positions, np.zeros_like(positions))
         expected = layer(*arguments, settings)
         assert relative_error(decoded[row, pad:], expected[0]) < 1e-5
 

@@ -26,7 +26,7 @@ from kha_jax.ops import experts_cpu
 from kha_jax.ops.experts import KERNELS, experts
 from kha_jax.runs import checkpoint
 from kha_jax.training.step import make_trainer
-from tests import reference
+from tests import reference, reference_parts
 from tests.test_training import RUN, begun, random_batch, trained
 
 D, F = 16, 8
@@ -123,7 +123,7 @@ def test_the_layer_agrees_with_the_oracle(name):
     settings = {name: getattr(config, name) for name in names}
     settings["scaling"] = config.routed_scaling
     expected, counts = reference.mixture(
-        *reference.float64((x, variables["params"])),
+        *reference_parts.float64((x, variables["params"])),
         np.zeros(6) if bias is None else bias,
         settings,
     )

@@ -14,7 +14,7 @@ from kha_jax.ops.attention_splash import LARGE, Blocks, splash, splash_blocks
 from kha_jax.ops.gating import sigmoid_gate, swiglu
 from kha_jax.ops.linear import linear
 from kha_jax.ops.norm import rms_norm
-from tests import cases, reference
+from tests import cases, reference_parts
 
 
 def normal(seed, *shape):
@@ -58,7 +58,7 @@ def test_written_out_gradients_are_those_of_the_plain_formula(name):
 
 def test_norms_are_float32_inside():
     x = jnp.asarray(300 * normal(0, 4, 64), jnp.bfloat16)
-    expected = reference.rms_norm(np.asarray(x, np.float64), np.ones(64), 1e-6)
+    expected = reference_parts.rms_norm(np.asarray(x, np.float64), np.ones(64), 1e-6)
     assert rms_norm(x, jnp.ones(64)).dtype == jnp.bfloat16
     np.testing.assert_allclose(
         np.asarray(rms_norm(x, jnp.ones(64)), np.float64), expected, rtol=1e-2
@@ -71,7 +71,7 @@ def test_rotary_is_the_reference_and_relative():
     frequencies = rope.frequencies(10_000.0, 8)
     ours = rope.rotate(jnp.asarray(x), jnp.asarray(positions), frequencies)
     np.testing.assert_allclose(
-        ours, reference.rotate(x.astype(np.float64), positions, 10_000.0), atol=1e-4
+        ours, reference_parts.rotate(x.astype(np.float64), positions, 10_000.0), atol=1e-4
     )
     np.testing.assert_allclose(ours[:, 0], x[:, 0], atol=1e-7)
 
@@ -93,7 +93,7 @@ def test_scaled_frequencies_are_the_references(name):
     given = cases.scaling(scaling)["scaling"]
     for theta, width in ((10_000.0, 64), (5e5, 128), (2.0, 2)):
         ours = scaling.frequencies(theta, width)
-        expected = [reference.frequency(theta, i, width, given) for i in range(width // 2)]
+        expected = [reference_parts.frequency(theta, i, width, given) for i in range(width // 2)]
         np.testing.assert_allclose(ours, expected, rtol=1e-12)
         assert ours.dtype == np.float64
     assert len(scaling.frequencies(10_000.0, 0)) == 0  # no positions
