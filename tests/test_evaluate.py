@@ -67,6 +67,7 @@ def runs(tmp_path_factory):
         born(base / name, seed)
     (base / "text").write_text(TEXT)
     (base / "empty").write_text("")
+    (base / "a.jsonl").write_text('{"text": "a"}')
     shards, tokenizer = base / "shards", ByteTokenizer()
     shards.mkdir()
     with shard_writer.ShardWriter(shards, "validation", 0, tokenizer) as writer:
@@ -140,6 +141,7 @@ def test_bad_command_lines_are_one_line(runs):
     said = {
         (a,): (2, "--text or --tasks: give one of them"),
         (a, "--text=nowhere"): (2, "--text=nowhere: is not there; name a file of text"),
+        (a, f"--text={runs}/a.jsonl"): (2, "a.jsonl: holds records and not plain text"),
         (text,): (2, "--workdir: is required"),
         (f"{a},{runs}/a", text): (2, "name one run, or two different ones"),
         (a, text, "--devices=99"): (2, "--devices=99: there are 1"),

@@ -17,6 +17,7 @@ from kha_jax.storage import as_written, open_regular
 
 AT_ONCE = 4096  # windows that wait to be scored
 LARGEST = 2**33  # bytes of a file
+RECORDS = (".jsonl", ".ndjson", ".parquet", ".gz", ".zst")  # whose bytes are not the text
 
 
 class Text(NamedTuple):
@@ -38,9 +39,14 @@ class Loss(NamedTuple):
 
 
 def check(name: str) -> None:
-    """Raises UsageError where there is no such text."""
+    """Raises UsageError where there is no such text, or a file of something else."""
     if not os.path.exists(as_written(name)):
         raise _missing(name, "is not there")
+    if name.endswith(RECORDS):
+        raise UsageError(
+            f"--text={name}: holds records and not plain text, and keys and braces would count; "
+            "prepare_data makes a folder of it that can be named"
+        )
 
 
 def _missing(name: str | Path, why: str) -> UsageError:
