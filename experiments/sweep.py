@@ -10,7 +10,7 @@ goes on where it was stopped, skips what is finished, goes past a run that fails
 several times at once. Runs of one seed have the same data in the same order and, wherever they have
 the same parameters, the same initial values: their differences are paired. `python -m
 experiments.report --sweep=FOLDER` draws what came of it. Exit codes: 0 done, 75 stopped, else that
-of the first run that failed.
+of the first run that failed, 70 where a signal has ended it.
 """
 
 import logging
@@ -255,7 +255,7 @@ def train(sweep: Sweep, board: Board) -> int:
     for name, code in sweep.failed.items():
         run = next(run for run in sweep.runs if run.name == name)
         terminal.say(f"{name} failed with {code}: {sweep.why(run)}")
-    return next(iter(sweep.failed.values()), codes.DONE)
+    return sweep.code()
 
 
 def command() -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -265,3 +266,8 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_results(tmp_path):
     bad = sweep("bad", "--set=config.optimizer.weight_decay=0.1,3e38", "--index=1")
     out, _ = bad.communicate(timeout=300)
     assert bad.returncode == 76 and "baseline-weight_decay=3e38-seed0 failed with 76" in out
+
+
+def test_a_run_that_a_signal_ends_leaves_a_code_of_the_contract():
+    for failed, expected in (({"a": -9}, codes.HANG), ({"a": 65, "b": -9}, 65), ({}, codes.DONE)):
+        assert Sweep.code(SimpleNamespace(failed=failed)) == expected

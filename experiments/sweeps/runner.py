@@ -214,6 +214,12 @@ class Sweep:
             self.failed[run.name] = code
         return codes.PREEMPTED if self.asked_to_stop else code
 
+    def code(self) -> int:
+        """The sweep's exit code: that of the first run that failed, and where a signal has ended it
+        that of a process which is gone."""
+        first = next(iter(self.failed.values()), codes.DONE)
+        return first if first >= 0 else codes.HANG
+
     def _train(self, line: list[str], path: Path, watch: Callable[[], None]) -> int:
         with open(path, "ab", opener=not_followed) as log:
             # where this process is, so that paths mean the same

@@ -12,8 +12,8 @@ LAYER = "model.layers.{layer}."
 
 
 class Names(NamedTuple):
-    """What differs between families. mixture: where a mixture of experts lies. experts: one
-    expert's gate, up and down. bias: of the router, where it has one."""
+    """What differs between families. mixture: where a mixture of experts lies, unless they are
+    fused. experts: one expert's gate, up and down. bias: of the router, where it has one."""
 
     mixture: str = "mlp"
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -108,7 +108,8 @@ def _swiglu(ours: str, theirs: str) -> list[Row]:
 
 
 def _mixture(names: Names, mixture: MoE, fused: bool) -> list[Row]:
-    at, F = names.mixture, mixture.width
+    # fused is what version 5 of transformers has in memory, where all families say `mlp`
+    at, F = "mlp" if fused else names.mixture, mixture.width
     rows = [Row("feed_forward/router", f"{at}.gate.weight", inputs=1)]
     if fused:
         rows += [
