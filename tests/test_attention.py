@@ -14,7 +14,7 @@ from configs.base import variants
 from kha_jax import accounting, sharding
 from kha_jax.attention import AttentionConfig, mixers, outputs, projections, scores
 from kha_jax.attention.attention import LARGEST
-from kha_jax.attention.devices import SAMPLE
+from kha_jax.attention.devices import SAMPLE, attend
 from kha_jax.attention.mixers import HeadComposition, KnockingGate, KnockingLinear, KnockingMLP
 from kha_jax.attention.outputs import (
     DifferentialOutput,
@@ -495,13 +495,10 @@ def test_the_largest_logit_of_the_first_row_is_exact(name):
 def test_a_long_row_is_looked_at_by_evenly_spaced_queries():
     """150 tokens, every third query: a key that all see decides, and what only others see not."""
     T, picked = 150, np.arange(2, 150, 3)
-    config = AttentionConfig(projection=PROJECTIONS["mha"])
-    module = config.build(width=D, numerics=EXACT)
     q, k, v = np.random.default_rng(0).normal(size=(3, 1, T, 4, 8)).astype(np.float32)
 
     def largest(q):
-        params = {"params": random(config)}
-        return module.apply(params, q, k, v, None, method="_scores")[1]
+        return attend(q, k, v, None, ops.ScoreMaps(), 8**-0.5, "auto")[1]
 
     s_NTS = np.einsum("TNH,SNH->NTS", q[0], k[0]) / 8**0.5
     expected = max(s_NTS[:, t, : t + 1].max() for t in picked)
