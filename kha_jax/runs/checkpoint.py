@@ -173,8 +173,7 @@ class Checkpoints:
         target = self.path(step)
         try:
             self.checkpointer.wait_until_finished()
-            if jax.process_index() == 0:
-                faults.at("arrays_written", step, self.folder)
+            faults.at("arrays_written", step, self.folder)
             found = processes.to_leader(
                 f"checksums of save {number}", lambda: json.dumps(_sums(target)), WAIT_SECONDS
             )
