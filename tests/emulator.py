@@ -18,7 +18,8 @@ BUCKET = "bucket"
 class Handler(server.RequestHandler):
     """Honours ifGenerationMatch, which TensorStore and locks need, and fails where it is told to.
 
-    server.bad_every: of the writes, each so-manieth is answered with 503.
+    server.bad_every, server.bad_reads_every: of the writes or reads, each so-manieth is answered
+    with 503. server.answers: while it is not set, reads wait.
     """
 
     generation = "0"
@@ -58,6 +59,14 @@ class Handler(server.RequestHandler):
         self.end_headers()
 
     def do_GET(self):
+        own = self.server
+        own.answers.wait()
+        with own.lock:
+            own.reads += 1
+            bad = own.bad_reads_every and own.reads % own.bad_reads_every == 0
+            own.failed += bool(bad)
+        if bad:
+            return self._refuse(503)
         self._handle("GET")
 
     def do_POST(self):
@@ -79,7 +88,9 @@ class Emulator(http.server.ThreadingHTTPServer):
     def __init__(self, port=0):
         self.storage = Storage(use_memory_fs=True)
         buckets.create_bucket(BUCKET, self.storage)
-        self.lock, self.writes, self.bad_every, self.failed = threading.Lock(), 0, 0, 0
+        self.lock, self.answers = threading.Lock(), threading.Event()
+        self.writes = self.reads = 0
+        self.empty()
         super().__init__(("127.0.0.1", port), self._handler)
 
     def _handler(self, *arguments):
@@ -89,7 +100,8 @@ class Emulator(http.server.ThreadingHTTPServer):
         """A client that was killed is no error of ours."""
 
     def empty(self):
-        self.bad_every = self.failed = 0
+        self.bad_every = self.bad_reads_every = self.failed = 0
+        self.answers.set()
         for name in self.names():
             self.storage.delete_file(BUCKET, name)
 

@@ -10,7 +10,10 @@ import types
 
 import pytest
 
-from kha_jax.errors import StorageError
+from kha_jax.data import Shards, shard_copy, shard_reader
+from kha_jax.data.shard_files import read_meta
+from kha_jax.data.tokenizers import ByteTokenizer
+from kha_jax.errors import DataError, StorageError
 from kha_jax.storage import (
     READ,
     WRITTEN,
@@ -34,6 +37,7 @@ pytest.importorskip("gcsfs")
 
 from tests.emulator import emulator  # noqa: E402
 from tests.runs import assert_same_end, finish, start  # noqa: E402
+from tests.test_shards import assert_same_windows, put, written  # noqa: E402
 
 URL = "gs://bucket/run"
 STEPS = 6
@@ -161,6 +165,62 @@ def test_of_many_who_take_over_one_does(here, monkeypatch):
         thread.join()
     assert (len(held), len(refused)) == (1, 5)
     held[0].close()
+
+
+SHARDS = "gs://bucket/shards"
+
+
+@pytest.fixture
+def shards(bucket, tmp_path):
+    """Shards in a folder, which are also in the bucket."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    texts = [[b"one document", b"and another"], [b"x" * 300_000], [b"the last one"]]
+    written(folder, ByteTokenizer(), {"train": texts, "validation": [[b"held out " * 30]]})
+    put(folder, SHARDS)
+    return folder
+
+
+def test_shards_in_a_bucket_are_read_as_those_of_a_folder(bucket, shards, tmp_path):
+    """By ranges and as a copy, though some reads fail in passing."""
+    there = Shards(folder=f"{SHARDS}/")
+    copy = there.replace(cache_dir=str(tmp_path / "copy"))
+    bucket.bad_reads_every = 9
+    assert_same_windows(Shards(folder=str(shards)), there, copy)
+    assert bucket.failed >= 3
+    bucket.bad_reads_every, before = 0, bucket.reads
+    copy.open("train", 512, 0).rows(range(100))
+    assert bucket.reads - before == 2  # meta.json and the tokenizer.json, which is not there
+
+
+def test_a_store_that_does_not_answer_is_named_in_time(bucket, shards, monkeypatch):
+    """Long before a watchdog: `hang_timeout` is above the seconds that a config says."""
+    monkeypatch.setattr(shard_reader, "DEADLINE", 0.4)
+    meta, source = read_meta(SHARDS), Shards(folder=SHARDS).open("train", 512, 0)
+    bucket.answers.clear()
+    try:
+        for ask in (
+            lambda: source.rows([0, 100]),
+            lambda: shard_reader.ShardReader(SHARDS, "train", meta),
+        ):
+            began = time.monotonic()
+            with pytest.raises(StorageError, match=f"{SHARDS}.*: no answer within 0 s"):
+                ask()
+            assert time.monotonic() - began < shard_reader.CALLS * 0.4
+    finally:
+        bucket.answers.set()
+    assert len(source.rows([0, 100])["tokens"]) == 2
+
+
+def test_a_copy_is_whole_and_right_or_not_there(bucket, shards, tmp_path, monkeypatch):
+    config = Shards(folder=SHARDS, cache_dir=str(tmp_path / "copy"))
+    bucket.flip("shards/train-00001.bin")
+    with pytest.raises(DataError, match="train-00001.bin differs from the sha256"):
+        config.open("validation", 64, 0)
+    assert not list((tmp_path / "copy").iterdir())
+    monkeypatch.setattr(shard_copy, "LARGEST", 600_000)
+    with pytest.raises(DataError, match="too many for a copy in config.data.cache_dir; leave that"):
+        config.open("validation", 64, 0)
 
 
 @pytest.fixture(scope="module")

@@ -426,24 +426,31 @@ def test_validation_reads_windows_from_all_over(corpus):
     assert len(set(config.evaluated(10**9, 1000))) == 1000
 
 
+def put(folder, url):
+    for path in folder.iterdir():
+        Objects(url).write(path.name, path.read_bytes())
+
+
+def assert_same_windows(config, *others):
+    """All of them read the same: windows in any order, that span shards, and the last one."""
+    for split in ("train", "validation"):
+        expected = config.open(split, 512, 0)
+        some = [index % len(expected) for index in (9, 0, len(expected) - 1, 8, 8)]
+        for source in (other.open(split, 512, 0) for other in others):
+            assert (len(source), source.fingerprint) == (len(expected), expected.fingerprint)
+            for name, rows in source.rows(some).items():
+                np.testing.assert_array_equal(rows, expected.rows(some)[name])
+
+
 @pytest.mark.parametrize("scheme", ["file", "memory"])
 def test_shards_below_a_url_are_read_as_those_of_a_folder(corpus, scheme, tmp_path_factory):
     folder, config = corpus
     url = f"file://{folder}" if scheme == "file" else "memory://shards"
     if scheme == "memory":
-        for path in folder.iterdir():
-            Objects(url).write(path.name, path.read_bytes())
+        put(folder, url)
     there = Shards(folder=f"{url}/")
     copy = there.replace(cache_dir=str(tmp_path_factory.mktemp("copy")))
-    windows = [9, 0, 294, 8, 8]
-    for split in ("train", "validation"):
-        expected = config.open(split, 512, 0)
-        for source in (there.open(split, 512, 0), copy.open(split, 512, 0)):
-            assert len(source) == len(expected)
-            assert source.fingerprint == expected.fingerprint
-            some = [index % len(source) for index in windows]
-            for name, rows in source.rows(some).items():
-                np.testing.assert_array_equal(rows, expected.rows(some)[name])
+    assert_same_windows(config, there, copy)
     assert there.vocabulary_size() == 264 and there.tokenizer().end_of_document == 256
     Objects(url).delete("train-00001.crc")
     with pytest.raises(DataError, match="train-00001.crc is missing"):
