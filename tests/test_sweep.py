@@ -4,6 +4,7 @@ one real sweep that is killed."""
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import pytest
 from experiments.cli import codes
 from experiments.cli.codes import UsageError
 from experiments.run_folders import results
+from experiments.run_folders.folder import RunFolder
 from experiments.sweeps import planned
 from experiments.sweeps.planned import Wanted
 from experiments.sweeps.runner import Sweep
+from kha_jax.data import batch_hash
 from kha_jax.errors import DataError, SweepError
 from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.runs.arrays import leaves
@@ -176,6 +179,48 @@ def test_known_results_are_not_trained_again_whatever_they_are_called(tmp_path, 
     path.write_text(path.read_text().replace("val_loss", "loss"))
     with pytest.raises(SweepError, match="is no table of runs"):
         results.known([str(path)])
+
+
+OLD = ROOT / "tests" / "fixtures" / "sweep_66038df"
+TINY_SWEEP = [
+    *("config.steps=4", "config.batch_size=4", "config.seq_len=32", "config.evaluation.every=2"),
+    *ONE_LAYER,
+]
+
+
+def test_runs_of_an_older_commit_are_known_and_go_on(tmp_path, monkeypatch):
+    """runs.csv of 66038df, of a run on text and one on a task, and what the one on text wrote
+    beside its arrays: configs and data of today still have the hashes of then, and the next batch
+    is the one that it foresaw."""
+    monkeypatch.setenv("KHA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    for number in range(12):
+        (tmp_path / "text" / f"module_{number}.py").write_text(f"x_{number} = {number}\n" * 400)
+    on_text = ["config.data.roots=('text',)", "config.data.held_out=0.2"]
+    wanted = [
+        *planned.varied(
+            [Wanted("text", (f"--config={ROOT}/configs/kha_tiny.py",), "text")], on_text
+        ),
+        Wanted("task", (f"--config={ROOT}/configs/mqar_tiny.py",), "task"),
+    ]
+    runs = planned.runs(planned.varied(wanted, TINY_SWEEP))
+    sweep = Sweep(tmp_path / "sweep", runs, results.known([str(OLD / "runs.csv")]))
+    sweep.begin({})
+    assert sweep.take_known() == 2 and not sweep.missing()
+    found = {run.name: sweep.done()[run.name] for run in runs}
+    assert [line.data for line in found.values()] == ["5c3470f11ab0", "267e46ed9be1"]
+
+    old = shutil.copytree(OLD / "text", tmp_path / "run")
+    config, manifest = runs[0].config, json.loads(next(old.rglob("MANIFEST.json")).read_text())
+    folder = RunFolder(old, config, [])
+    sources = [config.data.open(split, config.seq_len, 0) for split in ("train", "validation")]
+    folder.identify(*sources)
+    draws = folder.begin_at(4)
+    assert batch_hash(sources[0], draws=draws, seed=0, step=4) == manifest["next_batch"]
+    folder.keep(4)
+    folder.close()
+    assert json.loads((old / "lineage.json").read_text())[0]["data"] == sources[0].fingerprint
 
 
 def test_a_run_that_another_process_trains_is_passed_over(tmp_path, trained):
