@@ -4,11 +4,11 @@ matrices start, how they are decayed and trained, and that heads share them.
     python -m experiments.train --config=configs/controls.py:linear_random.tiny --workdir=runs/T
     python -m experiments.sweep --table=controls --scale=tiny --seeds=3 --out=runs/controls
 
-Rows, KHA-Linear on queries, keys and values but for the last two: baseline, which is also the twin
-into which linear folds at the start; linear; its T without decay, decayed towards I, with a tenth
-and with ten times the learning rate; T random (the paper says that it fails, section 3.3); T zero;
-T stored as I + D; a matrix for each head instead of one for all; mlp (on values), and its own
-without decay.
+Rows, baseline, which is also the twin into which linear folds at the start, and with ten times the
+learning rate of its value projection; linear (on queries, keys and values); its T without decay,
+decayed towards I, with a tenth and with ten times the learning rate; T random (the paper says that
+it fails, section 3.3); T zero; T stored as I + D; a matrix for each head instead of one for all;
+mlp (on values), and its own without decay and with ten times the learning rate.
 """
 
 from typing import Any
@@ -24,6 +24,12 @@ def row(mixers: dict[str, StreamMixer], loss: float | None = None, **training: A
     return tables.Row(run.replace(optimizer=run.optimizer.replace(mixer=rule)), loss=loss)
 
 
+def fast_values(row: tables.Row) -> tables.Row:
+    """The row with ten times the learning rate of its value projection."""
+    optimizer = row.run.optimizer.replace(value_learning_rate_multiplier=10.0)
+    return row._replace(run=row.run.replace(optimizer=optimizer), loss=None)
+
+
 def everywhere(mixer: StreamMixer) -> dict[str, StreamMixer]:
     """On queries, keys and values."""
     return dict.fromkeys(("query", "key", "value"), mixer)
@@ -34,17 +40,21 @@ TABLE = tables.Table(
     "Controls: start, decay, learning rate and sharing of the knocking matrices",
     {
         "baseline": row({}, 1.856),
+        "values_fast": fast_values(row({})),
         "linear": row(LINEAR, 1.838),
         "linear_no_decay": row(LINEAR, decay="none"),
         "linear_to_identity": row(LINEAR, decay="to_identity"),
         "linear_slow": row(LINEAR, learning_rate_multiplier=0.1),
         "linear_fast": row(LINEAR, learning_rate_multiplier=10.0),
+        "linear_no_decay_fast": row(LINEAR, decay="none", learning_rate_multiplier=10.0),
         "linear_random": row(everywhere(KnockingLinear(init="normal"))),
         "linear_zero": row(everywhere(KnockingLinear(diag_init=0.0))),
         "linear_residual": row(everywhere(KnockingLinear(parameterization="residual"))),
         "unshared": row(everywhere(UnsharedLinear())),
         "mlp": row(MLP, 1.832),
         "mlp_no_decay": row(MLP, decay="none"),
+        "mlp_fast": row(MLP, learning_rate_multiplier=10.0),
+        "mlp_no_decay_fast": row(MLP, decay="none", learning_rate_multiplier=10.0),
     },
 )
 get_config = TABLE.get_config

@@ -31,7 +31,7 @@ from configs.tables import SCALES, TABLES, load
 from experiments.cli import codes, command_line, config_files, terminal
 from experiments.cli.codes import UsageError
 from experiments.run_folders import results, stored
-from experiments.sweeps import planned
+from experiments.sweeps import members, planned
 from experiments.sweeps.planned import Planned, Wanted
 from experiments.sweeps.runner import Sweep
 from kha_jax.config import near
@@ -50,6 +50,9 @@ SET = flags.DEFINE_multi_string(
     "set",
     [],
     "config.FIELD=VALUE for all runs, or config.FIELD=VALUE,VALUE,... for each; may be repeated.",
+)
+MATCH = flags.DEFINE_list(
+    "match", [], "Bring each row to its baseline's params, flops or cache, as experiments.zoo does."
 )
 RATES = flags.DEFINE_list("learning_rates", [], "A grid for every row; the best one counts.")
 SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each row, with seeds 0, 1, ...", lower_bound=1)
@@ -112,7 +115,11 @@ def wanted() -> tuple[str, list[Wanted]]:
             rates = f"--learning_rates={','.join(RATES.value)}"
             raise UsageError(f"--set={text}: sets the same as {rates}; leave out one of them")
     title, rows = table_rows() if TABLE.value else config_rows()
-    return title, planned.varied(rows, SET.value)
+    rows = planned.varied(rows, SET.value)
+    if not MATCH.value:
+        return title, rows
+    members.check_match(MATCH.value)
+    return f"{title}, at the same {' and '.join(MATCH.value)}", members.matched(rows, MATCH.value)
 
 
 def measured_rate(sweep: Sweep) -> tuple[float, str]:

@@ -32,7 +32,6 @@ from experiments.sweeps.members import Member, Row
 from experiments.sweeps.planned import Planned, Wanted
 from kha_jax.analysis.significance import paired
 from kha_jax.comparing.budget import MEASURES, TOLERANCE
-from kha_jax.config import near
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import read_config
 
@@ -226,21 +225,11 @@ def write_csv(path: str, rows: dict[str, Row]) -> None:
         raise UsageError(f"--csv={path} cannot be written: {error.strerror}") from None
 
 
-def check_flags() -> None:
-    """Raises UsageError where flags contradict each other."""
-    for name in MATCH.value:
-        if name not in MEASURES:
-            raise UsageError(f"--match={name}: is not known; {near(name, MEASURES)}")
-    if not MATCH.value or {"params", "flops"} <= set(MATCH.value):
-        raise UsageError(
-            f"--match={','.join(MATCH.value)}: parameters and FLOPs are met by one width; name one "
-            "of params, flops, cache, or cache and one of the others"
-        )
-
-
 def main() -> int | None:
     """See the module's docstring."""
-    check_flags()
+    members.check_match(MATCH.value)
+    if not MATCH.value:
+        raise UsageError("--match=: name one of params, flops, cache")
     config: RunConfig = command_line.parse_config(RunConfig)
     found = members.members(config, ADD.value, ONLY.value)
     jax.config.update("jax_num_cpu_devices", members.WAYS)

@@ -20,7 +20,7 @@ from experiments.cli import codes
 from experiments.cli.codes import UsageError
 from experiments.run_folders import results
 from experiments.run_folders.folder import RunFolder
-from experiments.sweeps import planned
+from experiments.sweeps import members, planned
 from experiments.sweeps.planned import Wanted
 from experiments.sweeps.runner import Sweep
 from kha_jax.data import batch_hash
@@ -102,6 +102,35 @@ def test_settings_make_rows_with_their_baselines():
     assert (last.config.optimizer.b1, last.config.optimizer.learning_rate) == (0.9, 0.1)
     alone = planned.varied([ROW], ["config.optimizer.b1=0.8,0.9"])
     assert {row.baseline for row in alone} == {"mlp-b1=0.8"}
+
+
+def test_matched_rows_have_the_parameters_of_their_baseline():
+    """Counted in the trees themselves; a width of one more or less is no nearer."""
+
+    def parameters(config, more=0):
+        model = config.model
+        width = model.feed_forward.width + more
+        model = model.replace(feed_forward=model.feed_forward.replace(width=width))
+        mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        made = make_trainer(config.replace(model=model), mesh).abstract.params
+        return sum(leaf.size for leaf in jax.tree.leaves(made))
+
+    asked = planned.varied(rows("baseline", "mlp", "gated"), ["config.model.width=64,96"])
+    before = {run.row: run.config for run in planned.runs(asked)}
+    after = {run.row: run.config for run in planned.runs(members.matched(asked, ["params"]))}
+    for row in asked:
+        old, new = before[row.name], after[row.name]
+        width = new.model.feed_forward.width
+        assert new == old.replace(
+            model=old.model.replace(feed_forward=old.model.feed_forward.replace(width=width))
+        )
+        target = parameters(before[row.baseline])
+        off = [abs(parameters(new, more) - target) for more in (-1, 0, 1)]
+        assert min(off) == off[1]
+        assert (width == old.model.feed_forward.width) == (row.name == row.baseline)
+    narrow = planned.varied(rows("baseline", "mlp"), ["config.model.feed_forward.width=1"])
+    with pytest.raises(UsageError, match="mlp cannot be brought to baseline: .* small enough"):
+        members.matched(narrow, ["params"])
 
 
 @pytest.mark.parametrize(

@@ -432,23 +432,35 @@ def test_to_identity_in_a_run_pulls_to_the_initial_matrices():
     chex.assert_trees_all_equal(mixers(strong), mixers(none))
 
 
-def test_learning_rate_multiplier_of_knocking_matrices():
-    def multiplied(m):
-        return OptimizerConfig(
-            weight_decay=0, mixer=MixerOptimizerConfig(learning_rate_multiplier=m)
-        )
+def test_mixers_and_values_have_learning_rates_of_their_own():
+    """Each weight moves by its own factor times what it moves without."""
 
-    base, doubled = (trained(RUN.replace(optimizer=multiplied(m)), steps=1) for m in (1.0, 2.0))
-    moved = [
-        jax.tree.map(jnp.subtract, result[1].params, fresh(MODEL))["layers"]
-        for result in (base, doubled)
-    ]
-    mixer, kernel = (
-        (lambda m: m["attention"]["value_mixer"]["down"]),
-        (lambda m: m["feed_forward"]["up"]),
+    def multiplied(mixers, values):
+        rule = MixerOptimizerConfig(learning_rate_multiplier=mixers)
+        return OptimizerConfig(weight_decay=0, mixer=rule, value_learning_rate_multiplier=values)
+
+    base, changed = (
+        flatten_dict(trained(RUN.replace(optimizer=one), steps=1)[1].params)
+        for one in (multiplied(1.0, 1.0), multiplied(2.0, 3.0))
     )
-    np.testing.assert_allclose(2 * mixer(moved[0]), mixer(moved[1]), rtol=1e-3, atol=1e-7)
-    np.testing.assert_allclose(kernel(moved[0]), kernel(moved[1]), rtol=1e-5)
+    values = ("layers", "attention", "projection", "value")
+    factors = {path: 2.0 if "_mixer" in "".join(path) else 1.0 for path in base}
+    assert set(factors.values()) == {1.0, 2.0} and values in factors
+    factors[values] = 3.0
+    for path, start in flatten_dict(fresh(MODEL)).items():
+        moved = factors[path] * (base[path] - start)
+        np.testing.assert_allclose(moved, changed[path] - start, rtol=1e-3, atol=1e-7)
+    with pytest.raises(ConfigError, match="does nothing with trainable='mixers', found 3"):
+        OptimizerConfig(trainable="mixers", value_learning_rate_multiplier=3.0)
+
+
+@pytest.mark.parametrize("projection", cases.PROJECTIONS)
+def test_every_projection_has_weights_that_make_its_values(projection):
+    """Where they stand among the parameters; nothing else of attention reads a value's rate."""
+    attention = AttentionConfig(projection=cases.PROJECTIONS[projection])
+    model = MODEL.replace(attention=attention)
+    trainer = make_trainer(RUN.replace(model=model), make_mesh(RUN.mesh, jax.devices()[:1]))
+    assert optimizer.value_weights(model) < flatten_dict(trainer.abstract.params).keys()
 
 
 def test_schedule_warms_up_and_ends_at_the_final_fraction():

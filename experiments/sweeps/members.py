@@ -11,11 +11,13 @@ from configs import base
 from experiments.cli import command_line, config_files
 from experiments.cli.codes import UsageError
 from experiments.run_folders import identity
+from experiments.sweeps.planned import Wanted
 from kha_jax.accounting import Accounting, account, cache_bytes
 from kha_jax.attention import AttentionConfig
-from kha_jax.comparing.budget import Fit, fit, folds, fused_kernel
+from kha_jax.comparing.budget import MEASURES, Fit, fit, folds, fused_kernel
 from kha_jax.comparing.properties import Layer, collectives_of
 from kha_jax.config import ConfigError, near
+from kha_jax.model import ModelConfig
 from kha_jax.training.run_config import RunConfig
 
 log = logging.getLogger("kha_jax")
@@ -167,19 +169,64 @@ def far_off(width: int, own: int, measures: Sequence[str]) -> str:
     )
 
 
+def check_match(measures: Sequence[str]) -> None:
+    """Raises UsageError where --match names what cannot be met, or not together."""
+    for name in measures:
+        if name not in MEASURES:
+            raise UsageError(f"--match={name}: is not known; {near(name, MEASURES)}")
+    if {"params", "flops"} <= set(measures):
+        raise UsageError(
+            f"--match={','.join(measures)}: parameters and FLOPs are met by one width; name one "
+            "of params, flops, cache, or cache and one of the others"
+        )
+
+
+def brought(
+    model: ModelConfig,
+    baseline: RunConfig,
+    measures: Sequence[str],
+    keep: Sequence[str] = (),
+    multiple: int = 1,
+) -> tuple[Fit, Accounting]:
+    """A model brought to what the model of a run costs in that run, with its own cost then; see
+    `fit` for the arguments and errors."""
+
+    def count(model: ModelConfig) -> Accounting:
+        return account(model, baseline.seq_len, tokens=baseline.tokens_per_step)
+
+    found = fit(model, count(baseline.model), measures, count, keep, multiple)
+    return found, count(found.model)
+
+
+def matched(rows: Sequence[Wanted], measures: Sequence[str]) -> list[Wanted]:
+    """The rows of a sweep, each brought to the cost of its baseline by settings behind its own.
+
+    Raises:
+        UsageError: a row cannot be brought there.
+    """
+    runs = {row.name: command_line.config_of(RunConfig, row.arguments) for row in rows}
+    out = []
+    for row in rows:
+        own, baseline = runs[row.name], runs[row.baseline]
+        try:
+            found, _ = brought(own.model, baseline, measures)
+        except ConfigError as error:
+            why = f"{row.name} cannot be brought to {row.baseline}: {error.under('config.model')}"
+            raise UsageError(f"--match={','.join(measures)}: {why}") from None
+        settings = identity.settings(own, own.replace(model=found.model))
+        out.append(row._replace(arguments=(*row.arguments, *settings)))
+    return out
+
+
 def fitted(
     found: dict[str, Member], measures: Sequence[str], multiple: int
 ) -> tuple[Accounting, dict[str, Member], dict[str, Row]]:
     """The baseline's costs, and all members that can be brought to them, with their rows."""
-    config = found["baseline"].run
-
-    def count(model):
-        return account(model, config.seq_len, tokens=config.tokens_per_step)
-
-    budget, brought, rows = count(config.model), {}, {}
+    config, lines, rows = found["baseline"].run, {}, {}
+    budget = account(config.model, config.seq_len, tokens=config.tokens_per_step)
     for name, member in found.items():
         try:
-            result = fit(member.run.model, budget, measures, count, member.keep, multiple)
+            result, cost = brought(member.run.model, config, measures, member.keep, multiple)
         except ConfigError as error:
             log.info("left out %s: %s", name, error.under("config.model"))
             continue
@@ -187,6 +234,6 @@ def fitted(
         if not 1 / FAR <= width / own <= FAR:
             log.info("%s: %s", name, far_off(width, own, measures))
         run = config.replace(model=result.model)
-        brought[name] = member._replace(run=run)
-        rows[name] = row(run, result, count(run.model))
-    return budget, brought, rows
+        lines[name] = member._replace(run=run)
+        rows[name] = row(run, result, cost)
+    return budget, lines, rows

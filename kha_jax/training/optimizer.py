@@ -9,6 +9,7 @@ one, and layers as none.
 Everything between a gradient and its update is float32, whatever the parameters are stored as.
 """
 
+import operator
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from kha_jax.model import ModelConfig
 from kha_jax.training.run_config import OptimizerConfig, RunConfig
 
 FEATURES = ("heads", "kv_heads", "head_dim")  # axes of what a projection makes
@@ -58,6 +60,14 @@ def trained(config: OptimizerConfig, axes: Any) -> frozenset[tuple[str, ...]]:
     return frozenset(path for path in paths if any(name.endswith("_mixer") for name in path))
 
 
+def value_weights(model: ModelConfig) -> frozenset[tuple[str, ...]]:
+    """The paths of the weights that make the values of attention."""
+    return frozenset(
+        (part.name, "attention", "projection", part.attention.projection.stream_weights["value"])
+        for part in model.segments()
+    )
+
+
 def only(paths: frozenset[tuple[str, ...]], tree: Any) -> Any:
     """The tree of the leaves at these paths."""
     return unflatten_dict(
@@ -81,7 +91,11 @@ def _clip(bound: float) -> optax.GradientTransformationExtraArgs:
 
 
 def make(
-    config: OptimizerConfig, steps: int, axes: Any, initial_mixers: Any = None
+    config: OptimizerConfig,
+    steps: int,
+    axes: Any,
+    initial_mixers: Any = None,
+    values: frozenset[tuple[str, ...]] = frozenset(),
 ) -> optax.GradientTransformationExtraArgs:
     """The optimiser for parameters with the given logical axes. Its `update` takes the gradients'
     global `norm` too, and computes it where it is not given.
@@ -92,6 +106,8 @@ def make(
         axes: tree of logical axis names, shaped like the parameters.
         initial_mixers: tree shaped like the parameters that holds the initial value of every
             mixer's matrix (anything elsewhere); needed for the decay `to_identity`.
+        values: paths of the weights that make the values (`value_weights`), which have a
+            multiplier of their own.
     """
     role = roles(axes)
     mixer = config.mixer
@@ -102,13 +118,18 @@ def make(
         to_target = name == "mixer" and mixer.decay == "to_identity"
         return update + config.weight_decay * (parameter - target if to_target else parameter)
 
-    def scaled(update, name):
-        return update * mixer.learning_rate_multiplier if name == "mixer" else update
+    def factor(path, name):
+        if path in values:
+            return config.value_learning_rate_multiplier
+        return mixer.learning_rate_multiplier if name == "mixer" else 1.0
+
+    factors = {path: factor(path, name) for path, name in flatten_dict(role).items()}
+    factors = unflatten_dict(factors)
 
     def decay_and_scale(updates, parameters):
         targets = role if initial_mixers is None else initial_mixers
         updates = jax.tree.map(decayed, updates, parameters, role, targets)
-        return jax.tree.map(scaled, updates, role)
+        return jax.tree.map(operator.mul, updates, factors)
 
     chain = optax.chain(
         _clip(config.clip_norm),

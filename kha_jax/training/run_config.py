@@ -69,6 +69,8 @@ class OptimizerConfig(Config):
     """Share of the steps in which `wsd` decays, 0.1 by default."""
     mixer: MixerOptimizerConfig = MixerOptimizerConfig()
     """How the matrices of mixers are trained."""
+    value_learning_rate_multiplier: float = 1.0
+    """Factor on the learning rate of the weights that make the values: the control of a mixer's."""
     trainable: Literal["all", "mixers"] = "all"
     """What is trained: all, or `mixers` of attention alone, without moments of what is frozen."""
 
@@ -86,7 +88,11 @@ class OptimizerConfig(Config):
             )
         largest, found = f"must be at most {LARGEST_RATE:g}", self.learning_rate
         self.require(found <= LARGEST_RATE, "learning_rate", f"{largest}, found {found}")
-        self.at_least(0, "weight_decay")
+        self.at_least(0, "weight_decay", "value_learning_rate_multiplier")
+        factor = self.value_learning_rate_multiplier
+        problem = f"does nothing with trainable='mixers', found {factor:g}"
+        fits = self.trainable == "all" or factor == 1
+        self.require(fits, "value_learning_rate_multiplier", problem)
         given = self.decay_fraction
         problem = f"does nothing with schedule={self.schedule!r}, found {given}"
         self.require(given is None or self.schedule == "wsd", "decay_fraction", problem)

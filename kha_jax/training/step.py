@@ -164,7 +164,11 @@ def make_trainer(config: RunConfig, mesh: jax.sharding.Mesh) -> Trainer:
     paths = optimizer.trained(config.optimizer, axes)
     only = functools.partial(optimizer.only, paths)
     tx = optimizer.make(
-        config.optimizer, config.steps, only(axes), None if initial is None else only(initial)
+        config.optimizer,
+        config.steps,
+        only(axes),
+        None if initial is None else only(initial),
+        optimizer.value_weights(config.model),
     )
 
     def boxed_init(key: jax.Array) -> TrainState:
