@@ -146,7 +146,7 @@ def test_training_goes_on_from_the_imported_weights(done, cache):
     shutil.copytree(here / "mixed", here / "trained")
     lines = [[f"--workdir={here}/trained", STILL, *SHORT], [f"--workdir={here}/trained"]]
     first, again = run_all([("train", line) for line in lines], cache)
-    assert first.code == 0, first.err
+    assert first.code == 0 and "from the weights of step 0" in first.out, first.err
     for step in (0, 2):
         assert (here / f"trained/checkpoints/{step:08}/MANIFEST.json").exists()
     before, after = (read_run(here / "trained", step) for step in (0, 2))

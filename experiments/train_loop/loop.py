@@ -98,11 +98,14 @@ class Run(NamedTuple):
 
     def reporter(self, first_step: int) -> Reporter:
         """Of the steps after that one."""
+        imported = 0 in self.checkpoints.steps()
+        scratch = "from the weights of step 0" if imported else "from scratch"
         return Reporter(
             self.config,
             self.mesh,
             self.workdir,
             first_step,
+            f"resuming after step {first_step}" if first_step else scratch,
             self.train_source,
             self.draws,
             self.windows,

@@ -86,9 +86,10 @@ class Progress:
         cost: Accounting,
         mesh: jax.sharding.Mesh,
         source: Source,
+        origin: str,
     ) -> None:
         """A few lines that say what runs, where, on what, at what cost. source: of the training
-        data."""
+        data. origin: what the run begins from."""
         if not self.enabled:
             return
         device = jax.devices()[0].device_kind
@@ -96,8 +97,6 @@ class Progress:
         say(f"{workdir} on {mesh.devices.size} {device} ({axes})")
         sizes = f"{cost.parameters / 1e6:.2f}M parameters ({cost.mixing:,} in mixers)"
         say(f"{sizes}, {cost.training_flops / 1e6:.1f} MFLOP per token")
-        first = self.first_step
-        origin = f"resuming after step {first}" if first else "from scratch"
         batch = f"{config.batch_size} x {config.seq_len} tokens"
         say(f"{config.steps} steps of {batch}, {origin}")
         planned = in_millions(config.steps * config.tokens_per_step)
@@ -111,7 +110,11 @@ class Progress:
         if CONSOLE.is_interactive:
             self.bar.start()
             self.task = self.bar.add_task(
-                "compiling", total=self.steps, completed=first, at=self._at(first), left=""
+                "compiling",
+                total=self.steps,
+                completed=self.first_step,
+                at=self._at(self.first_step),
+                left="",
             )
 
     def update(self, step: int, values: dict[str, Any]) -> None:

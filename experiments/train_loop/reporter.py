@@ -33,9 +33,10 @@ class Reporter:
     """Where metrics go: the terminal, metrics.jsonl and TensorBoard, on process 0 alone. A step is
     reported while the next one runs.
 
-    source: of the training data. draws: which of them, as they are drawn, a batch holds.
-    windows: the numbers of the windows that a step trains on. clock, pace: of the run. nonfinite:
-    consecutive steps that were not applied. save_due: what the newest step's vote says.
+    origin: what the run begins from. source: of the training data. draws: which of them, as they
+    are drawn, a batch holds. windows: the numbers of the windows that a step trains on. clock,
+    pace: of the run. nonfinite: consecutive steps that were not applied. save_due: what the newest
+    step's vote says.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Reporter:
         mesh: jax.sharding.Mesh,
         workdir: Path,
         first_step: int,
+        origin: str,
         source: Source,
         draws: Draws,
         windows: Callable[[int], list[int]],
@@ -69,7 +71,7 @@ class Reporter:
             make = functools.partial(TensorBoard, workdir / "tensorboard", first_step)
             self.sinks.append(Spared("tensorboard", make))
         self.progress = Progress(first_step, config.steps, enabled=leader)
-        self.progress.header(workdir, config, cost, mesh, source)
+        self.progress.header(workdir, config, cost, mesh, source, origin)
 
     def now(self, step: int, values: dict[str, Any]) -> None:
         """Reports values that are there."""
