@@ -16,7 +16,7 @@ import functools
 import logging
 import math
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -25,10 +25,10 @@ from rich.table import Table
 from experiments.cli import command_line, terminal
 from experiments.cli.codes import UsageError
 from experiments.run_folders import stored
-from experiments.sweeps import card, page
+from experiments.sweeps import card, figures, page
 from experiments.sweeps import report as sweep_report
 from kha_jax import analysis, metrics, spikes
-from kha_jax.analysis import comparisons, curves, style, sweeps
+from kha_jax.analysis import curves, style, sweeps
 from kha_jax.errors import CheckpointError
 from kha_jax.runs import goodput
 from kha_jax.storage import write_text
@@ -45,7 +45,6 @@ OUT = flags.DEFINE_string(
     "NAME.svg; with --sweep the folder.",
 )
 log = logging.getLogger("kha_jax")
-STABILITY_ROWS = 12  # of a sweep, in the figure of spikes
 
 
 def _name(folder: Path, folders: list[Path]) -> str:
@@ -99,28 +98,6 @@ def write_card(folder: Path, rows: list[dict[str, Any]], out: Path) -> None:
     print(f"wrote {html} and {len(sections)} figures")
 
 
-def sweep_figures(sweep: sweeps.Sweep, summary: sweeps.Summary) -> dict[str, Callable[[], Any]]:
-    """The figures that there is something for, by name."""
-    results = summary.results.items()
-    lines = {name: sweeps.curves(sweep, one, summary.loss) for name, one in results}
-    draws: dict[str, Callable[[], Any]] = {}
-    if any(one.differences for _, one in results):
-        draws["differences"] = functools.partial(comparisons.differences, summary)
-        if comparisons.has_gaps(summary, lines):
-            draws["gaps"] = functools.partial(comparisons.gaps, summary, lines)
-    if any(lines.values()):
-        draws["losses"] = functools.partial(comparisons.losses, summary, lines)
-    logs = {}
-    for name, one in results:
-        first = min(one.runs, key=lambda run: run.seed)
-        log = sweep.log(first.name)
-        if any("loss" in row for row in log) and len(logs) < STABILITY_ROWS:
-            logs[f"{name}, seed {first.seed}"] = log
-    if logs:
-        draws["stability"] = functools.partial(curves.stability, logs)
-    return draws
-
-
 def report_sweep() -> None:
     """The report of --sweep."""
     folder = stored.local_folder("sweep", SWEEP.value)
@@ -139,15 +116,17 @@ def report_sweep() -> None:
     command = sweep_report.command_of(folder, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        draws = sweep_figures(sweep, summary)
+        draws = figures.of_sweep(sweep, summary)
         sections = {name: [("", style.save(draw, out / name))] for name, draw in draws.items()}
         write_text(out / "report.csv", sweep_report.as_csv(summary))
         markdown = sweep_report.as_markdown(sweep, summary, list(sections), command)
         write_text(out / "report.md", markdown)
         page = sweep_report.as_page(sweep, summary, sections, command)
         write_text(out / "report.html", page)
-        for name in ("sweep.json", "runs.csv"):  # a report can be made from a report
-            if (folder / name).resolve() != (out / name).resolve():
+        if summary.rates:
+            write_text(out / "rates.csv", sweep_report.rates_csv(summary))
+        for name in ("sweep.json", "runs.csv", "zoo.csv"):  # a report can be made from a report
+            if (folder / name).exists() and (folder / name).resolve() != (out / name).resolve():
                 write_text(out / name, (folder / name).read_text())
     except style.PlotsMissing as error:
         raise UsageError(str(error)) from None

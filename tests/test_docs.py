@@ -1,5 +1,7 @@
 """The documentation: what it links to exists, what it tells one to type parses, its Python runs."""
 
+import csv
+import itertools
 import os
 import re
 import shlex
@@ -73,6 +75,39 @@ def test_every_page_is_in_the_index():
 def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 180 and len(text.encode()) <= 12 * 1024
+
+
+def measured() -> tuple[list[tuple[float, float, float]], str]:
+    """Of all reports of results/, the means with their intervals, and the text."""
+    named = [("difference", "low", "high"), ("sensitivity", "sensitivity_low", "sensitivity_high")]
+    found = []
+    for path in (ROOT / "results").glob("*/report.csv"):
+        for line, names in itertools.product(csv.DictReader(path.open()), named):
+            if all(line.get(field) for field in names):
+                found.append(tuple(float(line[field]) for field in names))
+    texts = (path.read_text() for path in (ROOT / "results").glob("*/report.md"))
+    return found, "\n".join(texts)
+
+
+@pytest.mark.parametrize("path", [FRONT[0], *DOCS], ids=name)
+def test_intervals_are_those_of_the_results(path):
+    """`MEAN (LOW to HIGH)`, or `LOW to HIGH` alone, signed: to its printed digits one of a row in
+    results/, as its CSV has it, or literally in a report."""
+    rows, reports = measured()
+
+    def prints(value: float, text: str) -> bool:
+        digits = len(text.partition(".")[2])
+        return abs(value - float(text)) <= 0.5 * 10**-digits + 1e-12
+
+    number = r"[+-]\d+\.\d+"
+    interval = re.compile(
+        rf"(?:({number})(?:\*\*)?\s+\((?:95%[:,]\s+)?)?({number})\s+to\s+({number})"
+    )
+    for match in interval.finditer(path.read_text()):
+        told = [(at, text) for at, text in enumerate(match.groups()) if text]
+        known = any(all(prints(row[at], text) for at, text in told) for row in rows)
+        literal = " to ".join(match.groups()[1:]) in reports
+        assert known or literal, f"{match.group()!r}: no row of results/ has that"
 
 
 def test_no_page_repeats_another():

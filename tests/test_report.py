@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.sweeps import card
+from experiments.cli.codes import UsageError
+from experiments.sweeps import card, figures
 from experiments.sweeps import report as sweep_report
 from kha_jax.accounting import account
 from kha_jax.analysis import comparisons, curves, style, sweeps
@@ -322,6 +323,57 @@ def test_runs_that_are_not_planned_any_more_are_left_out_and_counted(tmp_path):
     assert (summary.results["a"].rates, summary.results["a"].losses) == (1, {0: 2.0, 1: 3.0})
     said = " ".join(sweep_report.findings(sweep, summary))
     assert "4 of 4 runs are finished" in said and "not among the planned runs: 3 (a-lr0.1" in said
+
+
+def test_rates_and_costs_are_reported_where_a_sweep_has_them(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = [
+        finished(name, s, 3 - shift - 100 * rate + s, rate, name=f"{name}-lr{rate}-seed{s}")
+        | {"first_loss": 5.5, "largest_logit": 40 * rate}
+        for name, shift in (("baseline", 0), ("mea", 0.125))
+        for rate in (1e-3, 1e-2)
+        for s in (0, 1)
+    ]
+    lines[-1] |= {"val_loss": 9.0}
+    folder = write_sweep(tmp_path / "sweep", [row("baseline"), row("mea")], lines)
+    table = "variant,training_flops,step_seconds,cache_bytes\n"
+    (folder / "zoo.csv").write_text(table + "baseline,100,,8\nmea,150,,12\n")
+    sweep = sweeps.load(folder)
+    summary = sweeps.summarise(sweep)
+    assert summary.results["mea"].learning_rate == 1e-3  # of both seeds the better
+    over = summary.rates["mea"]
+    assert over.diverged == 0.25 and over.rates[1e-2].losses == {0: 1.875, 1: 5.5}
+    said = sweep_report.as_markdown(sweep, summary, [], "")
+    assert "| baseline | 2 | 0.450 | 0.450 to 0.450 | 0.01 | 0% | 3.400 | 2.500 |" in said
+    told = list(csv.DictReader(sweep_report.rates_csv(summary).splitlines()))
+    assert [float(line["largest_logit"]) for line in told] == [0.04, 0.4] * 2
+    assert [line["spikes_per_1000_steps"] for line in told] == ["10.0"] * 4
+    draws = figures.of_sweep(sweep, summary)
+    assert {"costs", "rates"} < draws.keys()
+    with style.using():
+        axes = draws["costs"]().axes
+        ratios = [line.get_xdata()[-1] for line in axes[1].lines if line.get_marker() == "o"]
+        assert ratios == [1.5] and len(axes) == 3  # no times, which were not measured
+        panels = draws["rates"]().axes
+        ends = {tuple(line.get_ydata()) for line in panels[1].lines}
+        assert (3.4, 2.5) in ends and (3.275, 3.6875) in ends and (3.6875,) in ends
+    (folder / "zoo.csv").write_text("variant,loss\nmea,2\n")
+    with pytest.raises(UsageError, match="is no table of experiments.zoo"):
+        figures.measured_costs(folder)
+
+
+def test_rows_are_corrected_for_their_number(tmp_path):
+    """By Holm: of a and b one is left that was below by its own interval."""
+    noise = {"a": (0.010, 0.011, 0.012), "b": (0.010, 0.03, 0.05), "baseline": (0, 0, 0)}
+    lines = [finished(name, s, 2 - d[s]) for name, d in noise.items() for s in range(3)]
+    sweep = sweeps.load(write_sweep(tmp_path, [row(name) for name in sorted(noise)], lines))
+    summary = sweeps.summarise(sweep)
+    own = [summary.results[name].difference.p for name in "ab"]
+    assert summary.holm == {"a": 2 * own[0], "b": own[1]} and own[0] < own[1]
+    said = sweep_report.findings(sweep, summary)
+    assert "By Holm's correction for these 2 rows, below: a; above: none." in said
+    line = next(csv.DictReader(sweep_report.as_csv(summary).splitlines()))
+    assert float(line["p_by_holm"]) == 2 * float(line["p"]) == 2 * own[0]
 
 
 def test_a_table_of_runs_is_written_as_it_was_read(tmp_path):

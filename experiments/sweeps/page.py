@@ -14,6 +14,11 @@ SAYS = {
     "differences": """Every row's loss less that of its baseline, seed by seed: the bar is the 95%
         interval over seeds, each tick a seed, and the diamond is what the paper prints. A bar
         that crosses 0 is not distinguishable from no difference.""",
+    "costs": """The same differences, the best first, and what each row costs beside them, over the
+        baseline's: by the accounting, and step times where they were measured in turns.""",
+    "rates": """The loss of each row over learning rates beside its baseline (grey, dashed). Bands
+        are from the lowest to the highest seed; a cross is a rate at which a run diverged. A flat
+        curve bears many rates.""",
     "gaps": """The same difference over training: an effect that is there should not depend on where
         training stopped.""",
     "losses": """The loss of each row beside its baseline (grey, dashed). Bands are from the lowest

@@ -6,12 +6,13 @@ import itertools
 import math
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 from rich.table import Table
 
 from experiments.sweeps import page
-from kha_jax.analysis.significance import POWER, detectable, pairs_needed
+from kha_jax.analysis.rates import NEAR
+from kha_jax.analysis.significance import LEVEL, POWER, detectable, pairs_needed
 from kha_jax.analysis.sweeps import LOSSES, Result, Scatter, Summary, Sweep
 
 TARGET = 0.01  # nats that a sweep should be able to tell apart
@@ -22,7 +23,7 @@ TIMES = (
 )
 COLUMNS = (
     "row, baseline, learning rate, seeds, loss, accuracy, difference, 95% interval, not 0, "
-    "printed, printed difference, sign agrees, time / baseline, spike share"
+    "p by Holm, printed, printed difference, sign agrees, time / baseline, spike share"
 ).split(", ")
 
 
@@ -34,7 +35,7 @@ def _yes(value: bool | None) -> str:
     return "" if value is None else "yes" if value else "no"
 
 
-def _cells(one: Result) -> list[str]:
+def _cells(one: Result, adjusted: float | None) -> list[str]:
     """Of a row, as COLUMNS names them."""
     d = one.difference
     bounds = f"{d.low:+.4f} to {d.high:+.4f}" if d and d.count > 1 else "one seed" if d else ""
@@ -49,6 +50,7 @@ def _cells(one: Result) -> list[str]:
         _number(d.mean, "+.4f") if d else "",
         bounds if d and d.count else "no common seed" if d else "",
         _yes(d.distinguishable) if d and d.count > 1 else "",
+        _number(adjusted, ".2g"),
         _number(one.row.printed, ".3f"),
         _number(one.printed_difference, "+.3f"),
         _yes(one.sign_agrees),
@@ -60,7 +62,7 @@ def _cells(one: Result) -> list[str]:
 def table(summary: Summary) -> Table:
     """The rows that have runs, in the columns that any of them has."""
     made = Table()
-    cells = [_cells(one) for one in summary.results.values()]
+    cells = [_cells(one, summary.holm.get(name)) for name, one in summary.results.items()]
     used = [any(column) for column in zip(*cells)]
     for name in itertools.compress(COLUMNS, used):
         made.add_column(name)
@@ -74,11 +76,12 @@ def as_csv(summary: Summary) -> str:
     names = "row,baseline,note,learning_rate,rates,seeds,loss,loss_is,difference,standard_error,low"
     names += ",high,distinguishable,printed_loss,printed_difference,sign_agrees,time_ratio"
     names += ",spike_share,runs_without_finite_loss,parameters,flops_per_token,accuracy"
+    names += ",p,p_by_holm,sensitivity,sensitivity_low,sensitivity_high,largest_rate,diverged"
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names.split(","))
-    for one in summary.results.values():
-        d = one.difference
+    for name, one in summary.results.items():
+        d, over = one.difference, summary.rates.get(name)
         first = one.runs[0]
         values: list[Any] = [one.row.name, one.row.baseline, one.row.note, one.learning_rate]
         values += [one.rates, len(one.losses), one.loss, summary.loss]
@@ -87,9 +90,60 @@ def as_csv(summary: Summary) -> str:
         values += [one.row.printed, one.printed_difference, _yes(one.sign_agrees)]
         values += [one.time_ratio, one.spike_share, one.unfinite]
         values += [first.number("parameters"), first.flops_per_token, one.accuracy]
+        values += [d.p if d else None, summary.holm.get(name)]
+        values += [over.sensitivity, over.low, over.high] if over else [None] * 3
+        values += [over.largest, over.diverged] if over else [None] * 2
         nan = (isinstance(z, float) and not math.isfinite(z) for z in values)
         writer.writerow(["" if missing else z for z, missing in zip(values, nan)])
     return out.getvalue()
+
+
+def rates_csv(summary: Summary) -> str:
+    """A line for each row and learning rate."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = "row,learning_rate,seeds,loss,diverged,largest_logit,spikes_per_1000_steps"
+    writer.writerow(names.split(","))
+    for name, over in summary.rates.items():
+        for rate, at in over.rates.items():
+            values = at.loss, at.diverged, at.largest_logit, at.spikes
+            told = ("" if math.isnan(value) else value for value in values)
+            writer.writerow([name, rate, len(at.losses), *told])
+    return out.getvalue()
+
+
+def rates_table(summary: Summary) -> list[list[str]]:
+    """Of each row over learning rates: how it bears them, then its loss at each; names first."""
+    grid = sorted({rate for over in summary.rates.values() for rate in over.rates})
+    names = ["row", "seeds", "sensitivity", "95% interval", f"largest within {NEAR:g}", "diverged"]
+    lines = [[*names, *(f"{rate:g}" for rate in grid)]]
+    for name, over in summary.rates.items():
+        known = math.isfinite(over.low)
+        losses = (over.rates[rate].loss if rate in over.rates else None for rate in grid)
+        lines.append(
+            [
+                name,
+                str(len(over.seeds)),
+                _number(over.sensitivity, ".3f"),
+                f"{over.low:.3f} to {over.high:.3f}" if known else "one seed",
+                _number(over.largest, "g"),
+                f"{over.diverged:.0%}",
+                *(_number(loss, ".3f") for loss in losses),
+            ]
+        )
+    return lines
+
+
+def _over_rates(summary: Summary) -> str:
+    each = (
+        f"{name} {_number(over.sensitivity, '.3f')}, {_number(over.largest, 'g')}"
+        for name, over in summary.rates.items()
+    )
+    return (
+        "Sensitivity to the learning rate in nats (the mean over the rates of the loss, cut to the "
+        "one at the start, less the loss of the best rate), and the largest rate within "
+        f"{NEAR:g} nats of the best: {'; '.join(each)}."
+    )
 
 
 def findings(sweep: Sweep, summary: Summary) -> list[str]:
@@ -116,8 +170,9 @@ def findings(sweep: Sweep, summary: Summary) -> list[str]:
         said.append(f"Runs without a finite loss, which no mean holds: {counts}.")
     known = {name: of for name, of in summary.scatter.items() if of.freedom}
     if known:
-        said += [_precisions(known), _by_interval(named)]
+        said += [_precisions(known), _by_interval(named), _by_holm(summary)]
     said += _against_print(summary) if summary.agreement.rows else []
+    said += [_over_rates(summary)] if summary.rates else []
     return [*said, TIMES]
 
 
@@ -164,6 +219,17 @@ def _by_interval(named: dict[str, Result]) -> str:
     )
 
 
+def _by_holm(summary: Summary) -> str:
+    several = {name: summary.results[name].difference for name in summary.holm}
+    told = [name for name, p in summary.holm.items() if p < 1 - LEVEL]
+    lists = (
+        ("below", [name for name in told if several[name].mean < 0]),
+        ("above", [name for name in told if several[name].mean > 0]),
+    )
+    listed = "; ".join(f"{label}: {', '.join(names) or 'none'}" for label, names in lists)
+    return f"By Holm's correction for these {len(several)} rows, {listed}."
+
+
 def _against_print(summary: Summary) -> list[str]:
     a = summary.agreement
     text = f"The sign of the difference is the printed one in {a.same_sign} of {a.rows} rows."
@@ -193,16 +259,15 @@ def provenance(sweep: Sweep, summary: Summary) -> list[str]:
 def as_markdown(sweep: Sweep, summary: Summary, figures: list[str], command: str) -> str:
     """report.md. figures: names of those beside it."""
     shown, title = table(summary), sweep.about["title"] or sweep.folder.name
-    right = {"row", "baseline"}
     head = [str(column.header) for column in shown.columns]
-    rule = ["---" if name in right else "---:" for name in head]
     lines = zip(*(column.cells for column in shown.columns))
-    rows = [f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *lines)]
+    tables = [_markdown([head, *lines])]
+    tables += [_markdown(rates_table(summary))] if summary.rates else []
     command, *rest = (
         f"`{sweep.about['command']}`, then `{command}`",
         *provenance(sweep, summary)[1:],
     )
-    parts = [f"# {title}", *findings(sweep, summary), "\n".join(rows)]
+    parts = [f"# {title}", *findings(sweep, summary), *tables]
     notes = [f"- {row.name}: {row.note}" for row in sweep.rows.values() if row.note]
     parts += ["\n".join(notes)] if notes else []
     parts += [f"Command: {command}", *rest]
@@ -212,6 +277,13 @@ def as_markdown(sweep: Sweep, summary: Summary, figures: list[str], command: str
         picture = f'<picture>{source}<img alt="{name}" src="{name}.png"></picture>'
         parts += [f"## {name.capitalize()}", says, picture]
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown(lines: list[Sequence[str]]) -> str:
+    """A table whose first line has the names."""
+    head, *rest = lines
+    rule = ["---" if name in ("row", "baseline") else "---:" for name in head]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rest))
 
 
 def as_page(

@@ -18,12 +18,15 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
+import numpy as np
+
 from experiments.cli import codes, config_files
 from experiments.cli.codes import UsageError
 from experiments.run_folders import results
 from experiments.sweeps.planned import Planned
 from experiments.train_loop.data_check import check_vocabulary
 from experiments.train_loop.stop import asking
+from kha_jax.attention.attention import LARGEST
 from kha_jax.config import to_dict
 from kha_jax.errors import CheckpointError, DataError
 from kha_jax.metrics import read_lines
@@ -73,10 +76,18 @@ def summary(run: Planned, folder: Path, commit: str) -> RunResult | None:
         step_seconds=round(config.tokens_per_step / statistics.median(rates), 5),
         spike_share=spike_score(rows),
         nonfinite=sum(bool(row.get("nonfinite")) for row in rows),
+        first_loss=losses[0][1] if losses[0][0] == 1 else None,
+        largest_logit=largest(rows, LARGEST),
         hardware=str(manifest.get("hardware", "")),
         commit=commit,
         curve={row["step"]: row["val_loss"] for row in evaluated},
     )
+
+
+def largest(rows: list[dict[str, Any]], name: str) -> float | None:
+    """The largest finite value of a metric, of which a line may hold one for each layer."""
+    found = (value for row in rows for value in np.ravel(row.get(name, ())))
+    return max((float(z) for z in found if np.isfinite(z)), default=None)
 
 
 class Sweep:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from kha_jax.analysis import style
+from kha_jax.analysis.rates import Curve
 from kha_jax.analysis.sweeps import LOSSES, Result, Summary, band
 
 Curves = dict[str, dict[int, dict[int, float]]]  # of each row: {seed: {step: loss}}
@@ -92,6 +93,82 @@ def gaps(summary: Summary, curves: Curves) -> Any:
     figure.supylabel("less the baseline, nats", fontsize="medium")
     figure.supxlabel("step", fontsize="medium")
     style.shared_legend(figure, axes, "upper")
+    return figure
+
+
+def rates(summary: Summary) -> Any:
+    """The loss of every row over learning rates beside that of its baseline (grey, dashed); bands
+    are from the lowest to the highest seed, a cross is a rate at which a run diverged."""
+    shown = {name: summary.results[name] for name in summary.rates if name in summary.results}
+    figure, axes = style.row_of(len(shown), 2.2, 2.6, sharex=True, sharey=True)
+    ends = []
+    for each, (name, one) in zip(axes, shown.items()):
+        base = one.row.baseline
+        if base != name and base in summary.rates:
+            _over_rates(each, summary.rates[base], "grey", "--", "its baseline")
+        own = summary.rates[name]
+        _over_rates(each, own, style.KINDS[0], "-", "the row: mean and range of its seeds")
+        ends.extend(at.loss for at in own.rates.values() if np.isfinite(at.loss))
+        each.set_title(f"{name}: {own.sensitivity:.2f} (n = {len(own.seeds)})")
+        each.set_xscale("log")
+    margin = 0.05 * (max(ends) - min(ends)) or 0.1
+    axes[0].set_ylim(min(ends) - margin, max(ends) + margin)
+    figure.supylabel(LOSSES[summary.loss].split(" of the last")[0], fontsize="medium")
+    figure.supxlabel("learning rate; above each panel its sensitivity in nats", fontsize="medium")
+    style.shared_legend(figure, axes, "upper")
+    return figure
+
+
+def _over_rates(axes: Any, of: Curve, colour: str, stroke: str, label: str) -> None:
+    known = {rate: at for rate, at in of.rates.items() if np.isfinite(at.loss)}
+    means = [at.loss for at in known.values()]
+    axes.plot(list(known), means, color=colour, linestyle=stroke, marker=".", label=label)
+    ranges = zip(*((min(at.losses.values()), max(at.losses.values())) for at in known.values()))
+    axes.fill_between(list(known), *ranges, color=colour, alpha=0.2, linewidth=0)
+    lost = [rate for rate, at in known.items() if at.diverged]
+    look = {"color": colour, "linestyle": "none", "marker": "x", "markersize": 7}
+    axes.plot(lost, [known[rate].loss for rate in lost], label="a run diverged", **look)
+
+
+COSTS = {
+    "training_flops": "training FLOPs a token",
+    "step_seconds": "step time",
+    "cache_bytes": "cache",
+}
+
+
+def costs(summary: Summary, measured: dict[str, dict[str, float]]) -> Any:
+    """Every row's difference to its baseline with its interval over seeds, the best first, and
+    beside it what it costs, over the baseline's.
+
+    measured: for rows, fields of COSTS.
+    """
+    rows = [one for name, one in summary.results.items() if one.differences and name in measured]
+    rows.sort(key=lambda one: one.difference.mean)
+    fields = [name for name in COSTS if all(name in of for of in measured.values())]
+    figure, (first, *others) = style.pyplot().subplots(
+        1,
+        1 + len(fields),
+        figsize=(3.6 + 1.6 * len(fields), 1.2 + 0.28 * max(len(rows), 3)),
+        sharey=True,
+        gridspec_kw={"width_ratios": [1.7, *[1] * len(fields)]},
+    )
+    look = {"color": style.KINDS[0], "linestyle": "none", "marker": "o"}
+    for y, one in enumerate(rows):
+        low, high = one.difference.low, one.difference.high
+        if np.isfinite(low):
+            first.plot([low, high], [y, y], color=style.KINDS[0], linestyle="-", alpha=0.7)
+        first.plot(one.difference.mean, y, **look)
+        for axes, field in zip(others, fields):
+            ratio = measured[one.row.name][field] / measured[one.row.baseline][field]
+            axes.plot([1, ratio], [y, y], color=style.KINDS[1], linestyle="-", linewidth=2.2)
+            axes.plot(ratio, y, color=style.KINDS[1], marker="o", linestyle="none")
+    first.axvline(0, color="grey", linewidth=1, linestyle="-")
+    first.set_yticks(range(len(rows)), [one.row.name for one in rows])
+    first.set(ylim=(len(rows) - 0.5, -0.5), xlabel="difference, nats")
+    for axes, field in zip(others, fields):
+        axes.axvline(1, color="grey", linewidth=1, linestyle="-")
+        axes.set_xlabel(f"{COSTS[field]},\nover the baseline's")
     return figure
 
 

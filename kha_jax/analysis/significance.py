@@ -4,7 +4,7 @@ that of another list. Numpy and nothing else."""
 import functools
 import itertools
 import math
-from typing import Callable, Mapping, NamedTuple, Sequence
+from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -12,10 +12,29 @@ LEVEL = 0.95  # of intervals
 POWER = 0.8  # with which an effect that can be detected is found
 
 
+def _within(angle: float, freedom: int) -> float:
+    """The probability of |t| < sqrt(freedom) tan(angle) under Student's distribution, by its finite
+    series (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term = total = cosine if odd else 1.0
+    for k in range(2 + odd, freedom - 1, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    if not odd:
+        return sine * total
+    return 2 / math.pi * (angle + (sine * total if freedom > 1 else 0))
+
+
+def student_tails(t: float, freedom: int) -> float:
+    """The probability of a value at least as far from 0 under Student's distribution."""
+    return 1 - _within(math.atan(abs(t) / math.sqrt(freedom)), freedom)
+
+
 @functools.cache
 def student_quantile(probability: float, freedom: int) -> float:
     """The t below which Student's distribution with these degrees of freedom has this
-    probability, by bisection of its finite series (Abramowitz and Stegun 26.7.3 and 26.7.4).
+    probability, by bisection.
 
     Raises:
         ValueError: a probability outside (0, 1), or freedom below 1.
@@ -25,23 +44,18 @@ def student_quantile(probability: float, freedom: int) -> float:
     if probability < 0.5:
         return -student_quantile(1 - probability, freedom)
 
-    def within(angle: float) -> float:
-        """Probability of |t| < sqrt(freedom) tan(angle)."""
-        sine, cosine = math.sin(angle), math.cos(angle)
-        odd = freedom % 2
-        term = total = cosine if odd else 1.0
-        for k in range(2 + odd, freedom - 1, 2):
-            term *= (k - 1) / k * cosine**2
-            total += term
-        if not odd:
-            return sine * total
-        return 2 / math.pi * (angle + (sine * total if freedom > 1 else 0))
-
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < 2 * probability - 1 else (low, middle)
+        below = _within(middle, freedom) < 2 * probability - 1
+        low, high = (middle, high) if below else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
+
+
+def mean(values: Iterable[float]) -> float:
+    """NaN of none."""
+    values = list(values)
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 class Difference(NamedTuple):
@@ -62,6 +76,16 @@ class Difference(NamedTuple):
         """Whether the interval leaves out 0."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def p(self) -> float:
+        """Of a mean at least as far from 0 where there is no difference (two-sided paired t-test);
+        NaN for a single pair."""
+        if self.count < 2:
+            return math.nan
+        if not self.error:
+            return 0.0 if self.mean else 1.0
+        return student_tails(self.mean / self.error, self.count - 1)
+
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
     """values - baseline over the seeds that both have, with the interval of Student's t."""
@@ -74,6 +98,36 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
     error = float(differences.std(ddof=1)) / math.sqrt(count)
     half = student_quantile((1 + LEVEL) / 2, count - 1) * error
     return Difference(count, mean, error, mean - half, mean + half)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values adjusted so that, where a row is called different at an adjusted p of at most a,
+    any false call among all rows has a probability of at most a (Holm 1979): the k-th smallest of m
+    times m - k + 1, at least the one before it, at most 1. NaN, for what has no p value, stays and
+    does not count."""
+    known = sorted((p, at) for at, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, least = [math.nan] * len(p_values), 0.0
+    for passed, (p, at) in enumerate(known):
+        least = max(least, min(1.0, (len(known) - passed) * p))
+        adjusted[at] = least
+    return adjusted
+
+
+def bootstrap(
+    seeds: Sequence[int], statistic: Callable[[list[int]], float], draws: int = 2000
+) -> tuple[float, float]:
+    """The central 95% of a statistic over sets of seeds drawn with replacement (Efron's percentile
+    interval); the same each time, coarse for few seeds, NaN for one.
+
+    statistic: of a list of seeds, in which some stand twice.
+    """
+    if len(seeds) < 2:
+        return math.nan, math.nan
+    drawn = np.random.default_rng(0).choice(seeds, (draws, len(seeds)))
+    found = [statistic(one.tolist()) for one in drawn]
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(found, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def pooled_deviation(differences: Sequence[Difference]) -> tuple[float, int]:

@@ -8,12 +8,21 @@ the run folders, of which any may be absent.
 import math
 import statistics
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kha_jax.analysis.curves import smoothed
-from kha_jax.analysis.significance import Agreement, Difference, agreement, paired, pooled_deviation
+from kha_jax.analysis.rates import Curve, over_rates
+from kha_jax.analysis.significance import (
+    Agreement,
+    Difference,
+    agreement,
+    holm,
+    mean,
+    paired,
+    pooled_deviation,
+)
 from kha_jax.errors import SweepError
 from kha_jax.metrics import column, read_lines
 from kha_jax.runs.results import RunResult, read_results
@@ -81,14 +90,14 @@ class Result(NamedTuple):
     @property
     def loss(self) -> float:
         """Mean over seeds."""
-        return _mean(self.losses.values())
+        return mean(self.losses.values())
 
     @property
     def sign_agrees(self) -> bool | None:
         """Whether the difference has the printed sign; None where there is nothing to compare."""
         if not self.differences or not self.printed_difference:
             return None
-        return (_mean(self.differences.values()) > 0) == (self.printed_difference > 0)
+        return (mean(self.differences.values()) > 0) == (self.printed_difference > 0)
 
 
 class Scatter(NamedTuple):
@@ -102,7 +111,9 @@ class Scatter(NamedTuple):
 
 class Summary(NamedTuple):
     """What a sweep says. loss: of LOSSES, the one that is compared. finished, planned: counts of
-    runs. scatter: of one paired difference, pooled over the rows of each baseline."""
+    runs. scatter: of one paired difference, pooled over the rows of each baseline. holm: p values
+    of the rows that have one, adjusted for their number. rates: rows that have several learning
+    rates, over them."""
 
     loss: str
     results: dict[str, Result]
@@ -110,6 +121,8 @@ class Summary(NamedTuple):
     planned: int
     scatter: dict[str, Scatter]
     agreement: Agreement
+    holm: dict[str, float]
+    rates: dict[str, Curve]
 
 
 def load(folder: Path) -> Sweep:
@@ -146,14 +159,9 @@ def load(folder: Path) -> Sweep:
     return Sweep(folder, about, rows, planned, finished, *left_out)
 
 
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values) if values else math.nan
-
-
 def _mean_number(runs: list[RunResult], name: str) -> float:
     """Of the runs that have it."""
-    return _mean(z for run in runs if math.isfinite(z := run.number(name)))
+    return mean(z for run in runs if math.isfinite(z := run.number(name)))
 
 
 def best_rate(runs: list[RunResult], loss: str) -> float:
@@ -167,7 +175,7 @@ def best_rate(runs: list[RunResult], loss: str) -> float:
     common = set.intersection(*map(set, rates.values()))
     most = max(map(len, rates.values()))
     means = {
-        rate: _mean(of[seed] for seed in common or of)
+        rate: mean(of[seed] for seed in common or of)
         for rate, of in rates.items()
         if common or len(of) == most
     }
@@ -202,7 +210,14 @@ def summarise(sweep: Sweep) -> Summary:
     scatter = {name: _scatter(compared, name) for name in {one.row.baseline: 0 for one in compared}}
     both = [one for one in compared if one.printed_difference]
     agreed = agreement([one.differences for one in both], [one.printed_difference for one in both])
-    return Summary(loss, results, len(known), len(sweep.planned), scatter, agreed)
+    several = {name: one.difference.p for name, one in results.items() if _has_interval(one)}
+    adjusted = dict(zip(several, holm(list(several.values()))))
+    counts = len(known), len(sweep.planned)
+    return Summary(loss, results, *counts, scatter, agreed, adjusted, over_rates(known, loss))
+
+
+def _has_interval(one: Result) -> bool:
+    return one.difference is not None and one.difference.count > 1
 
 
 def _scatter(compared: list[Result], baseline: str) -> Scatter:

@@ -14,8 +14,9 @@ class RunResult(NamedTuple):
     """A line of runs.csv. Losses in nats per token: val_* of the last evaluation, None for what it
     or an older file does not have; train_loss the mean over the last tenth of the steps.
     step_seconds: median. data, validation: hashes of the texts. spike_share: see
-    spikes.spike_score. nonfinite: steps that were not applied. curve: validation losses by
-    step."""
+    spikes.spike_score. nonfinite: steps that were not applied. first_loss: of training, before the
+    first update. largest_logit: of attention, over all layers and steps. curve: validation losses
+    by step."""
 
     name: str
     row: str
@@ -35,6 +36,8 @@ class RunResult(NamedTuple):
     step_seconds: float
     spike_share: float
     nonfinite: int
+    first_loss: float | None
+    largest_logit: float | None
     hardware: str
     commit: str
     curve: dict[int, float]
