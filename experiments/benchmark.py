@@ -19,7 +19,9 @@ evaluate: requests of benchmarks, scored here and by lm-eval's back end for tran
 eval, hf, interop), in the peer shape. scaling: step time and memory of ways for heads to interact
 against the length of a row, with what the accounting predicts, and a figure (extra: plots); the one
 suite that takes --config. convert: importing and exporting a stock
-folder of 2 GB, beside a copy of it with a checksum.
+folder of 2 GB, beside a copy of it with a checksum. data: reading shards, against their windows one
+at a time; making them of --megabytes of text, against `tokenizers` alone (extras: hf, data); the
+memory of both; and how long kha_tiny waits for batches.
 Nothing here is a test; the figures go into docs/performance.md with the machine's name.
 """
 
@@ -39,7 +41,7 @@ command_line.define_config()
 SUITE = flags.DEFINE_enum(
     "suite",
     "dense",
-    ["dense", "moe", "decode", "variants", "startup", "saving", "scaling", "evaluate", "convert"],
+    "dense moe decode variants startup saving scaling evaluate convert data".split(),
     "What to measure.",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Turns of each implementation.", lower_bound=1)
@@ -47,7 +49,10 @@ TORCH_COMPILE = flags.DEFINE_bool(
     "torch_compile", True, "Also measure torch.compile (about 30 s to compile)."
 )
 SAVE_TO = flags.DEFINE_string(
-    "save_to", None, "Folder on the disk that `saving` and `convert` measure."
+    "save_to", None, "Folder on the disk that `saving`, `convert` and `data` measure."
+)
+MEGABYTES = flags.DEFINE_integer(
+    "megabytes", 10, "Text that `data` tokenises; others of its rows take up to 40 times that.", 1
 )
 LENGTHS = flags.DEFINE_list(
     "lengths", ["256", "512", "1024", "2048", "4096"], "Tokens of a row, in `scaling`."
@@ -315,6 +320,18 @@ def convert() -> dict[str, Any]:
     return out
 
 
+def data() -> dict[str, Any]:
+    """See the module's docstring."""
+    from experiments.timing import loading
+
+    matmul = turns.apart({"matmul": (peers.matmul_step,)}, ROUNDS.value)["matmul"]
+    rate = 2 * 2048**3 / matmul["median"] / 1e9
+    title = f"data, {machine()}; matmul rate {rate:.0f} GFLOP/s"
+    table, out = loading.table(title, SAVE_TO.value, MEGABYTES.value, ROUNDS.value)
+    terminal.show(table)
+    return {"matmul_gflops": rate, **out}
+
+
 SUITES = {
     "dense": dense,
     "moe": moe,
@@ -325,6 +342,7 @@ SUITES = {
     "scaling": scaling,
     "evaluate": evaluate,
     "convert": convert,
+    "data": data,
 }
 
 

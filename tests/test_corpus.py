@@ -1,7 +1,6 @@
 """prepare_data as people use it: a real corpus in one command, memory that does not grow with the
 input, a command that is killed with its processes. All of it takes minutes."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,13 +8,14 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
+from experiments.timing import corpora
 from kha_jax.data.shard_files import read_meta
 from tests.runs import ROOT, SMALL, lines
 from tests.test_prepare_data import content, documents
-from tests.test_readers import as_jsonl, as_parquet
+from tests.test_readers import as_jsonl
+from tests.test_tokenizers import trained
 
 pytestmark = pytest.mark.slow
 PACKAGES = "linux-doc-6.1", "perl-doc", "python3.11-doc"
@@ -25,30 +25,6 @@ PARTS = (
     "perl",
     "doc/python3.11",
 )
-# A unit in a process of its own: its memory at the start, and the most that it ever had, in kB.
-PEAK = """
-import sys
-from pathlib import Path
-from experiments.preparing import units, workers
-
-class Silent:
-    def seen(self, seen): pass
-    def say(self, kind, text): print(text, file=sys.stderr)
-
-def memory(name):
-    said = Path("/proc/self/status").read_text()
-    return int(said.partition(f"{name}:")[2].split()[0])
-
-path, out, *tokenizer = sys.argv[1:]
-if path.endswith(".parquet"):
-    import pyarrow.parquet
-job = workers.Job(tuple(tokenizer), "text", 0.001, 0)
-workers.tokenizers.load(*tokenizer)
-(unit,) = units.cut(units.find([path])[0])
-before = memory("VmRSS")
-workers.write(job, 0, unit, Path(out), b"", None, 0, Silent())
-print(before, memory("VmHWM"))
-"""
 # The command, with units that are small.
 SMALL_UNITS = """
 import runpy, sys
@@ -69,48 +45,21 @@ def python(*line):
     return done.stdout
 
 
-def peak(path, tmp_path, *tokenizer):
-    """(MB at the start, MB at most) of a worker that writes the shards of this file."""
-    out = tmp_path / f"of_{path.name}"
-    out.mkdir()
-    before, most = python("-c", PEAK, path, out, *tokenizer or ("bytes",)).split()
-    shutil.rmtree(out)
-    return int(before) / 1024, int(most) / 1024
-
-
-def large_jsonl(megabytes, longest):
-    """Lines of text, of which one has `longest` MB."""
-    text = (ROOT / "kha_jax" / "attention" / "mixers.py").read_text() * 20
-    line = json.dumps({"text": text}) + "\n"
-    middle = megabytes * 10**6 // 2 // len(line) + 1
-    once = json.dumps({"text": text * (longest * 10**6 // len(text))}) + "\n"
-    return (line * middle).encode(), once.encode()
-
-
 def test_memory_does_not_grow_with_the_input(tmp_path):
-    """A tenth of it takes as much, with the same line of 100 MB in it."""
-    zstandard = pytest.importorskip("zstandard", reason="needs the extra: pip install -e '.[data]'")
-    found = {}
-    for size in (40, 400):
-        path = tmp_path / f"{size}.jsonl.zst"
-        half, once = large_jsonl(size, 100)
-        with zstandard.open(path, "wb") as file:
-            for part in (half, once, half):
-                file.write(part)
-        found[size] = peak(path, tmp_path)[1]
-    assert found[400] < 1.2 * found[40] and found[400] < 700, found
+    """A tenth of it takes as much: as bytes, and by a BPE with one line of 40 MB in both."""
+    for extra, name in (("data", "zstandard"), ("hf", "tokenizers")):
+        pytest.importorskip(name, reason=f"needs the extra: pip install -e '.[{extra}]'")
+    (tmp_path / "tokenizer.json").write_bytes(trained(vocab_size=400))
+    for row in corpora.memory(tmp_path, 20):
+        print(row)
+        assert row.here < 700 and row.ratio < 1.2, row
 
 
 def test_a_large_row_group_is_read_in_parts(tmp_path):
     pytest.importorskip("pyarrow", reason="needs the extra: pip install -e '.[data]'")
-    import pyarrow
-
-    random, path = np.random.default_rng(0), tmp_path / "a.parquet"
-    words = np.array(["kernel", "lock", "page", "of", "the", "reader", "\n"])
-    some = [" ".join(random.choice(words, 800)).encode() for _ in range(64)]
-    as_parquet(path, [some[i % 64] + b"%d" % i for i in range(65_000)], 10**6, pyarrow.string())
-    before, most = peak(path, tmp_path)
-    assert most - before < 200, (before, most)
+    row = corpora.row_group(tmp_path, 256)
+    print(row)
+    assert row.here < 200, row
 
 
 def test_a_command_that_is_killed_leaves_no_process_and_goes_on(tmp_path):
