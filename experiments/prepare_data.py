@@ -24,7 +24,7 @@ from absl import flags
 from experiments.cli import codes, command_line
 from experiments.cli.codes import UsageError
 from experiments.cli.terminal import say
-from experiments.preparing import units
+from experiments.preparing import processes, units
 from experiments.preparing.folder import ShardFolder, cannot_be_written
 from experiments.preparing.preparation import Preparation
 from experiments.preparing.progress import count, many
@@ -129,6 +129,7 @@ def main() -> int:
         made_by = named_tokenizer(TOKENIZER.value) if TOKENIZER.present else None
         return describe(as_written(DESCRIBE.value), made_by)
     check_flags()
+    processes.begin()
     tokenizer = named_tokenizer(TOKENIZER.value)
     files, left_out = units.find(str(as_written(name)) for name in INPUT.value)
     said = {

@@ -232,9 +232,8 @@ def own_flags(of: Sequence[str] | None = None) -> list[flags.Flag]:
 
 def _quiet_libtpu() -> None:
     """jax tries every platform that is installed. Where it found no TPU when it was imported,
-    libtpu would complain that nothing names its slice, and any name will do."""
-    import jax  # noqa: F401
-
+    libtpu would complain that nothing names its slice, and any name will do. A command that has not
+    imported jax by now does without the seconds that this takes."""
     if os.environ.get(c_library.NO_TPU) == "1" and not c_library.TOLD_OF_NO_TPU:
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -257,7 +256,6 @@ def run(
     of them may name, for --help.
     """
     from kha_jax.errors import WaitError
-    from kha_jax.runs.processes import lost_peer
 
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no text ends a program
@@ -277,7 +275,9 @@ def run(
         code = code_of(error)
         if isinstance(error, WaitError):
             give_up(str(error))
-        if lost_peer(error):
+        # which is there where there are several: jax takes a second that others do not wait for
+        processes = sys.modules.get("kha_jax.runs.processes")
+        if processes and processes.lost_peer(error):
             give_up(
                 "another process of the run is gone; start all of them again and they go on from "
                 f"the newest checkpoint ({error})"

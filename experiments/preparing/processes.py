@@ -5,13 +5,18 @@ import multiprocessing
 import os
 import signal
 import time
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 from kha_jax.errors import DataError, PeerError, StorageError
 
 REPORTED = 0.3  # seconds between two reports
-SETTINGS = {"GLIBC_TUNABLES": None}  # those of the commands keep all memory that was ever used
+# What processes of ours have in common is imported once, by one that does nothing else: they are
+# forked from that one, which takes no time. It has no threads, and has never encoded.
+CONTEXT = multiprocessing.get_context("forkserver")
+COMMON = ["experiments.preparing.preparation", "experiments.cli.command_line", "tokenizers"]
+# The C library's settings of the commands keep all memory that was ever used.
+SETTINGS = {"GLIBC_TUNABLES": None, "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Seen(NamedTuple):
@@ -40,8 +45,17 @@ class Report:
         self.commands.send(("note", (kind, text)))
 
 
-def _serve(commands: connection.Connection) -> None:
+def begin() -> None:
+    """Starts what processes are forked from; it gets ready meanwhile."""
+    CONTEXT.set_forkserver_preload(COMMON)
+    with _environment(SETTINGS):
+        forkserver.ensure_running()
+
+
+def _serve(commands: connection.Connection, threads: int) -> None:
     """What a process does: one task after another, until nobody asks for one any more."""
+    parallel = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1)}
+    os.environ.update(parallel)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; who started this one ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(EOFError, ConnectionError):
@@ -58,12 +72,10 @@ class Worker:
     """A process, as a context. threads: that `tokenizers` may use in it."""
 
     def __init__(self, threads: int = 1):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,))
-        parallel = {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": str(threads > 1)}
-        with _environment({**SETTINGS, **parallel}):
-            self.process.start()
+        begin()
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(theirs, threads))
+        self.process.start()
         theirs.close()
 
     def __enter__(self) -> "Worker":
