@@ -17,10 +17,11 @@ from experiments.preparing.preparation import Preparation
 from experiments.preparing.workers import Job
 from kha_jax.data import shard_files, tokenizers
 from kha_jax.data.shard_files import SPLITS
-from kha_jax.data.tokenizers import ByteTokenizer
+from kha_jax.data.tokenizers import ByteTokenizer, JsonTokenizer
 from kha_jax.errors import DataError, PeerError
 from kha_jax.runs import faults
 from tests.test_readers import as_jsonl, every_form, some_documents
+from tests.test_tokenizers import trained
 
 
 class Silent:
@@ -165,6 +166,28 @@ def test_a_record_that_was_cut_is_made_again(tmp_path, six_units, here):
     (out / "train-00001.bin").write_bytes(b"other")
     prepare(out, six_units)
     assert content(out) == content(golden)
+
+
+def test_units_by_another_version_of_the_tokenizer_are_made_again(tmp_path, six_units, here):
+    """Though its file is the same: no folder holds ids of two."""
+    golden, out = tmp_path / "golden", tmp_path / "out"
+    prepare(golden, six_units)
+    with pytest.MonkeyPatch.context() as other:
+        encode = ByteTokenizer.encode
+        other.setattr(ByteTokenizer, "encode", lambda self, text: encode(self, text) ^ 1)
+        prepare(out, six_units)
+    (out / "meta.json").unlink()
+    prepare(out, six_units)
+    assert content(out) == content(golden)
+
+
+def test_a_tokenizer_that_loses_text_is_said_to(tmp_path, here, caplog):
+    path, said = tmp_path / "a.jsonl", "does not give text back as it was: 'The 3 quick-' becomes"
+    path.write_bytes(as_jsonl(documents(9)))
+    for normalizer in (None, {"type": "Lowercase"}):
+        tokenizer = JsonTokenizer(trained(normalizer=normalizer))
+        prepare(tmp_path / f"out_{normalizer is None}", path, tokenizer=tokenizer)
+        assert (said in caplog.text) == (normalizer is not None)
 
 
 def test_what_was_begun_with_other_input_or_flags_is_refused(tmp_path, six_units, here):
@@ -421,6 +444,10 @@ def test_tokens_of_other_programs_are_described(tmp_path, capsys):
     (tmp_path / "llm.bin").write_bytes(llm_c.read_bytes()[:-2])
     with pytest.raises(DataError, match="llm.bin has 3,011 ids, its header says 3,012; it was cut"):
         describe(llm_c, None)
+    for path in (tmp_path / "nano.bin", tmp_path / "part-0.npy"):
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(DataError, match=f"{path.name} holds .* no whole number of uint.* cut"):
+            describe(path, None)
     np.save(tmp_path / "array.npy", np.arange(9))
     with pytest.raises(DataError, match="array.npy is an array of numpy"):
         describe(tmp_path / "array.npy", None)

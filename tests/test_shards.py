@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import google_crc32c
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from experiments.cli.codes import UsageError
 from experiments.run_folders.folder import RunFolder
+from experiments.timing import loading
 from kha_jax.config import ConfigError, from_dict, to_dict
 from kha_jax.data import Draws, Shards, batch_hash, batches, shard_files, shard_reader, window_order
 from kha_jax.data.shard_files import read_meta, verify
@@ -211,6 +211,19 @@ def test_verify_names_the_shard_that_differs(folder):
         verify(folder)
 
 
+def test_verify_names_whichever_file_has_one_byte_changed(folder):
+    """Of the ids, of their checksums and of the places of documents; or one more, or one less."""
+    for path in sorted(p for p in folder.iterdir() if p.suffix in shard_files.SUFFIXES):
+        whole = path.read_bytes()
+        flipped = [whole[:i] + bytes([b ^ 1]) + whole[i + 1 :] for i, b in enumerate(whole)]
+        for changed in (*flipped, whole + b"\0", *([whole[:-1]] if whole else ())):
+            path.write_bytes(changed)
+            with pytest.raises(DataError, match=f"{path.name} (differs|holds|does not belong)"):
+                verify(folder)
+        path.write_bytes(whole)
+    verify(folder)
+
+
 def written(folder, tokenizer, splits):
     """Shards of documents: of each split, of each shard, texts or ids."""
     shards = {}
@@ -355,6 +368,16 @@ def test_a_few_files_stay_open_however_many_there_are(tmp_path):
     assert len(os.listdir("/proc/self/fd")) - before <= shard_reader.OPEN
     expected = np.concatenate([[*text, 256] for (text,) in texts])
     np.testing.assert_array_equal(found[: len(expected)], expected)
+
+
+def test_there_are_as_many_windows_as_are_said(corpus):
+    """One more is an error and not a window of nothing, so that a loop over them ends."""
+    source = corpus[1].open("validation", 64, 0)
+    assert len(list(source)) == len(source) == 5
+    for index in (-1, len(source)):
+        with pytest.raises(IndexError, match="has windows 0 to 4"):
+            source.rows([0, index])
+    assert source.rows([])["tokens"].shape == (0, 64)
 
 
 def test_ids_are_read_with_the_tokenizer_that_wrote_them_or_not_at_all(tmp_path):
@@ -553,48 +576,16 @@ def test_a_run_on_shards_speaks_where_they_are_not(words, tmp_path):
     assert again.code == 65 and "holds no meta.json" in again.err and len(again.err.split("\n")) < 4
 
 
-def resident():
-    """Bytes of memory that this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.slow
 def test_a_thousand_shards_open_at_once_and_a_few_of_them_stay_open(tmp_path):
     """10 M documents: opening reads none of their places."""
-    ids, lengths = np.arange(20_000) % 256, np.full(10_000, 2)
-    shards = []
-    for number in range(1000):
-        with ShardWriter(tmp_path, "train", number, ByteTokenizer()) as writer:
-            writer.add_all(ids, lengths, len(ids))
-            shards.append(writer.finish())
-    write_meta(tmp_path, ByteTokenizer(), {"train": shards, "validation": shards[:0]})
-    config, before, began = Shards(folder=str(tmp_path)), resident(), time.process_time()
-    source = config.open("train", 256, 0)
-    took, grown = time.process_time() - began, resident() - before
-    assert source.documents == 10**7 and took < 0.5 and grown < 2 * 10**7
-    handles, order = len(os.listdir("/proc/self/fd")), window_order(len(source), 0)
-    for first in range(0, 10_000, 50):
-        source.rows([order[first + row] for row in range(50)])
-    opened = len(os.listdir("/proc/self/fd")) - handles
-    assert opened < 200
-    print(f"{took:.3f} CPU s, {grown / 1e6:.1f} MB, {opened} files")
+    found = loading.opening(tmp_path)
+    print(found)
+    assert found["seconds"] < 0.5 and found["bytes"] < 2 * 10**7 and found["files"] < 200
 
 
 @pytest.mark.slow
 def test_memory_is_flat_over_a_large_shard(tmp_path):
-    size, block = 10**10, shard_files.BLOCK
-    with open(tmp_path / "train-00000.bin", "wb") as file:
-        file.truncate(size)
-    sums = [google_crc32c.value(bytes(n)) for n in (block, size % block)]
-    whole = np.append(np.full(size // block, sums[0], "<u4"), np.array(sums[1], "<u4"))
-    (tmp_path / "train-00000.crc").write_bytes(whole.tobytes())
-    shard = shard_files.Shard("train-00000", size // 2, 1, size, "0" * 64)
-    meta = write_meta(tmp_path, ByteTokenizer(), {"train": [shard]})
-    source, random = TokenWindows(tmp_path, meta, "train", 2048), np.random.default_rng(0)
-    source.rows(random.integers(len(source), size=64))
-    before = resident()
-    for _ in range(100):
-        source.rows(random.integers(len(source), size=64))
-    grown = resident() - before
-    assert grown < 5 * 10**6
+    grown = loading.reading(tmp_path)
     print(f"{grown / 1e6:.1f} MB after 6,400 windows of a file of 10 GB")
+    assert grown < 5 * 10**6

@@ -53,8 +53,9 @@ def test_text_comes_back_and_never_encodes_to_its_own_end(kind):
 
 
 def test_settings_of_a_file_that_change_documents_are_left_out():
-    """Truncation, padding, and what a post-processor adds."""
+    """Truncation, padding, merges that are left out by chance, and what a post-processor adds."""
     values = json.loads(trained())
+    values["model"]["dropout"] = 0.5
     direction = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     values["truncation"] = direction
     values["padding"] = {
@@ -137,6 +138,17 @@ def test_pieces_are_taken_where_no_setting_forbids_it():
         {"normalizer": {"type": "NFC"}},
     ):
         assert not JsonTokenizer(trained(**changes)).in_pieces
+
+
+def test_no_piece_ends_within_a_token():
+    """Where words are not kept apart, tokens reach over the spaces between them."""
+    library = pytest.importorskip("tokenizers", reason="needs the extra: pip install -e '.[hf]'")
+    made = library.Tokenizer.from_buffer(trained())
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert JsonTokenizer(made.to_str().encode()).in_pieces  # of which this one has none
+    trainer = library.trainers.BpeTrainer(special_tokens=["<|endoftext|>"], show_progress=False)
+    made.train_from_iterator(["it is one of the few in the world"] * 4, trainer)
+    assert not JsonTokenizer(made.to_str().encode()).in_pieces
 
 
 @pytest.mark.parametrize("kind", ["bytes", "json"])

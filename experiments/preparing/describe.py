@@ -171,11 +171,20 @@ def opened(path: Path) -> Stream:
         if stream.tokens != numbers[2]:
             said = f"{path} has {stream.tokens:,} ids, its header says {numbers[2]:,}"
             raise DataError(f"{said}; it was cut")
-        return stream
+        return _whole(stream)
     if head.startswith(b"\x93NUMPY"):
         raise DataError(f"{path} is an array of numpy; raw ids are read, as tofile() writes them")
     form = "OLMo" if path.suffix == ".npy" else "nanoGPT"
-    return Stream(path, form, np.dtype("<u4" if _looks_wide(head) else "<u2"), 0)
+    return _whole(Stream(path, form, np.dtype("<u4" if _looks_wide(head) else "<u2"), 0))
+
+
+def _whole(stream: Stream) -> Stream:
+    """The file, where it does not end within an id."""
+    size = os.path.getsize(stream.path) - stream.begin
+    if size % stream.dtype.itemsize:
+        said = f"{stream.path} holds {size:,} bytes, no whole number of {stream.dtype} ids"
+        raise DataError(f"{said}; it was cut")
+    return stream
 
 
 def _looks_wide(head: bytes) -> bool:

@@ -1,6 +1,7 @@
 """From units to a folder with meta.json: what is found finished is kept, the rest is made."""
 
 import logging
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Iterable, Iterator
@@ -46,6 +47,7 @@ class Preparation:
         with being_built(self.folder.own, "aside") as aside:
             if isinstance(tokenizer, int):
                 tokenizer = self.trained(tokenizer)
+            _warn_of_lost_text(tokenizer)
             tokenizers.write_file(self.folder.path, tokenizer)
             if isinstance(tokenizer, JsonTokenizer):
                 named = str(self.folder.path / tokenizers.FILE)
@@ -77,10 +79,12 @@ class Preparation:
         return tokenizer
 
     def intact(self, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-        """Records of finished units whose shards are what they say."""
-        about = tokenizers.about(tokenizer)
+        """Records of finished units whose shards are what they say, by this tokenizer."""
+        about, probed = tokenizers.about(tokenizer), workers.probed(tokenizer)
         for number, record in self.folder.finished().items():
             try:
+                if record.get("tokenizer") != probed:
+                    raise DataError("the tokenizer gives other ids now")
                 shards = {s: _shards([record], s) for s in SPLITS}
                 shard_files.verify(self.folder.path, Meta(about, shards, {}, {}))
                 yield record
@@ -172,6 +176,16 @@ class Preparation:
         left_out = {kind: sum(r["left_out"][kind] for r in records) for kind in kinds}
         faults.at("meta", len(records), self.folder.path)
         shard_writer.write_meta(self.folder.path, tokenizer, shards, said, left_out)
+
+
+def _warn_of_lost_text(tokenizer: Tokenizer) -> None:
+    """Says where text that is encoded does not come back: no run learns what is not there."""
+    before = tokenizers.PROBE.decode()
+    after = tokenizer.decode(tokenizer.encode(tokenizers.PROBE))
+    if before != after:
+        at = len(os.path.commonprefix([before, after]))
+        some = ascii(before[at : at + 12]), ascii(after[at : at + 12])
+        log.warning("the tokenizer does not give text back as it was: %s becomes %s", *some)
 
 
 def _sums(record: dict[str, Any]) -> list[int]:

@@ -5,6 +5,8 @@ import hashlib
 import re
 from typing import Iterable, Iterator, NamedTuple
 
+from kha_jax.data.tokenizers import CUT
+
 BATCH = 2**20  # bytes of text that are encoded at once
 TEXTS = 2**13  # of a batch
 KEY = b"kha_jax: which split a document belongs to"
@@ -16,7 +18,7 @@ SEARCHED = (
 )  # bytes before a piece must end, in which a place to cut is looked for
 # Words that are found by what stands around them are the same before and after such a cut: before a
 # single space or newline between two words, else after a newline between two characters.
-PLACES = re.compile(r"(?<=\w)(?=[ \n]\w)"), re.compile(r"(?<=\S\n)(?=\S)")
+PLACES = CUT, re.compile(r"(?<=\S\n)(?=\S)")
 
 
 def key_of(text: bytes) -> bytes:

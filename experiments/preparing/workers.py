@@ -8,6 +8,8 @@ what another reads: they get text and give back ids. Each encodes in one thread.
 import collections
 import contextlib
 import functools
+import hashlib
+import json
 import os
 import queue
 from concurrent.futures import ThreadPoolExecutor
@@ -56,8 +58,8 @@ def write(
         encoders: processes that encode; 0: this one does.
 
     Returns:
-        The unit's record: its number, the shard of each split that has documents, what was left
-        out and why, the smallest and the largest key.
+        The unit's record: its number, by which tokenizer, the shard of each split that has
+        documents, what was left out and why, the smallest and the largest key.
     """
     tokenizer = tokenizers.load(*job.tokenizer)
     reader = Reader(unit, job.text_key, job.skip_bad)
@@ -75,11 +77,19 @@ def write(
         shards = {s: w.finish()._asdict() for s, w in writers.items() if w.documents}
     return {
         "unit": number,
+        "tokenizer": probed(tokenizer),
         "shards": shards,
         "left_out": {"bad": reader.bad, "empty": reader.empty, "duplicates": kept.dropped},
         "samples": reader.samples,
         "keys": [key.hex() for key in (kept.least, kept.most) if key],
     }
+
+
+def probed(tokenizer: Tokenizer) -> str:
+    """A hash of what a tokenizer is, and of its ids of a fixed text: those hang on the version of
+    the library too."""
+    said = json.dumps(tokenizers.about(tokenizer), sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _add(writer: ShardWriter, batch: Batch, ids: np.ndarray, lengths: np.ndarray) -> None:

@@ -11,12 +11,14 @@ A folder holds `meta.json`, the `tokenizer.json` of its ids (none for bytes), an
 `meta.json` is written last: a folder without it is not finished.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple
+from typing import IO, Any, Iterator, Mapping, NamedTuple
 
+import google_crc32c
 import numpy as np
 
 from kha_jax.data import tokenizers
@@ -168,8 +170,9 @@ def _problems_of_shards(split: str, entries: Any) -> Iterator[str]:
         yield f"holds a shard of {split} twice"
 
 
-def verify(folder: Path, meta: Meta | None = None) -> None:
-    """Compares every shard with its size and sha256, which reads all of them.
+def verify(folder: Path, meta: Meta | None = None, documents: bool = True) -> None:
+    """Compares every shard with its size and sha256, and the files beside it with its ids, which
+    reads all of them. documents: also where those begin.
 
     Raises:
         DataError: names the file that is missing, cut or changed.
@@ -177,19 +180,64 @@ def verify(folder: Path, meta: Meta | None = None) -> None:
     meta = read_meta(folder) if meta is None else meta
     for split in SPLITS:
         for shard in meta.shards[split]:
-            _verify(Path(folder) / f"{shard.name}.bin", shard, meta.dtype)
+            _verify(Path(folder), shard, meta, documents)
 
 
-def _verify(path: Path, shard: Shard, dtype: np.dtype) -> None:
-    digest, size, expected = hashlib.sha256(), 0, shard.tokens * dtype.itemsize
+def _verify(folder: Path, shard: Shard, meta: Meta, documents: bool) -> None:
+    path, expected = folder / f"{shard.name}.bin", shard.tokens * meta.dtype.itemsize
+    digest, size = hashlib.sha256(), 0
+    with contextlib.ExitStack() as held:
+        ids = held.enter_context(_opened(path))
+        sums = _Beside(folder / f"{shard.name}.crc", held)
+        starts = _Beside(folder / f"{shard.name}.documents", held) if documents else None
+        while data := ids.read(16 * BLOCK):
+            digest.update(data)
+            sums.compare(checksums(data))
+            if starts:
+                starts.compare(_starts(data, size, shard.tokens, meta))
+            size += len(data)
+        if size != expected:
+            raise DataError(f"{path} holds {size:,} bytes, {META} says {expected:,}")
+        if digest.hexdigest() != shard.sha256:
+            raise DataError(f"{path} differs from the sha256 in {META}")
+        for beside in filter(None, (sums, starts)):
+            beside.end()
+
+
+def _opened(path: Path) -> IO[bytes]:
     try:
-        with open_regular(path, "rb", largest=2**63) as file:
-            while data := file.read(2**22):
-                digest.update(data)
-                size += len(data)
+        return open_regular(path, "rb", largest=2**63)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    if size != expected:
-        raise DataError(f"{path} holds {size:,} bytes, {META} says {expected:,}")
-    if digest.hexdigest() != shard.sha256:
-        raise DataError(f"{path} differs from the sha256 in {META}")
+
+
+class _Beside:
+    """A file that follows from a shard's ids, held against them as they are read."""
+
+    def __init__(self, path: Path, held: contextlib.ExitStack):
+        self.path, self.file, self.same = path, held.enter_context(_opened(path)), True
+
+    def compare(self, expected: np.ndarray) -> None:
+        """With what the next ids make of it."""
+        data = expected.tobytes()
+        self.same &= self.file.read(len(data)) == data
+
+    def end(self) -> None:
+        """Raises DataError where it is not what all of the ids make of it."""
+        if not self.same or self.file.read(1):
+            raise DataError(f"{self.path} does not belong to its .bin; copy or write it again")
+
+
+def checksums(data: bytes) -> np.ndarray:
+    """What a .crc holds of each block."""
+    blocks = (data[at : at + BLOCK] for at in range(0, len(data), BLOCK))
+    return np.array([google_crc32c.value(block) for block in blocks], CHECKSUM)
+
+
+def _starts(data: bytes, at: int, tokens: int, meta: Meta) -> np.ndarray:
+    """Where the documents begin that follow the ends in these ids; at: bytes before them."""
+    width = meta.dtype.itemsize
+    ids = np.frombuffer(data, meta.dtype, len(data) // width)
+    ends = np.flatnonzero(ids == meta.about["end_of_document"]) + at // width + 1
+    first = [] if at else [0]
+    return np.concatenate([first, ends[ends < tokens]]).astype(DOCUMENT)

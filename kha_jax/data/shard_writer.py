@@ -6,13 +6,11 @@ import os
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
-import google_crc32c
 import numpy as np
 
 from kha_jax.data import tokenizers
 from kha_jax.data.shard_files import (
     BLOCK,
-    CHECKSUM,
     DOCUMENT,
     META,
     SPLITS,
@@ -20,6 +18,7 @@ from kha_jax.data.shard_files import (
     VERSION,
     Meta,
     Shard,
+    checksums,
     id_type,
 )
 from kha_jax.data.tokenizers import Tokenizer
@@ -130,7 +129,7 @@ class ShardWriter:
     def _checksums(self, data: bytes, last: bool = False) -> None:
         data = self.rest + data
         whole = len(data) if last else len(data) // BLOCK * BLOCK
-        self.files[".crc"].write(_checksums(data[:whole]).tobytes())
+        self.files[".crc"].write(checksums(data[:whole]).tobytes())
         self.rest = data[whole:]
 
     def finish(self) -> Shard:
@@ -157,12 +156,6 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror or error}") from None
-
-
-def _checksums(data: bytes) -> np.ndarray:
-    """crc32c of each block."""
-    blocks = (data[at : at + BLOCK] for at in range(0, len(data), BLOCK))
-    return np.array([google_crc32c.value(block) for block in blocks], CHECKSUM)
 
 
 def write_meta(

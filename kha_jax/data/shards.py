@@ -69,10 +69,14 @@ class TokenWindows:
         """The windows of these numbers, each array [B, T].
 
         Raises:
+            IndexError: there is no window of that number.
             DataError: see the class.
         """
         T, end = self.seq_len, self.meta.about["end_of_document"]
-        begins = np.asarray(indices, np.int64) * T
+        windows = np.asarray(indices, np.int64)
+        if windows.size and not 0 <= windows.min() <= windows.max() < self.windows:
+            raise IndexError(f"{self} has windows 0 to {self.windows - 1}, not {indices}")
+        begins = windows * T
         shape = len(begins), T + 1
         if begins.max(initial=0) + T + 1 > self.length:
             row_BT = np.full(shape, end, self.reader.dtype)

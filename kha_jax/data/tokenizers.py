@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Protocol, Sequence
 
@@ -24,6 +25,8 @@ PROBE = (
     "The 3 quick-brown foxes\n\tdidn't  jump: x += f(1234567890)  # naïve\r\n\n"
     "Größe 你好，мир 🙂 e\u0301 <|endoftext|></s><s>"
 ).encode()
+CUT = re.compile(r"(?<=\w)(?=[ \n]\w)")  # before a single space or newline between two words
+WORDS = "one of the first in the world, and it is to be for a\nreturn of that in x = 1"
 ABOUT = {
     "tokenizer": str,
     "vocabulary_size": int,
@@ -39,7 +42,7 @@ class Tokenizer(Protocol):
     vocabulary_size: ids are below it. end_of_document: the id that ends each document and that no
     text encodes to. begin_of_document: the id that begins each, or None. fingerprint: which
     tokenizer it is. in_pieces: whether the ids of a text are those of its pieces, one after
-    another, when it is cut before single spaces or newlines that stand between two word characters.
+    another, when it is cut where CUT says.
     """
 
     vocabulary_size: int
@@ -92,8 +95,8 @@ class ByteTokenizer:
 class JsonTokenizer:
     """What a `tokenizer.json` says, by the package `tokenizers` (extra: hf); a `Tokenizer`.
 
-    Truncation, padding and the special tokens that a post-processor adds are left out: documents
-    are encoded as they are, and who writes them puts begin and end.
+    Truncation, padding, dropout of merges and the special tokens that a post-processor adds are
+    left out: documents are encoded as they are, and who writes them puts begin and end.
 
     Args:
         content: of the file.
@@ -170,12 +173,14 @@ def _built(content: bytes, named: str) -> tuple[Any, dict[str, int], bool]:
             "tokenizer", "a tokenizer.json needs the extra: pip install -e '.[hf]'"
         ) from None
     try:
-        library = tokenizers.Tokenizer.from_buffer(content)
-        in_pieces = _takes_pieces(json.loads(content))
+        library, values = tokenizers.Tokenizer.from_buffer(content), json.loads(content)
+        library.no_truncation()
+        library.no_padding()
+        if values["model"].get("dropout"):  # by which a text has other ids each time
+            library.model.dropout = None
+        in_pieces = _takes_pieces(values) and _same_in_pieces(library)
     except Exception as error:  # the library raises nothing more exact
         raise DataError(f"{named} is no tokenizer.json: {error}") from None
-    library.no_truncation()
-    library.no_padding()
     ids = library.get_vocab(with_added_tokens=True)
     if not ids:
         raise DataError(f"{named} is no tokenizer.json: it has no tokens")
@@ -199,6 +204,17 @@ def _takes_pieces(values: Mapping[str, Any]) -> bool:
         part.get("type") == "Metaspace" or part.get("add_prefix_space")
         for part in parts(values["pre_tokenizer"])
     )
+
+
+def _same_in_pieces(library: Any) -> bool:
+    """Whether common words, cut before each of the spaces between them, have the ids of the whole:
+    some tokens reach over spaces."""
+
+    def ids(text: str) -> list[int]:
+        return library.encode(text, add_special_tokens=False).ids
+
+    whole, places = ids(WORDS), [match.start() for match in CUT.finditer(WORDS)]
+    return all(ids(WORDS[:at]) + ids(WORDS[at:]) == whole for at in places)
 
 
 def _special(library: Any) -> list[str]:
