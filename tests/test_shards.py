@@ -493,6 +493,8 @@ def test_a_bucket_is_not_asked_before_it_is_opened():
         Shards(folder="s3://bucket/shards")
     with pytest.raises(ConfigError, match="cache_dir: does nothing with shards on this machine"):
         Shards(folder="here", cache_dir="there")
+    with pytest.raises(ConfigError, match="cache_dir: must be a folder of this machine"):
+        Shards(folder="gs://bucket/shards", cache_dir="gs://bucket/copy")
 
 
 @pytest.fixture

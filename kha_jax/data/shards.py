@@ -134,6 +134,8 @@ class Shards(DataConfig):
         remote = is_url(self.folder)
         problem = f"does nothing with shards on this machine, found {self.cache_dir}"
         self.require(remote or self.cache_dir is None, "cache_dir", problem)
+        here = self.cache_dir is None or not is_url(self.cache_dir)
+        self.require(here, "cache_dir", f"must be a folder of this machine, found {self.cache_dir}")
         if remote:
             try:
                 buckets.checked(self.folder)
