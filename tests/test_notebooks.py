@@ -76,6 +76,6 @@ def test_notebooks_run(path, runs):
     run.execute(env=ALONE)
     outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
     drawn = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(drawn) >= (0 if path.stem.startswith("04") else 3)
+    assert len(drawn) >= 3
     assert any(output.get("name") == "stdout" for output in outputs)
     assert not [output for output in outputs if output.get("name") == "stderr"]

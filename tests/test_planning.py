@@ -281,7 +281,7 @@ def test_what_divides_nowhere_or_fits_nowhere_is_told_apart():
 
 
 def test_the_fastest_setting_keeps_what_fits():
-    """The issue's goals, from the sizes alone: bounds of 73, 62 and 70%."""
+    """From the sizes alone: bounds of 73, 62 and 70%."""
     for where, goal in (("v5p-128", 0.73), ("v5e-64", 0.62), ("v6e-64", 0.70)):
         slice_ = topology(where)
         found = fastest(config(), slice_, compiled=0)
