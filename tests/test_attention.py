@@ -30,9 +30,11 @@ from kha_jax.comparing.properties import EXACT, PAD, POSITIONS, SEGMENTS, B, T, 
 from kha_jax.config import ConfigError, from_dict, to_dict
 from kha_jax.inference.folding import fold, foldable, folded_config
 from kha_jax.mesh import MeshConfig, make_mesh
+from kha_jax.model import ModelConfig
 from kha_jax.modules import Numerics
 from kha_jax.ops import attention as ops
-from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_config import OptimizerConfig, RunConfig
+from kha_jax.training.step import make_trainer
 from tests import cases, reference_parts
 from tests.cases import (
     CASES,
@@ -181,6 +183,11 @@ def test_the_accounting_counts_what_is_there(name, projection):
     assert found.holds, found.text
 
 
+def in_two_groups(up_gCNH):
+    """[1, C, N, H] -> [2, C, N/2, H]: each group has half of the heads."""
+    return jnp.concatenate(jnp.split(up_gCNH, 2, axis=2))
+
+
 REDUCTIONS = {
     "multi-head attention is collaborative heads that are concatenated": (
         AttentionConfig(projection=PROJECTIONS["shared"]),
@@ -209,10 +216,21 @@ REDUCTIONS = {
             },
         },
     ),
-    "one group of latents is MLA": (
-        AttentionConfig(projection=PROJECTIONS["mla"].replace(groups=1)),
+    "groups whose latents are one and the same are MLA": (
+        AttentionConfig(projection=PROJECTIONS["mla"].replace(groups=2)),
         AttentionConfig(projection=PROJECTIONS["mla"]),
-        lambda params: params,
+        lambda params: {
+            **params,
+            "projection": {
+                **params["projection"],
+                "latent_down": jnp.repeat(params["projection"]["latent_down"], 2, axis=1),
+                "latent_norms_1": params["projection"]["latent_norms_0"],
+                **{
+                    name: in_two_groups(params["projection"][name])
+                    for name in ("key_up", "value_up")
+                },
+            },
+        },
     ),
 }
 
@@ -440,6 +458,15 @@ def page():
         table.update(old)
 
 
+def test_a_step_is_traced(kind="plain", projection="gqa"):
+    """Whatever training asks of an attention: roles, multipliers, the trace of its matrices."""
+    model = ModelConfig(layers=1, width=D, attention=config_of(kind, projection))
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    trainer = make_trainer(RunConfig(batch_size=2, seq_len=8, model=model), mesh)
+    state, _ = jax.eval_shape(trainer.train_step, trainer.abstract, trainer.abstract_batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, trainer.abstract)
+
+
 @pytest.mark.parametrize("kind, seam, projection", ADDED, ids=[kind for kind, *_ in ADDED])
 def test_the_page_adds_a_variant_of_every_kind(page, kind, seam, projection):
     test_agrees_with_the_oracle(kind, projection)
@@ -450,9 +477,15 @@ def test_the_page_adds_a_variant_of_every_kind(page, kind, seam, projection):
     test_causal_and_packed(kind, projection)
     test_the_accounting_counts_what_is_there(kind, projection)
     test_eight_devices_compute_what_one_does(kind, projection)
+    test_a_step_is_traced(kind, projection)
     if seam != "projection":
         test_starts_as_its_projection_alone(kind, projection)
         assert kind in variants(AttentionConfig())
+    else:
+        model = ModelConfig(attention=config_of(kind, projection))
+        rate = OptimizerConfig(value_learning_rate_multiplier=3.0)
+        with pytest.raises(ConfigError, match="^optimizer.value_learning_rate_multiplier: does no"):
+            RunConfig(model=model, optimizer=rate)
     chosen = from_dict(AttentionConfig, {seam: {"kind": kind}})
     assert to_dict(chosen)[seam]["kind"] == kind
 

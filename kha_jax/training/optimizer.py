@@ -61,10 +61,12 @@ def trained(config: OptimizerConfig, axes: Any) -> frozenset[tuple[str, ...]]:
 
 
 def value_weights(model: ModelConfig) -> frozenset[tuple[str, ...]]:
-    """The paths of the weights that make the values of attention."""
+    """The paths of the weights that make the values of attention; projections of your own may have
+    none."""
     return frozenset(
         (part.name, "attention", "projection", part.attention.projection.stream_weights["value"])
         for part in model.segments()
+        if "value" in part.attention.projection.stream_weights
     )
 
 

@@ -145,9 +145,9 @@ class ProfileConfig(Config):
     """A profiler trace, written below the workdir."""
 
     start: int = 0
-    """First step that is traced."""
+    """Steps before the first one that is traced."""
     stop: int = 0
-    """Step before which the trace ends; 0: no trace."""
+    """Last step that is traced; 0: no trace."""
 
     def validate(self):
         self.at_least(0, "start", "stop")
@@ -206,6 +206,9 @@ class RunConfig(Config):
         some = self.optimizer.trainable == "all" or self._has_mixers(self.model)
         problem = "trains nothing with 'mixers': no layer has one with parameters; use 'all'"
         self.require(some, "optimizer.trainable", problem)
+        field = "optimizer.value_learning_rate_multiplier"
+        some = self.optimizer.value_learning_rate_multiplier == 1 or self._has_values(self.model)
+        self.require(some, field, "does nothing: no projection has weights that make values alone")
         shortest = self.data.minimum_seq_len()
         self.require(
             self.seq_len >= shortest,
@@ -216,6 +219,10 @@ class RunConfig(Config):
     @staticmethod
     def _has_mixers(model: ModelConfig) -> bool:
         return any(part.attention.mixer_parameters(model.width) for part in model.segments())
+
+    @staticmethod
+    def _has_values(model: ModelConfig) -> bool:
+        return any("value" in part.attention.projection.stream_weights for part in model.segments())
 
     def with_model(self, model: ModelConfig) -> "RunConfig":
         """The run of another model, all of which is trained where it has no mixers."""
