@@ -5,10 +5,9 @@
     python -m experiments.train --config=configs/kha_moe_tiny.py --config.help
 
 The same command resumes a run that was stopped. Without --config a run folder that is there has its
-own config. Exit codes: 0 done, 2 flags or config, 65 data, 70
-a step hangs, or another process did not come, is gone or cannot go on, 74 checkpoint storage, 75
-stopped by SIGTERM or Ctrl-C after a save (run it again), 76 too many non-finite steps, or a
-state that is not finite.
+own config. Exit codes: 0 done, 2 flags or config, 65 data, 70 a step hangs, or another process did
+not come, is gone or cannot go on, 74 checkpoint storage, 75 stopped by SIGTERM or Ctrl-C after a
+save (run it again), 76 too many non-finite steps, or a state that is not finite.
 """
 
 import contextlib

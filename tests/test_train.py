@@ -2,14 +2,18 @@
 and go on."""
 
 import json
+import logging
 import shutil
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from experiments.train_loop.reporter import Profile
 from kha_jax.analysis.leaves import Checkpoint
+from kha_jax.training.run_config import ProfileConfig, RunConfig
 from tests.commands import run_all
 from tests.runs import (
     STEPS,
@@ -147,7 +151,28 @@ def test_a_profile_is_written(cache, tmp_path):
     assert code == 0 and list((tmp_path / "profile").rglob("*.xplane.pb")), err
     shutil.rmtree(tmp_path / "checkpoints" / "00000004")  # resume in the middle of the traced steps
     code, _, err = finish(start(cache, tmp_path, "--config.steps=4", *flags))
-    assert code == 0, err
+    assert code == 0 and "config.profile.start=1: no trace, steps 3 to 4 are left" in err, err
+
+
+@pytest.mark.parametrize(
+    ("begin", "stop", "first_step", "traced"),
+    [(1, 3, 0, (2, 3)), (0, 1, 0, (1, 1)), (2, 9, 0, (3, 4)), (1, 3, 2, None), (6, 8, 0, None)],
+)
+def test_steps_are_traced_while_the_run_has_them_and_none_is_said(
+    begin, stop, first_step, traced, monkeypatch, caplog, tmp_path
+):
+    """A trace ends with the run; one whose first step has passed, or never comes, is none."""
+    at, found = [0], []
+    for method in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, method, lambda *_: found.append(at[0]))
+    monkeypatch.setattr(logging.getLogger("kha_jax"), "propagate", True)
+    config = RunConfig(steps=4, profile=ProfileConfig(start=begin, stop=stop))
+    profile = Profile(config, tmp_path, first_step)
+    for at[0] in range(first_step + 1, config.steps + 1):
+        profile.before(at[0])
+        profile.after(at[0], ())
+    assert found == list(traced or ())
+    assert ("no trace" in caplog.text) == (traced is None)
 
 
 def test_steps_that_are_never_finite_stop_the_run_with_its_own_code(cache, tmp_path):

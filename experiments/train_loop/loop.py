@@ -154,7 +154,7 @@ def train(run: Run, state: TrainState) -> int:
 def _steps(run: Run, state: TrainState, reporter: Reporter) -> int:
     config, first_step, reader = run.config, int(state.step), run.reader(int(state.step))
     vote = SaveVote(config.checkpoint.every_minutes, run.mesh)
-    profile = Profile(config, run.workdir / "profile")
+    profile = Profile(config, run.workdir / "profile", first_step)
     for step in range(first_step + 1, config.steps + 1):
         profile.before(step)
         run.pace.step(step)

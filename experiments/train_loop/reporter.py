@@ -12,7 +12,6 @@ import jax
 
 from experiments.train_loop.progress import Progress
 from experiments.train_loop.stop import SAVE_DUE
-from kha_jax import accounting
 from kha_jax.attention.attention import LARGEST
 from kha_jax.data import Draws, Source
 from kha_jax.hardware import chips
@@ -57,7 +56,7 @@ class Reporter:
         self.clock, self.pace, self.examples = clock, pace, len(source)
         self.pending, self.nonfinite, self.save_due = None, 0, False
         self.timed = False  # a line of this start says where the time went
-        cost = accounting.account(config.model, config.seq_len, tokens=config.tokens_per_step)
+        cost = config.cost()
         peak = chips.peak_flops(jax.devices()[0].device_kind) * mesh.devices.size
         self.meter = Meter(cost.training_flops, peak)
         rule = spike_rule(config.steps)
@@ -136,21 +135,25 @@ class Reporter:
 
 
 class Profile:
-    """The profiler trace that the config asks for."""
+    """The profiler trace that the config asks for, of a run that goes on after first_step."""
 
-    def __init__(self, config: RunConfig, folder: Path):
-        self.wanted, self.folder, self.running = config.profile, folder, False
+    def __init__(self, config: RunConfig, folder: Path, first_step: int):
+        self.first, self.last = config.profile.start + 1, min(config.profile.stop, config.steps)
+        self.folder, self.running = folder, False
         self.profiler = Spared("the profile", lambda: jax.profiler)
+        if self.last and not first_step < self.first <= self.last:
+            there = f"steps {first_step + 1} to {config.steps} are left"
+            log.warning("config.profile.start=%d: no trace, %s", config.profile.start, there)
 
     def before(self, step: int) -> None:
-        if self.wanted.stop and step == self.wanted.start + 1:
+        if self.last and step == self.first:
             self.profiler.call("start_trace", str(self.folder))
             self.running = not self.profiler.lost
 
     def after(self, step: int, state: Any) -> None:
-        if self.running and step == self.wanted.stop:
+        if self.running and step == self.last:
             jax.block_until_ready(state)
             self.profiler.call("stop_trace")
             self.running = False
             if not self.profiler.lost:
-                log.info("profile of steps %d to %d: %s", self.wanted.start, step - 1, self.folder)
+                log.info("profile of steps %d to %d: %s", self.first, step, self.folder)
