@@ -27,7 +27,7 @@ from experiments.run_folders import stored
 from experiments.sweeps import page
 from kha_jax import analysis
 from kha_jax.analysis import curves, figures, heads, measures, style
-from kha_jax.analysis.reading import STREAMS, Run, Stack, saved_steps
+from kha_jax.analysis.reading import STREAMS, Run, Stack, bare_checkpoint, saved_steps
 from kha_jax.errors import CheckpointError
 from kha_jax.storage import as_written, write_text
 
@@ -57,6 +57,7 @@ def open_runs() -> list[Run]:
     """
     if not WORKDIR.value:
         raise UsageError("--workdir: is required; name run folders, such as runs/kha_tiny")
+    command_line.refuse_empty(WORKDIR)
     paths = [_place(path) for path in WORKDIR.value]
     for path in paths:
         try:
@@ -203,7 +204,15 @@ def write(out: Path) -> list[Run]:
 
 
 def watch(out: Path) -> None:
-    """Writes again whenever a run has come further, until all are done; Ctrl-C ends it."""
+    """Writes again whenever a run has come further, until all are done; Ctrl-C ends it.
+
+    Raises:
+        UsageError: one of the folders is no run's, and will never be done.
+    """
+    for path in WORKDIR.value:
+        if bare_checkpoint(_place(path)):
+            problem = "is a bare checkpoint, to which nothing is added; name a run folder"
+            raise UsageError(f"--watch: --workdir={path} {problem}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     seen = said = None
     try:

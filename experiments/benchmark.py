@@ -18,11 +18,11 @@ moments, in the call and in the step after it, how long the save takes in all, a
 evaluate: requests of benchmarks, scored here and by lm-eval's back end for transformers (extras:
 eval, hf, interop), in the peer shape. scaling: step time and memory of ways for heads to interact
 against the length of a row, with what the accounting predicts, and a figure (extra: plots); the one
-suite that takes --config. convert: importing and exporting a stock
-folder of 2 GB, beside a copy of it with a checksum. data: reading shards, against their windows one
-at a time; making them of --megabytes of text, against `tokenizers` alone (extras: hf, data); the
-memory of both; and how long kha_tiny waits for batches.
-Nothing here is a test; the figures go into docs/performance.md with the machine's name.
+suite that takes --config. convert: importing and exporting a stock folder of 2 GB, beside a copy of
+it with a checksum. data: reading shards, against their windows one at a time; making them of
+--megabytes of text, against `tokenizers` alone (extras: hf, data); the memory of both; and how long
+kha_tiny waits for batches. Nothing here is a test; the figures go into docs/performance.md with the
+machine's name.
 """
 
 import json
@@ -31,10 +31,12 @@ import statistics
 from typing import IO, Any
 
 from absl import flags
+from ml_collections import config_flags
 from rich.table import Table
 
 from experiments.cli import command_line, terminal
 from experiments.cli.codes import UsageError
+from experiments.run_folders import stored
 from experiments.timing import peers, turns
 
 command_line.define_config()
@@ -60,6 +62,16 @@ LENGTHS = flags.DEFINE_list(
 OUT = flags.DEFINE_string("out", "figures", "Folder of the figure of `scaling`.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
+# Flags that some suites take; the others refuse them.
+TAKEN_BY = {
+    "config": ("scaling",),
+    "lengths": ("scaling",),
+    "out": ("scaling",),
+    "save_to": ("saving", "convert", "data"),
+    "megabytes": ("data",),
+    "torch_compile": ("dense", "moe"),
+    "rounds": ("dense", "moe", "decode", "saving", "scaling", "evaluate", "data"),
+}
 LEVELLED = 30  # steps after which a mixture's experts have nearly equal loads; 13% slower at first
 VARIANTS = {"baseline": "baseline", "KHA-MLP on v": "mlp", "KHA-Linear on q, k, v": "linear"}
 
@@ -272,7 +284,6 @@ def variants() -> dict[str, Any]:
 
 def scaling() -> dict[str, Any]:
     """See the module's docstring."""
-    from experiments.run_folders import stored
     from experiments.timing import scaling
     from kha_jax.training.run_config import RunConfig
 
@@ -354,8 +365,24 @@ def json_file(mode: str) -> IO[str]:
         raise UsageError(f"--json={JSON.value} cannot be written: {error.strerror}") from None
 
 
+def check_flags() -> None:
+    """Flags that do nothing in this suite are refused."""
+    config = flags.FLAGS["config"]
+    given = {name for name in TAKEN_BY if flags.FLAGS[name].present}
+    given |= {"config"} if config_flags.get_override_values(config) else set()
+    for name in sorted(given):
+        if SUITE.value not in TAKEN_BY[name]:
+            owners = " and ".join(TAKEN_BY[name])
+            problem = f"does nothing with --suite={SUITE.value}; it belongs to {owners}"
+            raise UsageError(f"--{name}: {problem}")
+    command_line.refuse_empty(JSON)
+    if SAVE_TO.value is not None and not stored.local_folder("save_to", SAVE_TO.value).is_dir():
+        raise UsageError(f"--save_to={SAVE_TO.value}: is no folder; name one that is there")
+
+
 def main() -> None:
     """Runs one suite."""
+    check_flags()
     json_file("a").close()  # before minutes of measuring
     figures = SUITES[SUITE.value]()
     with json_file("w") as file:

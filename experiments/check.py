@@ -52,6 +52,7 @@ def check_all(found: dict[str, Member]) -> int:
 
 def main() -> int:
     """See the module's docstring."""
+    command_line.refuse_empty(ADD, ONLY)
     config: RunConfig = command_line.parse_config(RunConfig)
     found = members.members(config, ADD.value, ONLY.value)
     quickly_on_cpus()

@@ -271,12 +271,16 @@ def show_ranking(found: list[Setting]) -> None:
 
 def check_flags() -> None:
     """Flags that do nothing beside each other are refused."""
+    command_line.refuse_empty(TOPOLOGY, SWEEP, COMPARE)
     typed = ["--" + argument.lstrip("-") for argument in sys.argv[1:] if argument.startswith("-")]
     if COMPARE.value and any(argument.startswith("--config.") for argument in typed):
         raise UsageError(
             "--compare: takes the variants of the config file as they are; leave out "
             "--config.FIELD=VALUE"
         )
+    path, _, variant = flags.FLAGS["config"].config_filename.partition(":")
+    if COMPARE.value and variant:
+        raise UsageError(f"--compare: names the variants of {path}; leave out :{variant}")
     if SEQUENCES.value and any(a.startswith("--config.accumulation") for a in typed):
         raise UsageError(
             "--sequences_per_device: says how many micro-batches there are; leave out "

@@ -225,11 +225,19 @@ def write_csv(path: str, rows: dict[str, Row]) -> None:
         raise UsageError(f"--csv={path} cannot be written: {error.strerror}") from None
 
 
+def check_flags() -> None:
+    """Flags that do nothing beside each other are refused."""
+    command_line.refuse_empty(MATCH, ADD, ONLY, CSV)
+    needs = {"rounds": MEASURE, "seeds": TRAIN, "out": TRAIN}
+    for name, other in needs.items():
+        if flags.FLAGS[name].present and not other.value:
+            raise UsageError(f"--{name}: does nothing without --{other.name}")
+
+
 def main() -> int | None:
     """See the module's docstring."""
+    check_flags()
     members.check_match(MATCH.value)
-    if not MATCH.value:
-        raise UsageError("--match=: name one of params, flops, cache")
     config: RunConfig = command_line.parse_config(RunConfig)
     found = members.members(config, ADD.value, ONLY.value)
     jax.config.update("jax_num_cpu_devices", members.WAYS)

@@ -352,6 +352,31 @@ INPUTS = {
         "--out=: names no folder",
     ),
     "a plan of no slice": (no_damage, ("plan", "--topology=v9:1x1"), 2, "v9:1x1"),
+    "a plan of no name": (no_damage, ("plan", "--topology="), 2, "--topology=: names nothing; is"),
+    "a plan of two variants": (
+        no_damage,
+        ("plan", "--config=configs/moe_2b.py:linear", "--compare=baseline"),
+        2,
+        "--compare: names the variants of configs/moe_2b.py; leave out :linear",
+    ),
+    "analyze of a run and nothing": (
+        no_damage,
+        ("analyze", "--workdir={run},"),
+        2,
+        "run,: names nothing",
+    ),
+    "analyze of a step that is not kept": (
+        no_damage,
+        ("analyze", "--workdir={run}", "--step=9"),
+        2,
+        "step 9 is not kept; it has [",
+    ),
+    "watching a bare checkpoint": (
+        no_damage,
+        ("analyze", "--workdir={run}/checkpoints/00000002", "--watch=1"),
+        2,
+        "is a bare checkpoint, to which nothing is added",
+    ),
     "a plan in 5 dimensions": (
         no_damage,
         ("plan", "--topology=v5p:2x2x2x2x2"),

@@ -18,7 +18,7 @@ from kha_jax.analysis import curves, figures, measures, reading, style
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.mixers import UnsharedLinear
 from kha_jax.config import from_dict, to_dict
-from kha_jax.errors import CheckpointError
+from kha_jax.errors import CheckpointError, RunError
 from kha_jax.mesh import make_mesh
 from kha_jax.model import ModelConfig
 from kha_jax.ops import matrices
@@ -326,6 +326,19 @@ def test_the_trace_is_that_of_the_matrices(run):
         assert np.all(norm > 0.9) and np.all(norm < 1 + 1e-4)
 
 
+def test_a_trace_has_the_steps_that_all_segments_have():
+    """What is not finite is left out, segment by segment."""
+    name = "knocking/{}/value/kernel/spectral_norm"
+    rows = [
+        {"step": step, name.format("layers"): [1.0 * step], name.format("layers_2"): [2.0 * step]}
+        for step in (10, 20, 30)
+    ]
+    del rows[1][name.format("layers_2")]
+    steps, values = analysis.trace(rows)["value/kernel"]["spectral_norm"]
+    np.testing.assert_array_equal(steps, [10, 30])
+    np.testing.assert_array_equal(values, [[10, 20], [30, 60]])
+
+
 def test_a_step_logs_the_trace_of_what_it_made(trainer):
     _, made = trainer
     ids = jax.ShapeDtypeStruct((4, 64), jnp.int32)
@@ -381,8 +394,11 @@ def test_what_is_not_there_is_said_in_one_line(run, tmp_path):
     run, _ = run
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         analysis.Run(tmp_path)
-    with pytest.raises(CheckpointError, match=r"step 30 is not kept; it has \[20, 40\]"):
+    with pytest.raises(RunError, match=r"step 30 is not kept; it has \[20, 40\]"):
         analysis.Run(run.folder, 30)
+    bare = run.folder / "checkpoints" / "00000040"
+    with pytest.raises(RunError, match="is a bare checkpoint of one step; leave out --step"):
+        analysis.Run(bare, 40)
     with pytest.raises(CheckpointError, match="has no leaf params/nothing"):
         run.checkpoint.read(["params/nothing"])
     with pytest.raises(CheckpointError, match="metrics.jsonl: No such file"):

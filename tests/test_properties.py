@@ -200,14 +200,21 @@ def test_the_command_compares_what_a_user_brings(own, tmp_path):
         "only": ("--only=melp",),
         "add": ("--add=nowhere.py",),
         "lengths": ("--suite=scaling", "--lengths=256,x"),
+        "another suite": ("--suite=variants", "--config.steps=3"),
+        "no disk": ("--suite=saving", f"--save_to={tmp_path / 'none'}"),
+        "seeds": ("--seeds=3",),
+        "nothing": ("--only=",),
+        "multiple": (*own[:1], "--only=mlp", "--multiple=100000", f"--csv={path}"),
+        "frozen": ("--config.optimizer.trainable=mixers", "--only=mlp"),
         "narrow": ("--match=cache,params", "--only=latent"),
         "other steps": (*own[:1], "--only=mlp", "--train=3", f"--out={tmp_path / 'zoo'}"),
     }
     of_another_budget = tmp_path / "zoo" / "mlp-seed0"
     (of_another_budget / "checkpoints" / "00000009").mkdir(parents=True)
     (of_another_budget / "config.json").write_text(json.dumps(to_dict(RunConfig(steps=9))))
+    measured = "lengths", "another suite", "no disk"
     lines = [
-        ("benchmark" if name == "lengths" else "zoo", list(arguments))
+        ("benchmark" if name in measured else "zoo", list(arguments))
         for name, arguments in cases.items()
     ]
     found = dict(zip(cases, run_all(lines, tmp_path / "cache")))
@@ -224,6 +231,12 @@ def test_the_command_compares_what_a_user_brings(own, tmp_path):
         ("match", "--match=params,flops: parameters and FLOPs"),
         ("only", "--only=melp: is not known; did you mean 'mlp'?"),
         ("add", "--add: no file nowhere.py"),
+        ("another suite", "--config: does nothing with --suite=variants; it belongs to scaling"),
+        ("no disk", "/none: is no folder; name one that is there"),
+        ("seeds", "--seeds: does nothing without --train"),
+        ("nothing", "--only=: names nothing; is a variable of the shell not set?"),
+        ("multiple", "--multiple=100000: config.model.feed_forward.width: cannot be small enough"),
+        ("frozen", "error: config.optimizer.trainable: trains nothing with 'mixers'"),
         ("lengths", "--lengths=256,x: 'x' is no length of a row; write numbers from 2 on"),
         ("other steps", "/zoo: mlp-seed0 there began with config.steps=9, these flags make it 3"),
     ):

@@ -208,6 +208,17 @@ def _meant_flag(name: str, argv: list[str]) -> str:
     return near(name, known)
 
 
+def refuse_empty(*given: flags.FlagHolder) -> None:
+    """Raises UsageError where a flag was typed and names nothing, or nothing at one of its
+    commas."""
+    for flag in given:
+        values = flag.value if isinstance(flag.value, list) else [flag.value]
+        if flags.FLAGS[flag.name].present and not (values and all(values)):
+            typed = ",".join(values)
+            problem = "names nothing; is a variable of the shell not set?"
+            raise UsageError(f"--{flag.name}={typed}: {problem}")
+
+
 def give_up(message: str, code: int = HANG, stacks: bool = False) -> None:
     """Ends the process at once: leaving in order would wait once more for what did not come.
 

@@ -16,7 +16,7 @@ from kha_jax.accounting import Accounting, account, cache_bytes
 from kha_jax.attention import AttentionConfig
 from kha_jax.comparing.budget import MEASURES, Fit, fit, folds, fused_kernel
 from kha_jax.comparing.properties import Layer, collectives_of
-from kha_jax.config import ConfigError, near
+from kha_jax.config import ConfigError, near, under
 from kha_jax.model import ModelConfig
 from kha_jax.training.run_config import RunConfig
 
@@ -53,7 +53,8 @@ def all_members(
     typed = config_flags.get_override_values(named)
     given = (f"--config={named.config_filename}", *(f"--config.{k}={v}" for k, v in typed.items()))
     baseline = config.model.with_attention(plain)
-    yield "baseline", Member(config.replace(model=baseline), (), given, config)
+    with under("config"):
+        yield "baseline", Member(config.replace(model=baseline), (), given, config)
     attention = baseline.attention
 
     def varied(name, a):
@@ -221,13 +222,19 @@ def matched(rows: Sequence[Wanted], measures: Sequence[str]) -> list[Wanted]:
 def fitted(
     found: dict[str, Member], measures: Sequence[str], multiple: int
 ) -> tuple[Accounting, dict[str, Member], dict[str, Row]]:
-    """The baseline's costs, and all members that can be brought to them, with their rows."""
+    """The baseline's costs, and all members that can be brought to them, with their rows.
+
+    Raises:
+        UsageError: the baseline cannot, since widths are multiples of too large a number.
+    """
     config, lines, rows = found["baseline"].run, {}, {}
     budget = account(config.model, config.seq_len, tokens=config.tokens_per_step)
     for name, member in found.items():
         try:
             result, cost = brought(member.run.model, config, measures, member.keep, multiple)
         except ConfigError as error:
+            if name == "baseline":
+                raise UsageError(f"--multiple={multiple}: {error.under('config.model')}") from None
             log.info("left out %s: %s", name, error.under("config.model"))
             continue
         width, own = (m.feed_forward.width for m in (result.model, config.model))

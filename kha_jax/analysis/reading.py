@@ -22,7 +22,7 @@ from kha_jax.attention.mixers import (
     repetition,
 )
 from kha_jax.attention.scores import TalkingHeads
-from kha_jax.errors import CheckpointError
+from kha_jax.errors import CheckpointError, RunError
 from kha_jax.metrics import plain_row, read_lines
 from kha_jax.model import ModelConfig
 from kha_jax.runs.manifest import MANIFEST, check_whose, folder_name, read_manifest
@@ -73,6 +73,13 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
     return sorted(int(n) for n in names if n.isdigit() and (folder / n / MANIFEST).exists())
 
 
+def bare_checkpoint(path: epath.PathLike) -> epath.Path | None:
+    """Where the arrays of a bare checkpoint lie, in its folder or the `state` in it; None of any
+    other folder."""
+    places = [address(p) for p in (epath.Path(path), epath.Path(path) / "state")]
+    return next((p for p in places if (p / "_METADATA").exists()), None)
+
+
 class Run:
     """What can be looked at in a run folder, or in a bare checkpoint (a step's folder, or the
     `state` in it, without metrics and config).
@@ -81,19 +88,21 @@ class Run:
     megabytes must not read the rest.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is of another run.
-        RunError, DataError: see `read_config`.
+        CheckpointError: there is no checkpoint, or it is of another run.
+        RunError: the step is not kept; see also `read_config`.
+        DataError: see `read_config`.
     """
 
     def __init__(self, path: epath.PathLike, step: int | None = None):
         self.folder, self.name = epath.Path(path), epath.Path(path).name
-        bare = [address(p) for p in (self.folder, self.folder / "state")]
-        found = next((p for p in bare if (p / "_METADATA").exists()), None)
+        found = bare_checkpoint(path)
         self.steps = [] if found else saved_steps(self.folder)
         if found is None and not self.steps:
             raise CheckpointError(f"{self.folder}: holds no checkpoint yet")
+        if found and step is not None:
+            raise RunError(f"{self.folder}: is a bare checkpoint of one step; leave out --step")
         if step is not None and step not in self.steps:
-            raise CheckpointError(f"{self.folder}: step {step} is not kept; it has {self.steps}")
+            raise RunError(f"{self.folder}: step {step} is not kept; it has {self.steps}")
         self.step = step if found or step is not None else self.steps[-1]
         self.checkpoint = Checkpoint(
             found or address(self.folder / "checkpoints" / folder_name(self.step)) / "state"
@@ -312,7 +321,7 @@ def _drawable(value: Any) -> bool:
 
 def trace(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """{place: {measure: (steps, values [steps, L])}} of what training logged of its matrices,
-    segments one after another; see `optimizer.trace`."""
+    segments one after another; see `training.trace`."""
     logged: dict[tuple[str, str], dict[str, list[tuple[int, list[float]]]]] = {}
     names = {name: None for row in rows for name in row if name.startswith(TRACE)}
     for name in sorted(names, key=_natural):
@@ -321,7 +330,9 @@ def trace(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[np.ndarray, n
         logged.setdefault((f"{slot}/{matrix}", measure), {})[name] = found
     out: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for (place, measure), segments in sorted(logged.items(), key=lambda entry: _shown(entry[0][0])):
-        steps = np.array([step for step, _ in next(iter(segments.values()))])
-        values = [np.array([value for _, value in found]) for found in segments.values()]
-        out.setdefault(place, {})[measure] = (steps, np.concatenate(values, axis=1))
+        by_step = [dict(found) for found in segments.values()]
+        # one segment may be without a step: what is not finite is no line
+        if steps := sorted(set.intersection(*map(set, by_step))):
+            values = [np.array([own[step] for step in steps]) for own in by_step]
+            out.setdefault(place, {})[measure] = np.array(steps), np.concatenate(values, axis=1)
     return out
