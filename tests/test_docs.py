@@ -1,5 +1,6 @@
 """The documentation: what it links to exists, what it tells one to type parses, its Python runs."""
 
+import configparser
 import csv
 import itertools
 import os
@@ -70,6 +71,16 @@ def test_links_and_files_exist(path):
 def test_every_page_is_in_the_index():
     linked = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text())
     assert sorted(linked) == [path.name for path in DOCS if path.name != "README.md"]
+
+
+def test_every_extra_is_named_where_one_looks_for_it():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = set(setup["options.extras_require"])
+    install = (ROOT / "docs" / "install.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", install, re.MULTILINE)) == extras
+    readme = (ROOT / "README.md").read_text()
+    assert extras <= set(re.findall(r"(?:`|EXTRAS=)(\w+)", readme))
 
 
 def test_the_readme_is_short():

@@ -250,8 +250,10 @@ class MixtureOfHeadsModule(OutputMixerModule):
         c, gates, aux = self.config, [], no_aux()
         S, R = c.shared_heads, self.heads - c.shared_heads
         renormalised = c.gates == "renormalised"
+        # shared heads
         if S:
             gates.append(self._softmax("shared", x_BTD, S) * (S if renormalised else 1))
+        # routed heads: the top_k of each token
         if R:
             p_BTR = self._softmax("routed", x_BTD, R)
             chosen_BTk = jax.lax.top_k(jax.lax.stop_gradient(p_BTR), c.top_k)[1]
@@ -261,6 +263,7 @@ class MixtureOfHeadsModule(OutputMixerModule):
                 gate_BTR *= c.top_k / jnp.sum(gate_BTR, axis=-1, keepdims=True)
             gates.append(gate_BTR)
             aux = routing(p_BTR, chosen_BTR, c.balance_rate)
+        # the weight of either kind
         if S and R:
             kinds_BT2 = self._softmax("kinds", x_BTD, 2) * (2 if renormalised else 1)
             gates = [gate * kinds_BT2[..., i : i + 1] for i, gate in enumerate(gates)]

@@ -79,6 +79,7 @@ def _chunked_forward(q_BTNH, k_BSKH, v_BSKU, segment_ids_BT, scale):
             stop - start,
             scale,
         )
+        # softmax; e is kept apart from the product below, see `chunked`
         top = s.max(axis=-1, keepdims=True)
         e = jax.lax.optimization_barrier(jnp.exp(s - top))
         z = e.sum(axis=-1, keepdims=True)
@@ -103,8 +104,10 @@ def _chunked_backward(scale, residuals, d_o_BTNU):
     for (start, stop), log_z_PR1 in zip(chunks(T), log_z):
         rows = slice(start * G, stop * G)
         q, d_o, k, v = q_PRH[:, rows], d_o_PRU[:, rows], k_PSH[:, :stop], v_PSU[:, :stop]
+        # the probabilities again, from their log-partition
         s = _chunk_logits(q, k, segment_ids_BT, start, stop - start, scale)
         p = jax.lax.optimization_barrier(jnp.exp(s - log_z_PR1))
+        # through the softmax: d_s = p (d_p - sum of d_p p), and that sum is the one of d_o o
         d_p = jnp.einsum("PRU,PSU->PRS", d_o, v, preferred_element_type=jnp.float32)
         d_s = jax.lax.optimization_barrier(
             (p * (d_p - row_sum_PR1[:, rows]) * scale).astype(q.dtype)

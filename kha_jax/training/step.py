@@ -254,6 +254,7 @@ def _train_step(config, model, tx, only, state, batch):
         (value, (sums, aux)), grads = gradient(own, micro_batch)
         return jax.tree.map(jnp.add, total, (value, sums, grads)), aux
 
+    # sums over all micro-batches
     if config.accumulation == 1:
         (value, (sums, aux)), grads = gradient(own, batch)
     else:
@@ -270,6 +271,7 @@ def _train_step(config, model, tx, only, state, batch):
         means = jax.tree.map(lambda z: jnp.mean(z, axis=0), aux.metrics)
         aux = aux._replace(counts=counts, metrics=means)
 
+    # the gradient of the mean over tokens, and its norm
     tokens = jnp.maximum(sums.tokens, 1)
 
     def mean():  # within its consumers, so that it is never written out
@@ -286,7 +288,8 @@ def _train_step(config, model, tx, only, state, batch):
         params = optimizer.overlaid(after, state.params)
         return TrainState(state.step, params, balance, moments)
 
-    # Branches, since a selection would hold the state of before beside the one of after.
+    # The update, where all of it is finite: by branches, since a selection would hold the state of
+    # before beside the one of after.
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
     after = jax.lax.cond(finite, updated, lambda state: state, state)
     metrics = {
