@@ -19,10 +19,10 @@ evaluate: requests of benchmarks, scored here and by lm-eval's back end for tran
 eval, hf, interop), in the peer shape. scaling: step time and memory of ways for heads to interact
 against the length of a row, with what the accounting predicts, and a figure (extra: plots); the one
 suite that takes --config. convert: importing and exporting a stock folder of 2 GB, beside a copy of
-it with a checksum. data: reading shards, against their windows one at a time; making them of
---megabytes of text, against `tokenizers` alone (extras: hf, data); the memory of both; and how long
-kha_tiny waits for batches. Nothing here is a test; the figures go into docs/performance.md with the
-machine's name.
+it with a checksum, and `convert import` of 135M parameters from the command to the run folder.
+data: reading shards, against their windows one at a time; making them of --megabytes of text,
+against `tokenizers` alone (extras: hf, data); the memory of both; and how long kha_tiny waits for
+batches. Nothing here is a test; the figures go into docs/performance.md with the machine's name.
 """
 
 import json
@@ -326,7 +326,8 @@ def convert() -> dict[str, Any]:
     ]
     terminal.say(
         f"a folder of {out['bytes'] / 1e9:.1f} GB, {machine()}: a copy with checksum "
-        f"{out['copy']:.1f} s; {'; '.join(said)}"
+        f"{out['copy']:.1f} s; {'; '.join(said)}; convert import of 135M parameters "
+        f"{out['command']:.1f} s"
     )
     return out
 

@@ -24,7 +24,7 @@ from experiments.cli import command_line, terminal
 from experiments.cli.codes import UsageError
 from experiments.cli.commands import Command, command_of
 from experiments.converting import stock
-from experiments.converting.written import being_written, new_folder, write_run
+from experiments.converting.written import being_written, carry, new_folder, write_run
 from experiments.run_folders import identity, stored
 from kha_jax.accounting import cache_bytes
 from kha_jax.analysis import costs, style
@@ -37,6 +37,7 @@ from kha_jax.model import ModelConfig
 from kha_jax.runs.arrays import leaves
 from kha_jax.runs.manifest import folder_name, read_manifest
 from kha_jax.training.run_config import RunConfig
+from kha_jax.training.run_folder import read_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Required: run folder to read.")
 OUT = flags.DEFINE_string("out", None, "Required: folder to write; holds nothing yet.")
@@ -123,11 +124,14 @@ def _spread(z: np.ndarray) -> float:
     return float(np.sqrt(z.var(axis=-1).mean()))
 
 
-def made_of(out: Path, config: RunConfig, step: int, variables: dict[str, Any]) -> None:
+def made_of(
+    source: Path, out: Path, config: RunConfig, step: int, variables: dict[str, Any]
+) -> None:
     """Writes a run made of that of --workdir, with whose text it goes on."""
-    about = read_manifest(Path(WORKDIR.value) / "checkpoints" / folder_name(step))
+    about = read_manifest(source / "checkpoints" / folder_name(step))
     about["converted_from"] = WORKDIR.value
     with being_written(out) as made:
+        carry(source, made)
         write_run(made, config, step, leaves(variables).items(), about)
 
 
@@ -146,8 +150,8 @@ def fold() -> None:
     In float32; compares the logits with those of the mixers applied to the activations, on random
     tokens, prints the largest change, and writes a baseline run of the same step.
     """
-    out = new_folder(OUT.value)
-    config, step, variables = stored.read_run(WORKDIR.value, STEP.value)
+    out, source = new_folder(OUT.value), stored.run_folder("workdir", WORKDIR.value)
+    config, step, variables = read_run(source, STEP.value)
     try:
         slots = foldable_slots(config.model)
     except ConfigError as error:
@@ -158,7 +162,7 @@ def fold() -> None:
     unfolded = config.model.with_attention(on_activations)
     change = logit_change((unfolded, variables), (model, folded), config.seq_len)
     change.check(FOLDED if TOLERANCE.value is None else TOLERANCE.value)
-    made_of(out, config.with_model(model), step, folded)
+    made_of(source, out, config.with_model(model), step, folded)
     print(
         f"folded {', '.join(slots)}: largest logit change {change.largest:.3g} of "
         f"{change.logit:.3g}, in float32; {out} is without them at step {step}"
@@ -180,7 +184,8 @@ def compress() -> None:
         raise UsageError("--kv_heads: is required; name fewer than the run has, such as 2")
     if not layers:
         raise UsageError(f"--layers={LAYERS.value}: write the first one and a dash, such as 12-")
-    config, step, variables = stored.read_run(WORKDIR.value, STEP.value)
+    source = stored.run_folder("workdir", WORKDIR.value)
+    config, step, variables = read_run(source, STEP.value)
     if config.optimizer.mixer.decay == "to_identity":
         problem = "pulls the composition to where it did not start; use weights or none"
         raise UsageError(f"config.optimizer.mixer.decay: 'to_identity' {problem}")
@@ -197,7 +202,7 @@ def compress() -> None:
     if TOLERANCE.value is not None:
         change.check(TOLERANCE.value)
     written = config.with_model(model)
-    made_of(out, written, step, changed)
+    made_of(source, out, written, step, changed)
     show_profiles(profiles, KV_HEADS.value)
     before, after = (cache_bytes(m) for m in (config.model, model))
     print(

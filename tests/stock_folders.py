@@ -1,11 +1,14 @@
 """Small stock folders, made by transformers with random weights: one row a family. Widths are odd
-on purpose: none is another or its double, so that a transposed tensor has another shape."""
+on purpose: none is another or its double, so that a transposed tensor has another shape. What has
+no class there is made in tests/ling.py, or is another's under its own name."""
 
 import functools
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from tests import ling
 
 D, N, K, H, F, V, LAYERS = 48, 6, 2, 16, 80, 280, 3
 BASE = {
@@ -50,6 +53,8 @@ DEEPSEEK = {
     "rms_norm_eps": 1e-5,
 }
 MSCALE = {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}
+KIMI = {**YARN, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+SAME = {"kimi_k2": "deepseek_v3"}  # the class that computes it
 # Name of the row: (model_type, what differs from BASE).
 FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rms_norm_eps": 1e-5, "num_key_value_heads": N}),
@@ -73,6 +78,11 @@ FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v3",
         {**DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False},
     ),
+    "kimi_k2": (
+        "kimi_k2",
+        {**DEEPSEEK, "q_lora_rank": 24, "n_group": 1, "topk_group": 1, "rope_parameters": KIMI},
+    ),
+    "bailing_moe": ("bailing_moe", {}),
     "glm4_moe": ("glm4_moe", {**ROUTED, **HEADS, "use_qk_norm": True, "attention_bias": True}),
     "dots1": ("dots1", {**ROUTED, "norm_topk_prob": True, "sliding_window": None}),
 }
@@ -85,27 +95,33 @@ def folder(name: str) -> Path:
     import transformers
 
     kind, fields = FOLDERS[name]
+    path = Path(tempfile.mkdtemp(prefix=f"stock_{name}_"))
+    if kind == "bailing_moe":
+        return ling.make(path)
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.for_model(kind, **{**BASE, **fields})
+    config = transformers.AutoConfig.for_model(SAME.get(kind, kind), **{**BASE, **fields})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+        for tensor, buffer in model.named_buffers():
+            if tensor.endswith("e_score_correction_bias"):
                 buffer.add_(0.1 * torch.randn_like(buffer))
-    path = Path(tempfile.mkdtemp(prefix=f"stock_{name}_"))
     model.save_pretrained(path)
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**values, "model_type": kind}, indent=2))
     return path
 
 
 @functools.cache
 def logits(path: Path, seed: int = 0, length: int = 100) -> Any:
-    """(ids [2, length], what transformers computes of them)."""
+    """(ids [2, length], what transformers computes of them, or the reference)."""
     from kha_jax.convert import agreement
 
     ids = tokens(seed, length)
+    if json.loads((path / "config.json").read_text())["model_type"] == "bailing_moe":
+        return ids, ling.logits(path, ids)
     return ids, agreement.their_logits(path, [ids])[0]
 
 

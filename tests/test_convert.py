@@ -161,6 +161,27 @@ def key(**changes):
     return plant
 
 
+def rows_swapped(path: Path) -> None:
+    """The first key head for the first query head, in the tensor that holds both."""
+    from safetensors.numpy import load_file, save_file
+
+    held, H = load_file(path / "model.safetensors"), stock_folders.H
+    for name in [n for n in held if n.endswith("query_key_value.weight")]:
+        blocks = held[name].reshape(-1, H, stock_folders.D)
+        blocks[[0, stock_folders.N]] = blocks[[stock_folders.N, 0]]
+    save_file(held, path / "model.safetensors")
+
+
+def untied(path: Path) -> None:
+    """The table of the first tokens for the last ones, as a head of its own."""
+    from safetensors.numpy import load_file, save_file
+
+    held = load_file(path / "model.safetensors")
+    held["lm_head.weight"] = np.roll(held["model.embed_tokens.weight"], 1, axis=0)
+    save_file(held, path / "model.safetensors")
+    key(tie_word_embeddings=False)(path)
+
+
 PLANTED = {
     "q and k swapped": ("llama", swapped("q_proj", "k_proj")),
     "gate and up swapped": ("qwen3", swapped("gate_proj", "up_proj")),
@@ -168,6 +189,10 @@ PLANTED = {
     "epsilon": ("llama", key(rms_norm_eps=1e-6)),
     "base": ("qwen3", key(rope_parameters={"rope_type": "default", "rope_theta": 2e4})),
     "scaling dropped": ("llama3", key(rope_parameters={"rope_theta": 5e5})),
+    "rotary not permuted": ("deepseek_v3", key(rope_interleave=False)),
+    "weights of experts not divided": ("qwen3_moe", key(norm_topk_prob=False)),
+    "tied table untied": ("qwen3", untied),
+    "q and k swapped where they are one": ("bailing_moe", rows_swapped),
 }
 
 
@@ -180,8 +205,26 @@ def test_planted_faults_are_beyond_the_limit(name, tmp_path):
     stock = convert.open_stock(path)
     ids, theirs = stock_folders.logits(folder(of))
     ours = agreement.our_logits(stock.model, variables_of(stock.leaves()), ids)
-    found = agreement.agreement(theirs, ours)
-    assert found.share > 2 * found.limit, found
+    for text in (True, False):
+        found = agreement.agreement(theirs, ours, text)
+        assert not found.within, found
+    assert found.most > 2 * found.limit, found
+
+
+@pytest.mark.parametrize("positions", [256, 2048])
+def test_a_few_positions_of_random_ids_may_differ_by_more_and_not_all_of_them(positions):
+    """At some a trained model loses digits; what is another function moves most of them."""
+    theirs = np.random.default_rng(0).normal(size=(1, positions, 60))
+    limit = agreement.LIMIT * (1 if positions == 256 else agreement.FAR)
+    few, all_of_them = theirs.copy(), theirs.copy()
+    few[0, :: positions // 16] += 50 * limit
+    all_of_them += 2 * limit * np.random.default_rng(1).choice([-1, 1], theirs.shape)
+    within = {
+        text: [agreement.agreement(theirs, ours, text).within for ours in (few, all_of_them)]
+        for text in (True, False)
+    }
+    assert within == {True: [False, False], False: [True, False]}
+    assert agreement.agreement(theirs, theirs + limit / 2).within
 
 
 # ------------------------------------------------------------------ what is refused
@@ -207,6 +250,9 @@ CONFIGS = {
     "too few": ("smollm2", {"num_hidden_layers": 2}, "is not expected"),
     "tied where it is not": ("llama", {"tie_word_embeddings": True}, "lm_head.weight differs"),
     "no tied table": ("qwen3", {"tie_word_embeddings": False}, "lm_head.weight is missing"),
+    "Ling 1": ("bailing_moe", {"score_function": None}, "score_function is not there"),
+    "another share of a head": ("bailing_moe", {"rotary_dim": 4}, "rotary_dim is 4; expected 8"),
+    "a normed head": ("bailing_moe", {"norm_head": True}, "norm_head is True"),
     "quantised": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
 }
 

@@ -1,7 +1,10 @@
 """convert import and export as they are typed, on a small stock folder that we write ourselves, and
 training that goes on from what was imported."""
 
+import errno
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -9,16 +12,20 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.converting import stock
 from kha_jax import convert
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.projections import GroupedQuery
+from kha_jax.convert import agreement
 from kha_jax.convert.folders import open_folder
+from kha_jax.errors import DataError
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.model import ModelConfig
 from kha_jax.runs.arrays import leaves as by_path
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import read_manifest
+from kha_jax.storage import files
 from kha_jax.training.run_folder import read_config, read_run
 from kha_jax.training.step import abstract_variables, begun, make_trainer
 from tests.commands import run_all
@@ -72,6 +79,12 @@ def done(folder, tmp_path_factory, cache):
             ["export", f"--workdir={here}/run", f"--out={here}/back", "--noverify"],
         ),
         "insert": ("convert", ["import", *with_both, f"--out={here}/mixed"]),
+        "linear": ("convert", ["import", *given, LINEAR, f"--out={here}/linear"]),
+        "fold": ("convert", ["fold", f"--workdir={here}/linear", f"--out={here}/folded"]),
+        "folded": (
+            "convert",
+            ["export", f"--workdir={here}/folded", f"--out={here}/again", "--noverify"],
+        ),
         "no data": ("train", [f"--workdir={here}/mixed", *SHORT[:3]]),
         "own code": (
             "convert",
@@ -125,6 +138,13 @@ def test_a_run_of_stock_weights_goes_back_bit_equal_with_what_lay_beside_them(do
     assert config == json.loads((folder / "config.json").read_text())
 
 
+def test_a_run_made_of_an_imported_one_keeps_what_came_with_its_weights(done, folder):
+    said, here = done
+    assert said["fold"].code == said["folded"].code == 0, said["fold"].err + said["folded"].err
+    assert content(here / "again") == content(folder)
+    assert (here / "again/chat_template.jinja").read_text() == "{{ messages }}"
+
+
 def test_training_begins_from_the_imported_weights_and_not_from_new_ones(done):
     """With an optimiser that has seen nothing, on the mesh of the run."""
     config = read_config(done[1] / "mixed").replace(mesh=MeshConfig(model=2))
@@ -169,8 +189,8 @@ def test_what_does_not_fold_comes_with_a_file_of_its_own(done):
     assert config["model_type"] == "kha_qwen3" and config["kha_mixers"] == {"v": "mlp"}
     names = content(here / "own")
     assert "model.layers.1.self_attn.v_proj.knocking_up" in names
-    stock = convert.open_stock(here / "own")  # which we read back ourselves
-    assert stock.model.attention.value.build is not None and stock.kind == "qwen3"
+    own = convert.open_stock(here / "own")  # which we read back ourselves
+    assert own.model.attention.value.build is not None and own.kind == "qwen3"
 
 
 @pytest.mark.parametrize(
@@ -200,6 +220,42 @@ def test_help_of_a_command_lists_its_own_flags(done):
 
 def test_nothing_is_left_of_what_failed(done):
     assert not (done[1] / "x").exists() and not list(done[1].glob(".*"))
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+@pytest.mark.parametrize("when", ["at first", "within the weights"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the store's own
+def test_a_full_disk_leaves_nothing(done, folder, tmp_path, monkeypatch, command, when):
+    """A file may not grow past a size here: the system refuses to write the rest, as a full disk
+    does."""
+    if when != "at first":
+        monkeypatch.setattr(files, "PROBE", b"0")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = str(tmp_path / "out")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(Exception) as caught:
+            if command == "import":
+                stock.import_run(str(folder), out, [], False)
+            else:
+                run = str(done[1] / "run")
+                stock.export_run(run, out, *(None,) * 5, verify=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = os.strerror(errno.EFBIG), "bytes are needed"  # a checkpoint says it by its store
+    assert any(one in str(caught.value) for one in told), caught.value
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_differ_leave_nothing(folder, tmp_path, monkeypatch):
+    def others(path, ids, own_code=False):
+        return [np.random.default_rng(0).normal(size=(*one.shape, 272)) for one in ids]
+
+    monkeypatch.setattr(agreement, "can_compare", lambda: True)
+    monkeypatch.setattr(agreement, "their_logits", others)
+    with pytest.raises(DataError, match="of their spread, more than .*; nothing written"):
+        stock.import_run(str(folder), str(tmp_path / "run"), [], True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fault_in_the_folder_ends_with_65(folder, tmp_path, cache):

@@ -191,6 +191,14 @@ def test_real_weights(tmp_path):
     print(same)
     assert same.share < 1e-4, same
 
+    random = agreement.sample(model.vocabulary_size, 256)
+    (theirs,) = agreement.their_logits(path, [random])
+    same = agreement.agreement(theirs, agreement.our_logits(model, variables, random), text=False)
+    wrong = model.replace(numerics=model.numerics.replace(norm_eps=1e-6))
+    other = agreement.agreement(theirs, agreement.our_logits(wrong, variables, random), text=False)
+    print(same, other, sep="\n")
+    assert same.within and not other.within
+
     prompt = tokenizer.encode(b"The capital of France is")
     folded = own_code.fold(model, variables)
     exact = folded[0].replace(numerics=folded[0].numerics.replace(dtype="float32"))

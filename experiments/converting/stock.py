@@ -22,15 +22,15 @@ from kha_jax.convert.stock import Record, Stock
 from kha_jax.data import Shards, tokenizers
 from kha_jax.errors import DataError
 from kha_jax.feed_forward.moe import BIAS_RULES
+from kha_jax.inference.dialect import STOCK
 from kha_jax.mesh import make_mesh
 from kha_jax.model import AttentionFrom, ModelConfig, SameAttention
 from kha_jax.runs.arrays import leaves as by_path
 from kha_jax.storage import write_json
 from kha_jax.training.run_config import OptimizerConfig, RunConfig
-from kha_jax.training.run_folder import IDENTITY, config_hash
+from kha_jax.training.run_folder import IDENTITY, config_hash, read_run
 from kha_jax.training.step import abstract_variables, initial_leaves
 
-STOCK = "stock"  # the folder of a run for what came with its weights
 LENGTH = 2048  # tokens of a row, at most, that an imported run is trained on by default
 RATE = 1e-4  # learning rate of an imported run by default: its weights are trained already
 SIZES = {"MB": 10**6, "GB": 10**9}
@@ -187,8 +187,9 @@ def export_run(
 ) -> None:
     """See `experiments.convert`."""
     target, size = new_folder(out), shard_bytes(shard_size)
-    config, step, variables = stored.read_run(workdir, step)
-    record = convert.read_record(Path(workdir) / STOCK)
+    run = stored.run_folder("workdir", workdir)
+    config, step, variables = read_run(run, step)
+    record = convert.read_record(run / STOCK)
     beside = stored.local_folder("tokenizer", tokenizer) if tokenizer else record and record.path
     try:
         model, folded = own_code.fold(config.model, variables)
@@ -267,7 +268,8 @@ def check_import(
     longest = stock.folder.config.get("max_position_embeddings") or LENGTH
     ids = samples(model, longest, tokenizer)
     theirs = agreement.their_logits(stock.folder.path, ids)
-    compare(theirs, (model, convert.nested(leaves)), ids, str(stock.folder.path))
+    ours = model, convert.nested(leaves)
+    compare(theirs, ours, ids, str(stock.folder.path), tokenizer is not None)
 
 
 def tell_change(
@@ -293,7 +295,8 @@ def check_export(folder: Path, before: tuple, folded: tuple, longest: int, token
     again = written.model, convert.nested(stored_leaves)
     print(f"as stored: {agreement.agreement(ours, agreement.our_logits(*again, ids[0]))}")
     own = bool(own_code.kept(written.model.attention))
-    compare(agreement.their_logits(folder, ids, own), again, ids, str(folder))
+    theirs = agreement.their_logits(folder, ids, own)
+    compare(theirs, again, ids, str(folder), tokenizer is not None)
 
 
 def samples(model: ModelConfig, longest: int, tokenizer: Any) -> list[np.ndarray]:
@@ -304,13 +307,15 @@ def samples(model: ModelConfig, longest: int, tokenizer: Any) -> list[np.ndarray
     ]
 
 
-def compare(theirs: list[np.ndarray], ours: tuple, ids: list[np.ndarray], where: str) -> None:
-    """Prints how far apart they are; raises DataError beyond the limit."""
+def compare(
+    theirs: list[np.ndarray], ours: tuple, ids: list[np.ndarray], where: str, text: bool
+) -> None:
+    """Prints how far apart they are; raises DataError beyond the limit. text: the ids are one."""
     for logits, tokens in zip(theirs, ids):
-        found = agreement.agreement(logits, agreement.our_logits(*ours, tokens))
+        found = agreement.agreement(logits, agreement.our_logits(*ours, tokens), text)
         print(f"transformers and this run: {found}")
-        if not found.share <= found.limit:
+        if not found.within:
             raise DataError(
-                f"{where}: logits differ by {found.share:.2g} of their spread, more than "
-                f"{found.limit:g}; nothing written"
+                f"{where}: logits differ by {found.share if text else found.most:.2g} of their "
+                f"spread, more than {found.limit:g}; nothing written"
             )

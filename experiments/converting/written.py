@@ -1,6 +1,7 @@
 """Run folders that hold weights alone, made of another run or of a stock checkpoint."""
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
@@ -10,6 +11,8 @@ from experiments.cli.codes import UsageError
 from experiments.run_folders import stored
 from kha_jax.config import to_dict
 from kha_jax.convert import nested
+from kha_jax.data import tokenizers
+from kha_jax.inference.dialect import STOCK
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import WEIGHTS
 from kha_jax.storage import being_built, writable, write_json
@@ -30,9 +33,11 @@ def new_folder(name: str | None) -> Path:
         if there := out.exists():
             for one in out.iterdir():
                 raise UsageError(f"--out={out}: already holds {one.name}; name another folder")
-        writable(out)
-        if not there:
-            out.rmdir()
+        try:
+            writable(out)
+        finally:
+            if not there and out.is_dir():
+                out.rmdir()
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror}") from None
     return out
@@ -52,6 +57,16 @@ def being_written(out: Path) -> Iterator[Path]:
             made.rename(out)
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror}") from None
+
+
+def carry(source: Path, made: Path) -> None:
+    """Copies what a run keeps beside its checkpoints and another one made of it needs: its
+    tokenizer, and what came with stock weights."""
+    for name in (tokenizers.FILE, tokenizers.IDS):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, made / name)
+    if (source / STOCK).is_dir():
+        shutil.copytree(source / STOCK, made / STOCK)
 
 
 def write_run(

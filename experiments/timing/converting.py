@@ -3,6 +3,8 @@ checksum on the same disk, and memory beside the arrays themselves."""
 
 import hashlib
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -48,7 +50,31 @@ def measured(save_to: str | None, size: int = SIZE) -> dict[str, Any]:
         out["export"], out["export_memory"] = timed(
             lambda: convert.write(back, model, held[0], dtype="bfloat16")
         )
+        out["command"] = command(Path(scratch))
     return out
+
+
+def command(scratch: Path) -> float:
+    """Seconds of `convert import --noverify` of a model of SmolLM2-135M's shape, from the command
+    to a run folder that is whole."""
+    projection = GroupedQuery(query_heads=9, kv_heads=3, head_dim=64, qk_norm="none")
+    model = ModelConfig(
+        layers=30,
+        width=576,
+        vocabulary_size=49_152,
+        embeddings="tied",
+        attention=AttentionConfig(projection=projection),
+        feed_forward=SwiGLU(width=1536),
+    )
+    (folder := scratch / "small").mkdir()
+    like = by_path(abstract_variables(model))
+    convert.write(folder, model, convert.nested(random_leaves(like)), dtype="bfloat16")
+    line = [sys.executable, "-m", "experiments.convert", "import", "--noverify"]
+    began = time.perf_counter()
+    subprocess.run(
+        [*line, f"--model={folder}", f"--out={scratch}/run"], check=True, capture_output=True
+    )
+    return time.perf_counter() - began
 
 
 def of_size(size: int) -> ModelConfig:

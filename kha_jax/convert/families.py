@@ -114,7 +114,23 @@ FAMILIES: dict[str, Family] = {
         Latent,
         names=Names(bias="gate.e_score_correction_bias"),
     ),
+    "bailing_moe": Family(
+        "BailingMoeV2ForCausalLM",
+        lambda keys: reading.model(
+            keys, reading.bailing(keys), reading.bailing_mixture(keys), 1e-5
+        ),
+        writing.bailing,
+        MoE,
+        names=Names(
+            bias="gate.expert_bias",
+            merged="attention.query_key_value",
+            norms=("attention.query_layernorm", "attention.key_layernorm"),
+            output="attention.dense",
+            embedding="model.word_embeddings.weight",
+        ),
+    ),
 }
+FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]  # another name, which chooses a tool-call parser
 # Known, and what they have that our models do not.
 REFUSED = {
     "olmo2": "norms after the layer and over all heads",

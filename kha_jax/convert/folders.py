@@ -223,12 +223,13 @@ def write_tensors(folder: Path, tensors: list[Tensor], values: Iterable[Iterable
     for tensor in tensors:
         by_file.setdefault(tensor.file, []).append(tensor)
     for name, inside in by_file.items():
-        with open(folder / name, "xb") as file:
+        with open(folder / name, "xb", buffering=0) as file:
             file.write(_header(inside))
             for tensor in inside:
                 dtype = DTYPES[tensor.dtype]
                 for part in next(values):
-                    np.ascontiguousarray(part, dtype).tofile(file)
+                    whole = np.ascontiguousarray(part, dtype)
+                    file.write(whole.reshape(-1).view(np.uint8))  # tofile does not say why it fails
             file.flush()
             os.fsync(file.fileno())
     if set(by_file) != {ONE}:

@@ -16,6 +16,7 @@ IGNORED = set(
     "_name_or_path name_or_path _attn_implementation _attn_implementation_autoset "
     "output_attentions output_hidden_states output_router_logits return_dict use_return_dict "
     "router_aux_loss_coef aux_loss_alpha seq_aux pretraining_tp max_window_layers ep_size "
+    "mtp_loss_scaling_factor "
     "is_llama_config is_encoder_decoder is_decoder id2label label2id problem_type "
     "tokenizer_class torchscript task_specific_params transformers.js_config unsloth_fixed "
     "chunk_size_feed_forward".split()
@@ -25,13 +26,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "attention_dropout": (0, None),
     "embd_pdrop": (0, None),
+    "embedding_dropout": (0, None),
     "hidden_act": ("silu", "swish"),
     "hidden_dropout": (0, None),
     "mlp_bias": (False, None),
+    "norm_head": (False, None),
+    "norm_softmax": (False, None),
+    "output_dropout": (0, None),
     "partial_rotary_factor": (1, None),
     "resid_pdrop": (0, None),
     "rope_interleaved": (False, None),
+    "router_dtype": ("fp32", "float32", None),
     "router_jitter_noise": (0, None),
+    "use_rmsnorm": (True, None),
     "use_sliding_window": (False, None),
 }
 

@@ -28,6 +28,11 @@ def kept(attention: AttentionConfig) -> dict[str, str]:
     return {short: kind for short, kind in found.items() if kind}
 
 
+def slots(attention: AttentionConfig) -> list[str]:
+    """The slots of those mixers."""
+    return [slot for slot, short in SHORT.items() if short in kept(attention)]
+
+
 def with_kept(attention: AttentionConfig, kinds: dict[str, str]) -> AttentionConfig:
     """The attention with these mixers."""
     return attention.replace(

@@ -12,6 +12,7 @@ from kha_jax.model import ModelConfig
 from kha_jax.modules import Numerics
 
 ORIGINAL = "original_max_position_embeddings"
+SIGMOID = "only sigmoid scores with a bias, in each layer that is not dense, can be computed here"
 
 
 def model(
@@ -150,7 +151,7 @@ def sigmoid_mixture(keys: Keys, dense: int, normalise: bool) -> MoE:
     """DeepSeek-V3's, GLM-4.5's and dots.llm1's. dense, normalise: what the family's class takes
     where the keys are not there."""
     keys.take("num_nextn_predict_layers", "num_mtp_layers")
-    why = "only sigmoid scores with a bias, in each layer that is not dense, can be computed here"
+    why = SIGMOID
     keys.only("scoring_func", "sigmoid", default="sigmoid", why=why)
     keys.only("topk_method", "noaux_tc", default="noaux_tc", why=why)
     keys.only("moe_layer_freq", 1, default=1, why=why)
@@ -171,10 +172,52 @@ def sigmoid_mixture(keys: Keys, dense: int, normalise: bool) -> MoE:
     )
 
 
+def bailing_mixture(keys: Keys) -> MoE:
+    """Ling 2.0's."""
+    keys.take("num_nextn_predict_layers")
+    keys.only("score_function", "sigmoid", why=SIGMOID)
+    keys.only("moe_router_enable_expert_bias", True, why=SIGMOID)
+    keys.only("router_type", "topN", default="topN", why=SIGMOID)
+    why = "the weights of the chosen experts are divided by their sum whatever it says"
+    keys.only("norm_topk_prob", True, default=True, why=why)
+    width, shared = keys.count("moe_intermediate_size"), keys.take("num_shared_experts", default=0)
+    why = f"expected that of {shared} experts of moe_intermediate_size={width}"
+    both = shared * width
+    keys.only("moe_shared_expert_intermediate_size", both, default=both, why=why)
+    dense, inner = keys.take("first_k_dense_replace", default=0), keys.take("intermediate_size")
+    return MoE(
+        experts=keys.count("num_experts"),
+        top_k=keys.count("num_experts_per_tok"),
+        width=width,
+        shared_experts=shared,
+        dense_layers=dense,
+        dense_width=inner if dense else None,
+        scores="sigmoid",
+        balancing="sign",
+        routed_scaling=keys.number("routed_scaling_factor", default=2.5),
+        groups=keys.count("n_group", default=8),
+        groups_used=keys.count("topk_group", default=4),
+    )
+
+
 def glm(keys: Keys) -> AttentionConfig:
-    """GLM-4.5's: the first half of a head is rotated."""
+    """GLM-4.5's."""
+    return partly_rotated(keys, (keys.flag("attention_bias", False), False))
+
+
+def bailing(keys: Keys) -> AttentionConfig:
+    """Ling 2.0's."""
+    biases = keys.flag("use_qkv_bias", False), keys.flag("use_bias", True)
+    attention = partly_rotated(keys, biases)
+    turned = attention.projection.rotary_width
+    why = f"expected {turned}, as partial_rotary_factor says"
+    keys.only("rotary_dim", turned, default=turned, why=why)
+    return attention
+
+
+def partly_rotated(keys: Keys, biases: tuple[bool, bool]) -> AttentionConfig:
+    """Of each head the first features are rotated, half of them by default."""
     norm = "rms" if keys.flag("use_qk_norm", False) else "none"
-    biases = keys.flag("attention_bias", False), False
     share, heads = keys.rotated(0.5), keys.count("num_attention_heads")
     head_dim = keys.count("head_dim", default=keys.count("hidden_size") // heads)
     turned = int(head_dim * share)

@@ -8,6 +8,7 @@ from typing import Any, Iterable, Iterator
 import jax
 import numpy as np
 
+from kha_jax.attention.projections import Latent
 from kha_jax.config import ConfigError
 from kha_jax.convert import own_code, writing
 from kha_jax.convert.families import FAMILIES, function_of, read_config, why_not
@@ -17,6 +18,8 @@ from kha_jax.convert.stock import HEAD, Record, layout_of, links_of
 from kha_jax.errors import DataError
 from kha_jax.model import ModelConfig
 from kha_jax.runs.arrays import leaves as by_path
+
+TABLE = "params/embedding"
 
 
 def kind_for(model: ModelConfig, record: Record | None) -> str:
@@ -38,7 +41,13 @@ def kind_for(model: ModelConfig, record: Record | None) -> str:
     fitting = next((kind for kind, reason in reasons.items() if reason is None), None)
     if fitting is None:
         raise ConfigError("", f"no stock weights stand for it: {_nearest(bare, reasons)}")
-    return own_code.PREFIX + fitting if kinds[0] else fitting
+    if not kinds[0]:
+        return fitting
+    family = FAMILIES[fitting]
+    if family.projection is Latent or family.names.merged:
+        problem = f"is not linear, and {fitting} has no projection that modeling_kha.py replaces"
+        raise ConfigError(f"attention.{own_code.slots(model.attention)[0]}", problem)
+    return own_code.PREFIX + fitting
 
 
 def base_of(kind: str) -> str:
@@ -89,7 +98,7 @@ def tensors_for(
     shapes = {link.name: link.whole for link in found}
     known = {t.name: t for t in record.tensors} if record else {}
     if HEAD in known and HEAD not in shapes:  # a tied table that stands there twice
-        shapes[HEAD] = shapes["model.embed_tokens.weight"]
+        shapes[HEAD] = next(link.whole for link in found if link.leaf == TABLE)
     usual = NAMES[dtype or "float32"]
     tensors = []
     for name in [*(n for n in known if n in shapes), *(n for n in shapes if n not in known)]:
@@ -107,7 +116,7 @@ def values_for(
     leaves, by_name = by_path(variables), {}
     for link in found:
         by_name.setdefault(link.name, []).append(link)
-    by_name.setdefault(HEAD, by_name["model.embed_tokens.weight"])
+    by_name.setdefault(HEAD, [link for link in found if link.leaf == TABLE])
     for tensor in tensors:
         yield _values(by_name[tensor.name], leaves)
 

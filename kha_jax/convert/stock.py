@@ -72,7 +72,8 @@ def open_stock(path: Path) -> Stock:
     tied_copy = model.embeddings == "tied" and HEAD in folder.tensors
     check(str(path), folder.tensors, expected, {*skipped, *([HEAD] if tied_copy else [])})
     if tied_copy:
-        _same(path, folder.tensors["model.embed_tokens.weight"], folder.tensors[HEAD])
+        table = folder.tensors[FAMILIES[kind].names.embedding]
+        _same(path, table, folder.tensors[HEAD])
     return Stock(folder, kind, model, skipped, layout)
 
 
@@ -120,7 +121,7 @@ def links_of(kind: str, model: ModelConfig, layout: Layout) -> list[Link]:
         s.name: [*layer_rows(family.names, s, layout), *own_code.rows(s.attention)]
         for s in model.segments()
     }
-    return links(model, outer_rows(model), layers, shapes)
+    return links(model, outer_rows(family.names, model), layers, shapes)
 
 
 def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:

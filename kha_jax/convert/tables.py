@@ -13,11 +13,17 @@ LAYER = "model.layers.{layer}."
 
 class Names(NamedTuple):
     """What differs between families. mixture: where a mixture of experts lies, unless they are
-    fused. experts: one expert's gate, up and down. bias: of the router, where it has one."""
+    fused. experts: one expert's gate, up and down. bias: of the router, where it has one. merged:
+    the tensor of queries, keys and values one after another, where they are one. norms: of queries
+    and keys. output: the projection behind attention. embedding: the table of tokens."""
 
     mixture: str = "mlp"
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     bias: str | None = None
+    merged: str | None = None
+    norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    output: str = "self_attn.o_proj"
+    embedding: str = "model.embed_tokens.weight"
 
 
 class Layout(NamedTuple):
@@ -28,11 +34,11 @@ class Layout(NamedTuple):
     paired: bool = True
 
 
-def outer_rows(model: ModelConfig) -> list[Row]:
+def outer_rows(names: Names, model: ModelConfig) -> list[Row]:
     """Those outside of the layers."""
     untied = [Row("unembedding", "lm_head.weight")] if model.embeddings == "untied" else []
     return [
-        Row("embedding", "model.embed_tokens.weight"),
+        Row("embedding", names.embedding),
         *untied,
         Row("final_norm/scale", "model.norm.weight"),
     ]
@@ -45,11 +51,11 @@ def layer_rows(names: Names, segment: Segment, layout: Layout) -> list[Row]:
     rows = [
         Row("attention_norm/scale", "input_layernorm.weight"),
         Row("feed_forward_norm/scale", "post_attention_layernorm.weight"),
-        *(_latent(projection, layout.paired) if latent else _grouped(projection)),
-        Row("attention/output", "self_attn.o_proj.weight", inputs=2),
+        *(_latent(projection, layout.paired) if latent else _grouped(names, projection)),
+        Row("attention/output", f"{names.output}.weight", inputs=2),
     ]
     if segment.attention.output_bias:
-        rows += [Row("attention/output_bias", "self_attn.o_proj.bias")]
+        rows += [Row("attention/output_bias", f"{names.output}.bias")]
     if isinstance(segment.feed_forward, SwiGLU):
         rows += _swiglu("feed_forward", "mlp")
     else:
@@ -57,23 +63,34 @@ def layer_rows(names: Names, segment: Segment, layout: Layout) -> list[Row]:
     return [row._replace(theirs=LAYER + row.theirs) for row in rows]
 
 
-def _grouped(projection: GroupedQuery) -> list[Row]:
-    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+def _grouped(names: Names, projection: GroupedQuery) -> list[Row]:
+    streams = _streams(names, projection)
     rows = [
-        Row(f"attention/projection/{ours}", f"self_attn.{theirs}.weight", inputs=1)
-        for ours, theirs in names.items()
+        Row(f"attention/projection/{ours}", f"{theirs}.weight", 1, part)
+        for ours, (theirs, part) in streams.items()
     ]
     if projection.bias == "qkv":
         rows += [
-            Row(f"attention/projection/{ours}_bias", f"self_attn.{theirs}.bias")
-            for ours, theirs in names.items()
+            Row(f"attention/projection/{ours}_bias", f"{theirs}.bias", 0, part)
+            for ours, (theirs, part) in streams.items()
         ]
     if projection.qk_norm == "rms":
         rows += [
-            Row(f"attention/projection/{ours}_norm/scale", f"self_attn.{ours[0]}_norm.weight")
-            for ours in ("query", "key")
+            Row(f"attention/projection/{ours}_norm/scale", f"{theirs}.weight")
+            for ours, theirs in zip(("query", "key"), names.norms)
         ]
     return rows
+
+
+def _streams(names: Names, projection: GroupedQuery) -> dict[str, tuple[str, Part | None]]:
+    """Of queries, keys and values the module that they are of, and which of its rows they are."""
+    streams = "query", "key", "value"
+    if names.merged is None:
+        return {ours: (f"self_attn.{ours[0]}_proj", None) for ours in streams}
+    N, K, H = projection.query_heads, projection.kv_heads, projection.head_dim
+    places = zip((0, N, N + K), (N, N + K, N + 2 * K))
+    parts = [Part(1, (N + 2 * K) * H, begin * H, end * H) for begin, end in places]
+    return {ours: (names.merged, part) for ours, part in zip(streams, parts)}
 
 
 def _latent(projection: Latent, paired: bool) -> list[Row]:

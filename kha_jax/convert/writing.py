@@ -91,15 +91,35 @@ def deepseek_v3(model: ModelConfig) -> Values:
     }
 
 
-def glm4_moe(model: ModelConfig) -> Values:
-    """GLM-4.5's."""
-    projection = model.attention.projection
+def partly_rotated(attention: AttentionConfig) -> Values:
+    """Those of grouped queries with norms, of which some features are rotated."""
+    projection, keys = attention.projection, grouped(attention)
     share = projection.rotary_width / projection.head_dim
-    keys = {**common(model), **grouped(model.attention), **sigmoid_mixture(model.feed_forward)}
     keys["use_qk_norm"] = projection.qk_norm == "rms"
     keys["partial_rotary_factor"] = share
     keys["rope_parameters"] = {**keys["rope_parameters"], "partial_rotary_factor": share}
     return keys
+
+
+def glm4_moe(model: ModelConfig) -> Values:
+    """GLM-4.5's."""
+    attention, mixture = model.attention, model.feed_forward
+    return {**common(model), **partly_rotated(attention), **sigmoid_mixture(mixture)}
+
+
+def bailing(model: ModelConfig) -> Values:
+    """Ling 2.0's, which has names of its own for some."""
+    keys = {**common(model), **partly_rotated(model.attention)}
+    mixture = sigmoid_mixture(model.feed_forward)
+    own = {
+        "use_qkv_bias": keys.pop("attention_bias"),
+        "use_bias": model.attention.output_bias,
+        "num_experts": mixture.pop("n_routed_experts"),
+        "num_shared_experts": mixture.pop("n_shared_experts"),
+        "score_function": mixture.pop("scoring_func"),
+        "moe_router_enable_expert_bias": mixture.pop("topk_method") == "noaux_tc",
+    }
+    return {**keys, **mixture, **own}
 
 
 def dots1(model: ModelConfig) -> Values:

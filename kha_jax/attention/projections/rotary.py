@@ -115,7 +115,8 @@ class YarnScaling(RopeScaling):
             positive = value is None or value > 0
             self.require(positive, field, f"must be positive, found {value}")
         slow, fast = self.beta_slow, self.beta_fast
-        self.require(slow < fast, "beta_fast", f"must exceed beta_slow={slow}, found {fast}")
+        problem = f"must be beta_slow={slow} or more, found {fast}"
+        self.require(slow <= fast, "beta_fast", problem)
         used = self.mscale_all_dim is not None and self.attention_factor is None
         problem = f"needs mscale_all_dim, and no attention_factor; found {self.mscale}"
         self.require(self.mscale is None or used, "mscale", problem)
