@@ -16,7 +16,7 @@ from kha_jax.errors import DataError
 from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.runs.arrays import leaves as by_path
 from kha_jax.training.step import abstract_variables
-from tests import stock_folders
+from tests import ling, stock_folders
 from tests.stock_folders import FOLDERS, edited, folder
 
 for needed in ("torch", "transformers"):
@@ -263,6 +263,31 @@ def test_a_config_that_cannot_be_computed_is_refused_by_its_key(name, tmp_path):
     with pytest.raises(DataError) as caught:
         convert.read(edited(folder(of), tmp_path / "other", **changes))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+JUNK = (None, "x", "", -1, 2.5, 1e400, [], [[]], {}, {"a": 1}, {"rope_type": []}, True, 10**30)
+MORE = set(
+    "rope_scaling rope_parameters rope_theta layer_types mlp_only_layers eos_token_id".split()
+)
+MORE |= set("sliding_window num_nextn_predict_layers partial_rotary_factor kha_mixers".split())
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3_moe_dense", "bailing_moe"])
+def test_no_value_of_a_key_ends_in_anything_but_one_line(name):
+    """What cannot be read is refused with the key; a line that it can be, is read."""
+    import transformers
+
+    kind, fields = FOLDERS[name]
+    made = {**stock_folders.BASE, **fields}
+    values = ling.CONFIG
+    if kind != "bailing_moe":
+        values = transformers.AutoConfig.for_model(kind, **made).to_dict()
+    for key in sorted(MORE | set(values)):
+        for junk in JUNK:
+            try:
+                read_config("config.json", {**values, key: junk})
+            except DataError as error:
+                assert "\n" not in str(error) and str(error).startswith("config.json: ")
 
 
 def header(path: Path, change) -> None:

@@ -90,8 +90,9 @@ def tokenizer_of(path: Path, config: dict[str, Any]) -> Any | None:
         log.info("%s: holds no %s, so that the run has no text", path, tokenizers.FILE)
         return None
     end = config.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end
     try:
-        return tokenizers.load(path, end=end[0] if isinstance(end, list) else end)
+        return tokenizers.load(path, end=end if type(end) is int else None)
     except (ConfigError, DataError) as error:
         log.warning("%s: is not read: %s", path / tokenizers.FILE, error)
         return None

@@ -67,10 +67,13 @@ class AttentionConfig(ModuleConfig):
             if reason is None and slot in streams:
                 reason = mixer.why_not(streams[slot][0])
             self.require(reason is None, f"{slot}.kind", f"{name} cannot stand here: {reason}")
-        if problem := self.projection.why_not_heads(self.heads_read()):
-            self.require(False, f"{problem[0]}.heads_read", problem[1])
+        read = self.heads_read()
+        if problem := self.projection.why_not_heads(read):
+            slot, said = problem
+            kept = read[slot] == streams[slot][0]
+            self.require(False, "projection.kv_heads" if kept else f"{slot}.heads_read", said)
         heads = self.projection.output_shape()[0]
-        reason = self.output.why_not(heads, heads // self.heads_read()["value"])
+        reason = self.output.why_not(heads, heads // read["value"])
         name = type(self.output).__name__
         self.require(reason is None, "output.kind", f"{name} cannot stand here: {reason}")
         if self.mixes_scores:

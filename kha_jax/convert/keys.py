@@ -5,6 +5,7 @@ of 5 (`rope_parameters`, `dtype`). Both are written, since either version takes 
 without a word, for keys that it does not find.
 """
 
+import math
 from typing import Any
 
 from kha_jax.errors import DataError
@@ -68,18 +69,31 @@ class Keys:
                 return self.values[name]
         return default
 
-    def count(self, *names: str, default: int | None = None) -> int:
-        """A whole number from 1 on, which must be there without a default."""
+    def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number from `least` on, which must be there without a default."""
         value = self.take(*names, default=default)
-        if type(value) is not int or not 1 <= value < 2**40:
-            raise self.refuse(names[0], "expected a whole number from 1 on")
+        if type(value) is not int or not least <= value < 2**40:
+            raise self.refuse(names[0], f"expected a whole number from {least} on")
+        return value
+
+    def longest(self) -> int:
+        """The longest text that the model is meant for; 0: not said."""
+        return self.count("max_position_embeddings", default=0, least=0)
+
+    def items(self, name: str, default: list[Any]) -> list[Any]:
+        """A list."""
+        value = self.take(name, default=default)
+        if not isinstance(value, list):
+            raise self.refuse(name, "expected a list")
         return value
 
     def number(self, *names: str, default: float | None = None) -> float:
         """A number above zero, which must be there without a default."""
-        value = self.take(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise self.refuse(names[0], "expected a number above 0")
+        return self._positive(names[0], self.take(*names, default=default))
+
+    def _positive(self, name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.refuse(name, "expected a number above 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -106,7 +120,7 @@ class Keys:
         if len(both) == 2 and both[0] != both[1]:
             raise self.refuse("rope_scaling", f"rope_parameters says otherwise: {new!r}")
         bases = {
-            name: float(value)
+            name: self._positive(name, value)
             for name, value in (
                 ("rope_theta", self.take("rope_theta")),
                 ("rope_parameters", new.get("rope_theta")),

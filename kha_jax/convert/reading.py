@@ -20,10 +20,11 @@ def model(
 ) -> ModelConfig:
     """The parts that all families have. Ids and lengths are never trimmed. norm_eps: what the
     family's class takes where the key is not there."""
-    keys.take("model_type", "max_position_embeddings")
+    keys.take("model_type")
+    keys.longest()
     layers = keys.count("num_hidden_layers")
-    kinds = keys.take("layer_types", default=["full_attention"] * layers)
-    if set(kinds) != {"full_attention"} or len(kinds) != layers:
+    kinds = keys.items("layer_types", ["full_attention"] * layers)
+    if kinds != ["full_attention"] * layers:
         raise keys.refuse("layer_types", "only full attention in all layers can be computed here")
     tied = keys.flag("tie_word_embeddings", False)
     return ModelConfig(
@@ -83,7 +84,7 @@ def rope_scaling(keys: Keys, values: dict[str, Any]) -> RopeScaling:
     name = "rope_scaling" if keys.values.get("rope_scaling") else "rope_parameters"
     kind = values["rope_type"]
     known = {name: scaling for name, scaling in ROPE_SCALINGS.items() if name != "none"}
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise keys.refuse(name, f"of the scalings {', '.join(known)} can be computed here")
     given = {k: v for k, v in values.items() if k != "rope_type" and v is not None}
     fields = {field.name for field in dataclasses.fields(known[kind])}
@@ -103,8 +104,9 @@ def no_window(keys: Keys, default: int | None) -> None:
     switched_off = keys.values.get("use_sliding_window", None) is False
     missing = "sliding_window" not in keys.values
     window = keys.take("sliding_window", default=default if missing else None)
-    longest = keys.take("max_position_embeddings", default=0)
-    if window is not None and not switched_off and not window >= longest > 0:
+    longest = keys.longest()
+    reaches = type(window) is int and window >= longest > 0
+    if window is not None and not switched_off and not reaches:
         raise keys.refuse(
             "sliding_window",
             f"windows of attention are not computed here, and max_position_embeddings={longest}",
@@ -138,7 +140,7 @@ def qwen3_mixture(keys: Keys) -> MoE:
     keys.only(
         "decoder_sparse_step", 1, default=1, why="only experts in each layer can be computed here"
     )
-    dense, width = keys.take("mlp_only_layers", default=[]), keys.take("intermediate_size")
+    dense, width = keys.items("mlp_only_layers", []), keys.take("intermediate_size")
     if dense != list(range(len(dense))):
         raise keys.refuse("mlp_only_layers", "only the first layers can be dense here")
     more = {"dense_layers": len(dense), "dense_width": width} if dense else {}
@@ -150,7 +152,7 @@ def qwen3_mixture(keys: Keys) -> MoE:
 def sigmoid_mixture(keys: Keys, dense: int, normalise: bool) -> MoE:
     """DeepSeek-V3's, GLM-4.5's and dots.llm1's. dense, normalise: what the family's class takes
     where the keys are not there."""
-    keys.take("num_nextn_predict_layers", "num_mtp_layers")
+    keys.count("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0)
     why = SIGMOID
     keys.only("scoring_func", "sigmoid", default="sigmoid", why=why)
     keys.only("topk_method", "noaux_tc", default="noaux_tc", why=why)
@@ -174,13 +176,16 @@ def sigmoid_mixture(keys: Keys, dense: int, normalise: bool) -> MoE:
 
 def bailing_mixture(keys: Keys) -> MoE:
     """Ling 2.0's."""
-    keys.take("num_nextn_predict_layers")
+    keys.count("num_nextn_predict_layers", default=0, least=0)
     keys.only("score_function", "sigmoid", why=SIGMOID)
     keys.only("moe_router_enable_expert_bias", True, why=SIGMOID)
     keys.only("router_type", "topN", default="topN", why=SIGMOID)
     why = "the weights of the chosen experts are divided by their sum whatever it says"
     keys.only("norm_topk_prob", True, default=True, why=why)
-    width, shared = keys.count("moe_intermediate_size"), keys.take("num_shared_experts", default=0)
+    width, shared = (
+        keys.count("moe_intermediate_size"),
+        keys.count("num_shared_experts", default=0, least=0),
+    )
     why = f"expected that of {shared} experts of moe_intermediate_size={width}"
     both = shared * width
     keys.only("moe_shared_expert_intermediate_size", both, default=both, why=why)

@@ -103,7 +103,9 @@ def why_not_shared(query_heads: int, read: dict[str, int], *slots: str):
         return "query", f"must leave {query_heads} heads, found {read['query']}"
     for slot in slots:
         if query_heads % read[slot]:
-            return slot, f"must make a divisor of query_heads={query_heads}, found {read[slot]}"
+            fitting = [k for k in range(1, min(query_heads, 256) + 1) if query_heads % k == 0]
+            found = f"found {read[slot]}; use one of {fitting}"
+            return slot, f"must divide query_heads={query_heads}, {found}"
         if read[slot] != read[slots[-1]]:
             found = f"found {read[slot]} and {read[slots[-1]]}"
             return slot, f"must make as many key heads as value heads, {found}"

@@ -38,7 +38,7 @@ class GroupedQuery(Projection):
     query_heads: int = 8
     """Query heads, N."""
     kv_heads: int = 4
-    """Key/value heads, K, a divisor of N."""
+    """Key/value heads, K; a divisor of N, unless mixers make other numbers of them."""
     head_dim: int = 64
     """Width of a head, H; even."""
     qk_norm: Literal["rms", "none"] = "rms"
@@ -55,13 +55,6 @@ class GroupedQuery(Projection):
     def validate(self):
         self.at_least(1, "query_heads", "kv_heads", "head_dim")
         self.at_least(self.rope_scaling.smallest_theta, "rope_theta")
-        few = range(1, min(self.query_heads, 256) + 1)
-        fitting = [k for k in few if self.query_heads % k == 0]
-        problem = (
-            f"must divide query_heads={self.query_heads}, found {self.kv_heads}; use one of "
-            f"{fitting}"
-        )
-        self.require(self.query_heads % self.kv_heads == 0, "kv_heads", problem)
         R, H = self.rotary_width, self.head_dim
         problem = f"must be even for rotary embedding, found {H}"
         self.require(R != H or H % 2 == 0, "head_dim", problem)
@@ -201,8 +194,6 @@ class GroupedTied(Projection):
     def validate(self):
         self.at_least(1, "query_heads", "kv_heads", "head_dim")
         self.at_least(self.rope_scaling.smallest_theta, "rope_theta")
-        problem = f"must divide query_heads={self.query_heads}, found {self.kv_heads}"
-        self.require(self.query_heads % self.kv_heads == 0, "kv_heads", problem)
         self.require(
             self.head_dim % 4 == 0,
             "head_dim",
