@@ -15,14 +15,17 @@ what each projection and mixer costs at the paper's 0.8B-6.6B attention, counted
 startup: seconds from the command to the first step of configs/kha_tiny.py, cold and with a warm
 compilation cache. saving: how long training waits for a checkpoint of 100M parameters with AdamW's
 moments, in the call and in the step after it, how long the save takes in all, and its checksums.
-evaluate: requests of benchmarks, scored here and by lm-eval's back end for transformers (extras:
-eval, hf, interop), in the peer shape. scaling: step time and memory of ways for heads to interact
-against the length of a row, with what the accounting predicts, and a figure (extra: plots); the one
-suite that takes --config. convert: importing and exporting a stock folder of 2 GB, beside a copy of
-it with a checksum, and `convert import` of 135M parameters from the command to the run folder.
-data: reading shards, against their windows one at a time; making them of --megabytes of text,
-against `tokenizers` alone (extras: hf, data); the memory of both; and how long kha_tiny waits for
-batches. Nothing here is a test; the figures go into docs/performance.md with the machine's name.
+evaluate: requests of benchmarks and texts, answered here and by lm-eval's back end for transformers
+(extras: eval, hf, interop) with one model of the peer shape, or with that of --stock; what is
+padded and compiled, and the memory that requests take. scaling: step time and memory of ways for
+heads to interact against the length of a row, with what the accounting predicts, and a figure
+(extra: plots); the one suite that takes --config. convert: importing and exporting a stock folder
+of 2 GB, beside a copy of it with a checksum, and `convert import` of 135M parameters from the
+command to the run folder. data: reading shards, against their windows one at a time; making them of
+--megabytes of text, against `tokenizers` alone (extras: hf, data); the memory of both; and how long
+kha_tiny waits for batches. device: what only a GPU or TPU can show (its fused attention and
+ragged_dot against plain formulas, MFU of the 0.6B model, decoding), in minutes.
+Nothing here is a test; the figures go into docs/performance.md with the machine's name.
 """
 
 import json
@@ -43,7 +46,7 @@ command_line.define_config()
 SUITE = flags.DEFINE_enum(
     "suite",
     "dense",
-    "dense moe decode variants startup saving scaling evaluate convert data".split(),
+    "dense moe decode variants startup saving scaling evaluate convert data device".split(),
     "What to measure.",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 12, "Turns of each implementation.", lower_bound=1)
@@ -55,6 +58,9 @@ SAVE_TO = flags.DEFINE_string(
 )
 MEGABYTES = flags.DEFINE_integer(
     "megabytes", 10, "Text that `data` tokenises; others of its rows take up to 40 times that.", 1
+)
+STOCK = flags.DEFINE_string(
+    "stock", None, "Folder of Hugging Face's with a tokenizer, whose model `evaluate` asks."
 )
 LENGTHS = flags.DEFINE_list(
     "lengths", ["256", "512", "1024", "2048", "4096"], "Tokens of a row, in `scaling`."
@@ -70,7 +76,8 @@ TAKEN_BY = {
     "save_to": ("saving", "convert", "data"),
     "megabytes": ("data",),
     "torch_compile": ("dense", "moe"),
-    "rounds": ("dense", "moe", "decode", "saving", "scaling", "evaluate", "data"),
+    "rounds": ("dense", "moe", "decode", "saving", "scaling", "evaluate", "data", "device"),
+    "stock": ("evaluate",),
 }
 LEVELLED = 30  # steps after which a mixture's experts have nearly equal loads; 13% slower at first
 VARIANTS = {"baseline": "baseline", "KHA-MLP on v": "mlp", "KHA-Linear on q, k, v": "linear"}
@@ -160,6 +167,8 @@ def expert_kernels() -> dict[str, Any]:
 
 def decode() -> dict[str, Any]:
     """See the module's docstring."""
+    from experiments.timing import caches
+
     out: dict[str, Any] = {}
     for batch in (1, 8):
         makers = {
@@ -188,48 +197,9 @@ def decode() -> dict[str, Any]:
             table.add_row(name, f"{row['tokens_per_second']:.0f}", f"{best:.0f}", ratio)
         terminal.show(table)
         out[f"batch {batch}"] = results
-    return {**out, "cache": cache_lengths()}
-
-
-def cache_lengths(
-    lengths: tuple[int, ...] = (256, 1024, 4096, 16384), batch: int = 8
-) -> dict[str, Any]:
-    """Milliseconds of one token in every row of a batch, by projection and length of the cache."""
-    from kha_jax.attention import AttentionConfig
-    from kha_jax.attention.projections import GroupedQuery, GroupedTied, Latent
-
-    H, N = peers.HEAD_DIM, peers.HEADS
-    projections = {
-        "MHA 8/8": GroupedQuery(query_heads=N, kv_heads=N, head_dim=H),
-        "GQA 8/4": GroupedQuery(query_heads=N, kv_heads=4, head_dim=H),
-        "MQA 8/1": GroupedQuery(query_heads=N, kv_heads=1, head_dim=H),
-        "GTA 8/4": GroupedTied(query_heads=N, kv_heads=4, head_dim=H),
-        "MLA 4H": Latent(query_heads=N, head_dim=H, value_dim=H, rope_dim=H // 2, kv_lora=4 * H),
-        "GLA 2 x 2H": Latent(
-            query_heads=N, head_dim=H, value_dim=H, rope_dim=H // 2, kv_lora=2 * H, groups=2
-        ),
-    }
-    table = Table(
-        title=(
-            f"ms for one token in each of {batch} rows, float32, against the cached tokens, "
-            f"{machine()}"
-        )
-    )
-    for column in ("", "floats cached per token and layer", *map(str, lengths)):
-        table.add_column(column, justify="right")
-    out: dict[str, list[float]] = {name: [] for name in projections}
-    for length in lengths:
-        steps = {
-            name: peers.one_more_token(projection, length, batch)
-            for name, projection in projections.items()
-        }
-        for name, seconds in turns.here(steps, ROUNDS.value).items():
-            out[name].append(seconds * 1e3)
-    for name, projection in projections.items():
-        floats = AttentionConfig(projection=projection).cache_floats()
-        table.add_row(name, str(floats), *[f"{ms:.2f}" for ms in out[name]])
+    table, by_length = caches.measured(ROUNDS.value, machine())
     terminal.show(table)
-    return out
+    return {**out, "cache": by_length}
 
 
 def machine() -> str:
@@ -295,23 +265,11 @@ def evaluate() -> dict[str, Any]:
     """See the module's docstring."""
     from experiments.timing import asked
 
-    table = Table(title=f"scoring, peer shape, {machine()}")
-    for column in ("", "tokens", "padded", "shapes", "median s", "CPU s", "times lm-eval's"):
-        table.add_column(column, justify="right")
-    out = {}
-    for kind in asked.KINDS:
-        makers = {"kha_jax": (asked.ours, kind), "lm-eval, transformers": (asked.theirs, kind)}
-        out[kind] = results = turns.apart(makers, ROUNDS.value, settled=1)
-        padded, own, with_padding, shapes = asked.counted(kind)
-        sizes = {"kha_jax": (own, with_padding, shapes)}
-        peer = results.get("lm-eval, transformers", {"median": float("nan")})["median"]
-        for name, row in results.items():
-            tokens, all_of_them, compiled = sizes.get(name, ("", padded, ""))
-            times = f"{row['median']:.2f}", f"{row['cpu']:.2f}", f"{peer / row['median']:.2f}"
-            cells = map(str, (tokens, all_of_them, compiled))
-            table.add_row(f"{kind}: {name}", *cells, *times)
-    terminal.show(table)
-    return out
+    def tell(what: Any) -> None:
+        terminal.show(what) if isinstance(what, Table) else terminal.say(what)
+
+    stock = None if STOCK.value is None else stored.local_folder("stock", STOCK.value)
+    return asked.measured(stock, ROUNDS.value, machine(), tell)
 
 
 def convert() -> dict[str, Any]:
@@ -344,6 +302,20 @@ def data() -> dict[str, Any]:
     return {"matmul_gflops": rate, **out}
 
 
+def device() -> dict[str, Any]:
+    """See the module's docstring."""
+    import jax
+
+    from experiments.timing import device
+
+    if jax.default_backend() == "cpu":
+        terminal.say(f"skipped: there is no GPU or TPU here, only {machine()}")
+        return {}
+    table, out = device.measured(device.full(), ROUNDS.value, machine())
+    terminal.show(table)
+    return out
+
+
 SUITES = {
     "dense": dense,
     "moe": moe,
@@ -355,6 +327,7 @@ SUITES = {
     "evaluate": evaluate,
     "convert": convert,
     "data": data,
+    "device": device,
 }
 
 

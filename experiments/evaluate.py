@@ -26,7 +26,7 @@ from typing import IO, Any
 from absl import flags
 from rich.table import Table
 
-from experiments.cli import command_line, terminal
+from experiments.cli import alone, command_line, terminal
 from experiments.cli.codes import UsageError
 from experiments.run_folders.folder import use_compilation_cache
 
@@ -79,6 +79,9 @@ DEVICES = flags.DEFINE_integer(
 )
 OUT = flags.DEFINE_string("out", None, "Also write the results to this JSON file.")
 
+ONLY_WITH = {"stride": "text"} | dict.fromkeys(
+    ("include", "limit", "shots", "chat", "run_code", "samples"), "tasks"
+)
 log = logging.getLogger("kha_jax")
 
 
@@ -136,11 +139,7 @@ def tasks() -> dict[str, Any]:
     include = benchmarks.folder(INCLUDE.value)
     names = list(dict.fromkeys(TASKS.value))
     programs = code_tasks.load(names, include)
-    if programs and not RUN_CODE.value:
-        raise UsageError(
-            f"--tasks={programs[0].name}: runs what the model writes; add --run_code, best where "
-            "nothing can be harmed"
-        )
+    check_programs(programs)
     coded = [task.name for task in programs]
     loaded = benchmarks.load([name for name in names if name not in coded], include)
     asked = runs()
@@ -161,7 +160,7 @@ def tasks() -> dict[str, Any]:
     if named:
         terminal.show(tables.of_tasks(found, named, shots))
     if benchmarks.PAPER in names:
-        terminal.show(tables.of_paper(benchmarks.paper(), found, shots))
+        terminal.show(tables.of_paper(benchmarks.paper(), found, shots, LIMIT.value))
     return {
         "runs": [run.about() for run in asked],
         "limit": LIMIT.value,
@@ -169,6 +168,26 @@ def tasks() -> dict[str, Any]:
         "tasks": tables.as_json(found, shots),
         "missing": loaded.missing,
     }
+
+
+def check_programs(programs: list[Any]) -> None:
+    """Raises UsageError where code tasks, or the lack of them, and flags do not go together."""
+    if not programs:
+        if flags.FLAGS["samples"].present:
+            raise UsageError("--samples: does nothing without a code task, such as humaneval")
+        return
+    name = programs[0].name
+    if not RUN_CODE.value:
+        raise UsageError(
+            f"--tasks={name}: runs what the model writes; add --run_code, best where nothing can "
+            "be harmed"
+        )
+    for flag in ("chat", "shots"):
+        if flags.FLAGS[flag].present:
+            raise UsageError(
+                f"--{flag}: does nothing to {name}, which goes on with a program; run that alone, "
+                "without it"
+            )
 
 
 def answers(run: Any, loaded: Any) -> dict[tuple[str, str], Any]:
@@ -192,8 +211,8 @@ def answers(run: Any, loaded: Any) -> dict[tuple[str, str], Any]:
     samples = benchmarks.run(lm, loaded, SHOTS.value, LIMIT.value, CHAT.value)
     run.say_counts()
     if lm.generated:
-        log.info("%s: %d texts, %d of their prompts cut", run.workdir, lm.generated, lm.cut)
-    found = scores.measured(samples)
+        lm.say_texts()
+    found = scores.measured(samples, benchmarks.aggregations(loaded))
     for group, own in loaded.groups.items():
         found |= scores.pooled(found, group, own)
     return found
@@ -201,14 +220,15 @@ def answers(run: Any, loaded: Any) -> dict[tuple[str, str], Any]:
 
 def main() -> None:
     """See the module's docstring."""
+    alone.check("evaluate", "start it once; --devices splits the model over those of one host")
     given = {"text": TEXT.value, "tasks": TASKS.value}
     if sum(value is not None for value in given.values()) != 1:
         raise UsageError("--text or --tasks: give one of them; a file, or names such as hellaswag")
     for name, value in given.items():
         if value is not None and not (value and all(value)):
             raise UsageError(f"--{name}: is empty")
-    for flag, of in (("stride", "text"), *((f, "tasks") for f in ("include", "limit", "shots"))):
-        if flags.FLAGS[flag].value is not None and given[of] is None:
+    for flag, of in ONLY_WITH.items():
+        if flags.FLAGS[flag].present and given[of] is None:
             raise UsageError(f"--{flag}: does nothing without --{of}")
     out_file("a").close()  # before minutes of computing
     results = text() if TEXT.value else tasks()

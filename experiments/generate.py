@@ -13,21 +13,20 @@ until Ctrl-D. One cache of --max_context tokens holds the conversation and grows
 """
 
 import logging
-import re
 import sys
 import time
-from typing import Iterator
 
 from absl import flags
 
 from experiments.cli import command_line
 from experiments.cli.codes import UsageError
-from experiments.cli.conversation import Messages, converse
+from experiments.cli.conversation import talk
+from experiments.cli.typed import encoded, stop_text
 from experiments.run_folders import stored
 from experiments.run_folders.folder import use_compilation_cache
 from kha_jax.accounting import cache_bytes
 from kha_jax.config import ConfigError
-from kha_jax.inference.decoding import Decoder, Session
+from kha_jax.inference.decoding import Decoder
 from kha_jax.inference.dialect import Dialect
 from kha_jax.inference.folding import fold_if_linear
 from kha_jax.inference.sampling import Sampling
@@ -63,29 +62,6 @@ FOLD = flags.DEFINE_bool("fold", True, "Fold linear mixers into the weights firs
 
 log = logging.getLogger("kha_jax")
 FARTHEST = 64  # times the length that a model was trained on, beyond which nothing is continued
-
-
-def encoded(prompt: str) -> bytes:
-    """The bytes of a prompt from the command line, which need not be UTF-8, with \\n, \\t and \\\\
-    replaced by what they stand for."""
-    stands = {"n": "\n", "t": "\t", "\\": "\\"}
-    text = re.sub(r"\\([nt\\])", lambda found: stands[found[1]], prompt)
-    return text.encode("utf-8", "surrogateescape")
-
-
-def stop_text(stop: str) -> str:
-    """The text that a --stop stands for.
-
-    Raises:
-        UsageError: no text holds it.
-    """
-    try:
-        text = encoded(stop).decode()
-    except UnicodeDecodeError:
-        text = ""
-    if not text:
-        raise UsageError("--stop: is empty or not UTF-8; give at least one character")
-    return text
 
 
 def check_prompts() -> None:
@@ -134,7 +110,8 @@ def main() -> None:
     decoder = Decoder(*(fold_if_linear(*trained) if FOLD.value else trained))
     settings = {"sampling": sampling, "seed": SEED.value, "end": dialect.ends}
     if CHAT.value:
-        talk(decoder, dialect, stops, settings, MAX_CONTEXT.value or config.seq_len)
+        room = MAX_CONTEXT.value or config.seq_len
+        talk(decoder, dialect, SYSTEM.value, stops, TOKENS.value, room, settings)
         return
     began = time.perf_counter()
     rows = [Continuation(dialect, prompt, stops, dialect.ends) for prompt in prompts]
@@ -178,31 +155,6 @@ def warn_of_length(longest: int, trained: int) -> None:
         log.warning(
             "up to %d tokens with the prompt; the model was trained on %d", reached, trained
         )
-
-
-def talk(decoder: Decoder, dialect: Dialect, stops: list[str], settings: dict, length: int) -> None:
-    """Answers what is typed."""
-    session = Session(decoder, length)
-
-    def answer(messages: Messages) -> Iterator[str]:
-        prompt = dialect.encode(dialect.prompt(messages), special=False)
-        if len(prompt) >= length:
-            raise UsageError(
-                f"--max_context={length}: the conversation has grown to {len(prompt)} tokens; "
-                "begin anew, or give it more"
-            )
-        row = Continuation(dialect, prompt, stops, dialect.ends)
-        row.take()  # what was typed
-        for ids in session.stream(prompt, TOKENS.value, **settings):
-            row.add(ids)
-            yield row.take()
-            if row.done:
-                return
-        row.finish()
-        yield row.take()
-
-    turns = converse(answer, SYSTEM.value)
-    log.info("%d answers, %d tokens of %d in the cache", turns, len(session.ids), length)
 
 
 def proceed(decoder: Decoder, rows: list[Continuation], settings: dict, show: bool) -> None:

@@ -64,9 +64,9 @@ def on_mesh(mesh: Mesh | None, function: Callable) -> Callable:
     seen = AbstractMesh((), ()) if mesh is None else mesh.abstract_mesh
 
     @functools.wraps(function)
-    def inside(*arguments):
+    def inside(*arguments, **named):
         with jax.sharding.use_abstract_mesh(seen):
-            return function(*arguments)
+            return function(*arguments, **named)
 
     return inside
 

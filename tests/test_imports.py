@@ -43,7 +43,7 @@ ROOMS = {
     "preparing": 1,
     "run_folders": 1,
     "sweeps": 3,
-    "timing": 2,
+    "timing": 3,
     "train_loop": 2,
 }
 COMMAND = 4  # what one types

@@ -16,8 +16,7 @@ from kha_jax.inference.scoring import Score, Scorer
 from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.model import ModelConfig
 from kha_jax.modules import Numerics
-from kha_jax.sharding import tree_shardings
-from tests.test_decoding import FEW, V, named, random
+from tests.test_decoding import FEW, V, named, placed, random
 
 # P[a, b]: the probability that b follows a, whatever stands before.
 P = np.array([[0.5, 0.25, 0.125, 0.125], [0.1, 0.6, 0.2, 0.1], [0.25] * 4, [0.7, 0.1, 0.1, 0.1]])
@@ -137,14 +136,14 @@ def test_scores_are_those_of_whole_forward_passes(name):
 
 
 @pytest.mark.slow
-def test_a_model_on_a_mesh_scores_as_on_one_device():
-    """Of which each holds a part of the heads, the feed-forward width and the vocabulary."""
-    config, requests = named("gqa").replace(vocabulary_size=64), drawn()
+@pytest.mark.parametrize("name", ["gqa", "everything"])
+def test_a_model_on_a_mesh_scores_as_on_one_device(name):
+    """Of which each holds a part of the heads, the feed-forward width and the vocabulary, or
+    computes all queries where heads meet and lengths do not divide."""
+    config, requests = named(name).replace(vocabulary_size=64), drawn()
     mesh = make_mesh(MeshConfig(data=2, model=4))
-    shapes = jax.eval_shape(config.build().init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    placed = jax.device_put(random(config), tree_shardings(shapes, mesh))
     one = Scorer(config, random(config), max_length=64).score(requests)
-    many = Scorer(config, placed, max_length=64, mesh=mesh).score(requests)
+    many = Scorer(config, placed(config, mesh), max_length=64, mesh=mesh).score(requests)
     np.testing.assert_allclose([s[0] for s in many], [s[0] for s in one], rtol=1e-5)
     assert [s.greedy for s in many] == [s.greedy for s in one]
 
@@ -195,6 +194,13 @@ def test_a_row_that_fits_nowhere_is_a_batch_alone():
 def test_requests_that_cannot_be_scored_are_refused(request_, message):
     with pytest.raises(ValueError, match=rf"requests\[1\]: {message}"):
         Scorer(*bigrams(), max_length=8).score([Request([1], [1]), Request(*request_)])
+
+
+def test_what_is_no_number_is_no_score():
+    """Since an accuracy made of it would look like chance."""
+    config, variables = bigrams(np.where(np.eye(4), 0.25, np.nan))
+    with pytest.raises(FloatingPointError, match=r"requests\[1\]: its log-probability is nan"):
+        Scorer(config, variables, max_length=8).score([Request([1], []), Request([1], [2])])
 
 
 def test_settings_that_cannot_work_are_refused():

@@ -1,9 +1,55 @@
 """A conversation on the terminal: a line in, an answer out as it comes."""
 
+import logging
 import sys
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
+
+from experiments.cli.codes import UsageError
+from kha_jax.inference.decoding import Decoder, Session
+from kha_jax.inference.dialect import Dialect
+from kha_jax.inference.text import Continuation
 
 Messages = list[dict[str, str]]
+log = logging.getLogger("kha_jax")
+
+
+def talk(
+    decoder: Decoder,
+    dialect: Dialect,
+    system: str | None,
+    stops: Sequence[str],
+    tokens: int,
+    length: int,
+    settings: dict[str, Any],
+) -> None:
+    """Answers what is typed, by the model's chat template.
+
+    tokens: of an answer, at most; length: of the conversation; settings: of `Session.stream`.
+
+    Raises:
+        UsageError: the conversation has outgrown its length.
+    """
+    session = Session(decoder, length)
+
+    def answer(messages: Messages) -> Iterator[str]:
+        prompt = dialect.encode(dialect.prompt(messages), special=False)
+        if len(prompt) >= length:
+            raise UsageError(
+                f"--max_context={length}: the conversation has grown to {len(prompt)} tokens; "
+                "begin anew, or give it more"
+            )
+        row = Continuation(dialect, prompt, stops, dialect.ends)
+        row.take()  # what was typed
+        for ids in session.stream(prompt, tokens, **settings):
+            row.add(ids)
+            yield row.take()
+            if row.done:
+                return
+        row.finish()
+        yield row.take()
+
+    turns = converse(answer, system)
+    log.info("%d answers, %d tokens of %d in the cache", turns, len(session.ids), length)
 
 
 def converse(answer: Callable[[Messages], Iterator[str]], system: str | None = None) -> int:

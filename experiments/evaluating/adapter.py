@@ -8,14 +8,14 @@ import logging
 from typing import Any, Iterator, NamedTuple, Sequence
 
 from experiments.cli.codes import UsageError
-from experiments.evaluating.models import Asked
-from kha_jax.errors import DataError
-from kha_jax.inference.rows import Request, eighth, windows
+from experiments.evaluating.models import Asked, scores
+from kha_jax.inference.rows import Request, Row, Shape, Target, plan, windows
 from kha_jax.inference.sampling import Sampling
 from kha_jax.inference.text import Continuation
 
 log = logging.getLogger("kha_jax")
 NEW_TOKENS = 256  # of a task that does not say
+PROGRAM = 16384  # tokens of padding that one more compiled shape of texts has to save
 STEPS = 16  # tokens between two looks at what stops a text
 SAMPLED = ("temperature", "top_k", "top_p")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -46,6 +46,7 @@ class Answers:
         super().__init__()
         self.asked, self.dialect = asked, asked.dialect
         self.generated = self.cut = 0
+        self.shapes = set[Any]()
 
     @property
     def eot_token_id(self) -> int:
@@ -84,15 +85,8 @@ class Answers:
 
     def _loglikelihood_tokens(self, requests, **_: Any) -> list[tuple[float, bool]]:
         """The same of ((context, continuation), ids of one, ids of the other)."""
-        return self._scores(
-            [Request(before or [self.prefix_token_id], ids) for _, before, ids in requests]
-        )
-
-    def _scores(self, requests: list[Request]) -> list[tuple[float, bool]]:
-        try:
-            return [tuple(score) for score in self.asked.scorer.score(requests)]
-        except ValueError as error:
-            raise DataError(f"{self.asked.workdir}: {error}; set --max_context") from None
+        asked = [Request(before or [self.prefix_token_id], ids) for _, before, ids in requests]
+        return [tuple(score) for score in scores(self.asked, asked)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """The log-probability of each text, in windows that share one token."""
@@ -101,7 +95,7 @@ class Answers:
             ids = self.tok_encode(request.args[0])
             own = list(windows(ids, self.prefix_token_id, self.asked.max_length))
             parts, whose = parts + own, whose + [at] * len(own)
-        for at, (log_p, _) in zip(whose, self._scores(parts)):
+        for at, (log_p, _) in zip(whose, scores(self.asked, parts)):
             sums[at] += log_p
         return sums
 
@@ -118,9 +112,20 @@ class Answers:
     def texts(self, prompts: dict[int, str], asking: Asking) -> dict[int, str]:
         """What follows each prompt."""
         ids, out = {at: self._prompt(text, asking) for at, text in prompts.items()}, {}
-        for seed, batch in enumerate(self._batches(ids, asking)):
-            out |= zip(batch, self._continued([ids[at] for at in batch], asking, seed))
+        for seed, (shape, batch) in enumerate(self._batches(ids, asking)):
+            self.shapes.add((shape, asking.tokens, asking.sampling))
+            filled = [*batch, *(shape.rows - len(batch)) * batch[:1]]
+            length = shape.prefix - asking.tokens
+            texts = self._continued([ids[at] for at in filled], length, asking, seed)
+            out |= zip(batch, texts)
         return out
+
+    def say_texts(self) -> None:
+        """Logs how many were generated, and what was cut."""
+        log.info(
+            "%s: %d texts, %d of their prompts cut from the left, %d compiled shapes",
+            *(self.asked.workdir, self.generated, self.cut, len(self.shapes)),
+        )
 
     def _asking(self, said: dict[str, Any]) -> Asking:
         """What a task's generation_kwargs mean."""
@@ -133,7 +138,8 @@ class Answers:
         until = said.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
         given = {name: said[name] for name in SAMPLED if said.get(name) is not None}
-        sampled = said.get("do_sample", given.get("temperature", 0) > 0)
+        warm = given.get("temperature", 1.0) > 0
+        sampled = said.get("do_sample", "temperature" in given) and warm
         sampling = Sampling(**{"temperature": 1.0, **given}) if sampled else Sampling()
         return Asking(tuple(filter(None, stops)), tokens, sampling)
 
@@ -144,19 +150,29 @@ class Answers:
         self.generated, self.cut = self.generated + 1, self.cut + (len(ids) > room)
         return ids[-room:]
 
-    def _batches(self, prompts: dict[int, list[int]], asking: Asking) -> Iterator[list[int]]:
-        """Prompts of similar lengths, the longest first, as many as take batch_tokens."""
-        left = sorted(prompts, key=lambda at: -len(prompts[at]))
-        while left:
-            each = eighth(len(prompts[left[0]])) + asking.tokens
-            rows = max(1, self.asked.scorer.batch_tokens // each)
-            yield left[:rows]
-            left = left[rows:]
+    def _batches(
+        self, prompts: dict[int, list[int]], asking: Asking
+    ) -> Iterator[tuple[Shape, list[int]]]:
+        """Prompts of similar lengths, the longest first, as many as take batch_tokens with what
+        follows them; of few shapes, each of which takes long to compile."""
+        room = asking.tokens * [0]
+        rows = [Row([*ids, *room], [], [Target(at, 0, 0)]) for at, ids in prompts.items()]
+        for shape, batch in plan(rows, self.asked.scorer.batch_tokens, program=PROGRAM):
+            yield shape, [row.targets[0].request for row in batch]
 
-    def _continued(self, prompts: list[list[int]], asking: Asking, seed: int) -> list[str]:
+    def _continued(
+        self, prompts: list[list[int]], length: int, asking: Asking, seed: int
+    ) -> list[str]:
+        """length: columns that the prompts take at least, with padding."""
         ends = self.dialect.ends
         rows = [Continuation(self.dialect, prompt, asking.stops, ends) for prompt in prompts]
-        how = {"sampling": asking.sampling, "end": ends, "chunk": STEPS, "seed": seed}
+        how = {
+            "sampling": asking.sampling,
+            "end": ends,
+            "chunk": STEPS,
+            "seed": seed,
+            "length": length,
+        }
         for part in self.asked.decoder.stream(prompts, asking.tokens, **how):
             for row, ids in zip(rows, part.tolist()):
                 row.add(ids)

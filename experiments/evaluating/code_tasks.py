@@ -118,6 +118,7 @@ def run(
     asking = Asking(task.stops, tokens, SAMPLED if samples > 1 else Sampling())
     prompts = [problem["prompt"] for problem in problems for _ in range(samples)]
     texts = answers.texts(dict(enumerate(prompts)), asking)
+    answers.say_texts()
     log.info(
         "%s: running %d answers to %s (%s, at most %d tokens)",
         *(asked.workdir, len(texts), task.name),

@@ -52,10 +52,13 @@ def _with_interval(metric: str, score: float, limits: tuple[float, float], sign:
     return f"{plus}{shown(metric, score)} [{low}, {high}]"
 
 
-def of_paper(lines: Sequence[Line], runs: Sequence[Run], shots: dict[str, Any]) -> Table:
+def of_paper(
+    lines: Sequence[Line], runs: Sequence[Run], shots: dict[str, Any], limit: int | None = None
+) -> Table:
     """Table 4: category, benchmark, the printed scores and ours, averages of each category and of
-    all; of ours over the benchmarks that were run."""
-    table = Table(title="Table 4", caption=PROTOCOL)
+    all; of ours over the benchmarks that were run. limit: documents of each task that were."""
+    of = f", ours of at most {limit:,} documents a task" if limit else ""
+    table = Table(title=f"Table 4{of}", caption=PROTOCOL)
     heads = ["category", "benchmark", "task", "shots", "paper: baseline", "KHA", "change"]
     ours = [run.name for run in runs] + (["difference"] if len(runs) == 2 else [])
     for column in heads + ours:

@@ -194,3 +194,8 @@ def run(lm: Any, loaded: Loaded, shots: int | None, limit: int | None, chat: boo
 def shots_of(loaded: Loaded) -> dict[str, int]:
     """Examples in a prompt of each task, as it was run."""
     return {name: task.get_config("num_fewshot") or 0 for name, task in loaded.tasks.items()}
+
+
+def aggregations(loaded: Loaded) -> dict[str, dict[str, Any]]:
+    """What makes a score of the documents' values, by task and metric."""
+    return {name: task.aggregation() for name, task in loaded.tasks.items()}

@@ -9,7 +9,7 @@ from typing import Iterator, NamedTuple
 import numpy as np
 
 from experiments.cli.codes import UsageError
-from experiments.evaluating.models import Asked
+from experiments.evaluating.models import Asked, scores
 from kha_jax.data import shard_files
 from kha_jax.errors import DataError
 from kha_jax.inference.rows import windows
@@ -72,7 +72,7 @@ def loss(asked: Asked, name: str, stride: int | None) -> Loss:
     waiting = (w for ids in text.documents for w in windows(ids, before, length, stride))
     nats = tokens = 0
     for some in iter(lambda: list(itertools.islice(waiting, AT_ONCE)), []):
-        nats -= sum(score.log_probability for score in asked.scorer.score(some))
+        nats -= sum(score.log_probability for score in scores(asked, some))
         tokens += sum(len(window.continuation) for window in some)
     if not tokens:
         raise DataError(f"{name}: holds no text")

@@ -1,7 +1,7 @@
 """Scores and outputs of the heads, computed by every device for its part of them.
 
 Every device has its rows of the batch, so that fused kernels need not know of the mesh: for its
-heads, or, where heads mix in the scores, for its queries.
+heads, or, where heads mix in the scores, for its queries, if they divide over the devices.
 
 Legend: B batch, T query position, S key position, N query heads, K key/value heads, H query and key
 width, U value width.
@@ -32,15 +32,17 @@ def attend(
     fixed = {"scale": scale, "kernel": kernel, "platform": platform()}
     rows, whole = ("batch", "length"), ("batch", "length", None, None)
     queries = keys = ("batch", "length", "heads", None)
+    split = q_BTNH.shape[1] % axis_size("query_length") == 0
     if maps.mix_heads:
-        queries, keys = ("batch", "query_length", None, None), whole
+        queries, keys = ("batch", "query_length", None, None) if split else whole, whole
     elif k_BSKH.shape[2] < axis_size("heads"):
         # A copy for each device that holds some of a key head's queries.
         copies = axis_size("heads") // k_BSKH.shape[2]
         k_BSKH, v_BSKU = (jnp.repeat(z, copies, axis=2) for z in (k_BSKH, v_BSKU))
 
     def local(q_BTNH, k_BSKH, v_BSKU, ids_BS, maps):
-        start = index_along("query_length") * q_BTNH.shape[1] if maps.mix_heads else 0
+        parts = maps.mix_heads and split
+        start = index_along("query_length") * q_BTNH.shape[1] if parts else 0
         return ops.attention(q_BTNH, k_BSKH, v_BSKU, ids_BS, maps=maps, start=start, **fixed)
 
     on_each = jax.tree.map(lambda leaf: (None,) * leaf.ndim, maps)

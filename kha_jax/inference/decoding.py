@@ -11,16 +11,18 @@ Legend: B batch, T prompt length with padding, S slots of the cache, V vocabular
 import functools
 import itertools
 import logging
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from kha_jax.attention.projections import State
 from kha_jax.inference.layers import Variables, Weights, blocks, unstack
 from kha_jax.inference.sampling import Sampling, draw
 from kha_jax.model import ModelConfig
+from kha_jax.sharding import axis_size_of, on_mesh
 
 log = logging.getLogger("kha_jax")
 PROMPT_MULTIPLE = 32  # prompts are padded to multiples of it, so that few lengths compile
@@ -104,7 +106,7 @@ class Progress(NamedTuple):
 
 
 class Decoder:
-    """Generates from one model on this process's default device.
+    """Generates from one model.
 
     Args:
         model: its config; scores of the prompt are computed by the platform's best kernel whatever
@@ -113,19 +115,34 @@ class Decoder:
             (`fold_if_linear`); any model works as it is.
         prompt_chunk: tokens of a prompt that are computed at once; a longer one comes in chunks, so
             that it takes no more memory but for its cache.
+        mesh: the devices that hold the variables, where it is more than one; it splits no rows.
+
+    Raises:
+        ValueError: a prompt_chunk that is no multiple, or a mesh that splits rows.
     """
 
-    def __init__(self, model: ModelConfig, variables: Variables, prompt_chunk: int = PROMPT_CHUNK):
+    def __init__(
+        self,
+        model: ModelConfig,
+        variables: Variables,
+        prompt_chunk: int = PROMPT_CHUNK,
+        mesh: Mesh | None = None,
+    ):
         if prompt_chunk < 1 or prompt_chunk % PROMPT_MULTIPLE:
             problem = f"must be a positive multiple of {PROMPT_MULTIPLE}, found {prompt_chunk}"
             raise ValueError(f"prompt_chunk: {problem}")
         self.prompt_chunk = prompt_chunk
         self.model = model.with_attention(lambda attention: attention.replace(kernel="auto"))
         self.weights = unstack(model, variables)
-        self._start = jax.jit(self._start_, static_argnames=("sampling", "slots", "end"))
-        self._advance = jax.jit(
-            self._advance_, static_argnames=("sampling", "count", "end"), donate_argnums=1
-        )
+        if (parts := axis_size_of(mesh.shape, "batch") if mesh else 1) > 1:
+            raise ValueError(f"mesh: splits rows over {parts} devices, which decoding does not")
+        self.mesh = mesh
+        self._start = self._jit(self._start_, ("sampling", "slots", "end"))
+        self._advance = self._jit(self._advance_, ("sampling", "count", "end"), donate_argnums=1)
+
+    def _jit(self, function: Callable, static: Sequence[str], **settings: Any) -> Callable:
+        """The function, compiled for the mesh."""
+        return jax.jit(on_mesh(self.mesh, function), static_argnames=static, **settings)
 
     def _start_(self, weights, tokens_BT, pad_B, key, *, sampling, slots, end) -> Progress:
         chunk = min(self.prompt_chunk, tokens_BT.shape[1])
@@ -168,6 +185,7 @@ class Decoder:
         seed: int = 0,
         end: int | Sequence[int] | None = None,
         chunk: int = 8,
+        length: int = 0,
     ) -> Iterator[np.ndarray]:
         """Yields the new tokens, [B, at most `chunk`] at a time.
 
@@ -176,20 +194,22 @@ class Decoder:
             tokens: new tokens per row.
             end: the id that ends a row, or several that do; what follows in the row is the first of
                 them, and a batch stops once all rows have ended.
+            length: tokens that prompts are padded to at least, so that batches of one length share
+                what is compiled.
 
         Raises:
             ValueError: an empty prompt, an id outside the vocabulary, or no tokens to make.
         """
         _check(prompts, tokens, self.model.vocabulary_size)
         end = ends_of(end)
-        longest = max(map(len, prompts))
+        longest = max(length, *map(len, prompts))
         one_chunk = longest <= self.prompt_chunk
-        length = _up(longest, PROMPT_MULTIPLE if one_chunk else self.prompt_chunk)
-        pad = np.array([length - len(prompt) for prompt in prompts], np.int32)
+        columns = _up(longest, PROMPT_MULTIPLE if one_chunk else self.prompt_chunk)
+        pad = np.array([columns - len(prompt) for prompt in prompts], np.int32)
         padded = np.stack(
             [np.pad(np.asarray(prompt, np.int32), (p, 0)) for prompt, p in zip(prompts, pad)]
         )
-        slots = length + _up(tokens, PROMPT_MULTIPLE)
+        slots = columns + _up(tokens, PROMPT_MULTIPLE)
         progress = self._start(
             self.weights, padded, pad, jax.random.key(seed), sampling=sampling, slots=slots, end=end
         )
@@ -225,10 +245,10 @@ class Session:
 
     def __init__(self, decoder: Decoder, length: int):
         self.decoder, self.length, self.ids = decoder, length, list[int]()
-        self._more = jax.jit(self._more_, static_argnames="sampling", donate_argnums=1)
+        self._more = decoder._jit(self._more_, ["sampling"], donate_argnums=1)
         empty = functools.partial(prefill, decoder.model, slots=length + PIECE)
         one, pad = np.zeros((1, 1), np.int32), np.zeros(1, np.int32)
-        self.cache = jax.jit(empty)(decoder.weights, one, pad)[1]
+        self.cache = decoder._jit(empty, [])(decoder.weights, one, pad)[1]
 
     def _more_(self, weights, cache, tokens_1T, slot, last, key, *, sampling):
         pad_1 = jnp.zeros(1, jnp.int32)

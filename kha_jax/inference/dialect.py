@@ -22,6 +22,7 @@ TOKENIZER, GENERATION, TEMPLATE = (
     "chat_template.jinja",
 )
 LARGEST = 2**24  # bytes of each of them
+HERE = "\uf8ff "  # what nobody writes: where a message ends that is gone on with
 
 Message = Mapping[str, str]  # role and content
 
@@ -67,7 +68,8 @@ class Dialect(NamedTuple):
         return bool(self.encode("", special=True))
 
     def prompt(self, messages: Sequence[Message], answer: bool = True) -> str:
-        """What the model is given of these messages, to answer them or not.
+        """What the model is given of these messages, to answer them, or to go on with the last one,
+        which has no end then.
 
         Raises:
             ConfigError: jinja2 is not installed.
@@ -75,8 +77,20 @@ class Dialect(NamedTuple):
         """
         if self.template is None:
             raise DataError(f"{self.place}: there is no chat template")
-        from_messages = {"messages": list(messages), "add_generation_prompt": answer}
-        return _rendered(self.template, {**self.words, **from_messages}, self.place)
+        messages = list(messages)
+        if not answer:
+            messages[-1] = {**messages[-1], "content": messages[-1]["content"] + HERE}
+        from_messages = {"messages": messages, "add_generation_prompt": answer}
+        text = _rendered(self.template, {**self.words, **from_messages}, self.place)
+        if answer:
+            return text
+        own, mark, _ = text.rpartition(HERE)
+        if mark:
+            return own
+        own, mark, _ = text.rpartition(HERE.rstrip())
+        if not mark:
+            raise DataError(f"{self.place}: the chat template leaves out the last message")
+        return own.rstrip()  # as it trims messages
 
 
 @functools.lru_cache(maxsize=4)
@@ -159,7 +173,7 @@ def _rendered(template: str, given: dict[str, Any], place: Path) -> str:
     """The template's text. It is a stranger's program: the sandbox lets it touch what it is given
     and nothing else, and change none of it."""
     try:
-        import jinja2
+        import jinja2.ext
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise ConfigError(
@@ -169,8 +183,17 @@ def _rendered(template: str, given: dict[str, Any], place: Path) -> str:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}, with which templates mark answers for training: what is in it stays."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = lambda z, **how: json.dumps(z, ensure_ascii=False, **how)
     environment.globals["raise_exception"] = refuse

@@ -10,7 +10,7 @@ from typing import Iterator, NamedTuple, Sequence
 import numpy as np
 
 PROGRAMS = 12  # shapes at most, all of them compiled
-PROGRAM = 1024  # tokens of padding that one more shape has to save
+PROGRAM = 256  # tokens of padding that one more shape has to save; it is compiled once for all runs
 BRANCHES = 512  # tokens behind one prefix, unless a single branch has more
 
 
@@ -113,15 +113,20 @@ def eighth(size: int) -> int:
 
 
 def plan(
-    rows: Sequence[Row], tokens: int, multiple: int = 1, programs: int = PROGRAMS
+    rows: Sequence[Row],
+    tokens: int,
+    multiple: int = 1,
+    programs: int = PROGRAMS,
+    program: int = PROGRAM,
 ) -> list[tuple[Shape, list[Row]]]:
-    """Batches of at most `tokens` tokens, unless one row has more, of at most `programs` shapes;
-    the longest rows come first. Their number of rows divides by `multiple`."""
+    """Batches of at most `tokens` tokens, unless one row has more, of at most `programs` shapes, of
+    which each saves at least `program` tokens of padding; the longest rows come first. Their number
+    of rows divides by `multiple`."""
     whole = [row for row in rows if not row.branches]
     branched = [row for row in rows if row.branches]
     kinds, batches = [kind for kind in (whole, branched) if kind], []
     for kind in kinds:
-        for part in _parts(kind, tokens, multiple, max(1, programs // len(kinds))):
+        for part in _parts(kind, tokens, multiple, max(1, programs // len(kinds)), program):
             batches += _batches(part, tokens, multiple)
     return sorted(batches, key=lambda batch: -(batch[0].prefix + batch[0].branches))
 
@@ -130,7 +135,9 @@ def _size(row: Row) -> tuple[int, int]:
     return eighth(len(row.prefix)), eighth(row.branched)
 
 
-def _parts(rows: list[Row], tokens: int, multiple: int, parts: int) -> list[list[Row]]:
+def _parts(
+    rows: list[Row], tokens: int, multiple: int, parts: int, program: int
+) -> list[list[Row]]:
     """Rows of similar sizes, in at most so many parts that little is padded: of all ways to cut the
     sizes, in order, the one with the fewest tokens."""
     rows = sorted(rows, key=_size)
@@ -143,7 +150,7 @@ def _parts(rows: list[Row], tokens: int, multiple: int, parts: int) -> list[list
         branches = np.maximum.accumulate(sizes[end - 1 :: -1, 1])[::-1]  # by where the part begins
         length = sizes[end - 1, 0] + branches
         many, each = _split(upto[end] - upto[:end], length, tokens, multiple)
-        cost = many * each * length + PROGRAM
+        cost = many * each * length + program
         for part in range(1, parts + 1):
             total = best[part - 1, :end] + cost
             cut[part, end] = np.argmin(total)

@@ -115,6 +115,7 @@ class Scorer:
         Raises:
             ValueError: an empty context, a continuation longer than the model reads, or an id
                 outside the vocabulary.
+            FloatingPointError: a score is no number.
         """
         fitted = [self._fitted(at, request) for at, request in enumerate(requests)]
         asked = [(at, request) for at, request in enumerate(fitted) if len(request.continuation)]
@@ -131,6 +132,11 @@ class Scorer:
                 said = time.monotonic()
                 log.info("scored %d of %d batches", done, len(batches))
         self._count(requests, fitted, batches)
+        if (lost := np.flatnonzero(~np.isfinite(sums))).size:
+            raise FloatingPointError(
+                f"requests[{lost[0]}]: its log-probability is {sums[lost[0]]}; the weights are "
+                "damaged, or the run has diverged"
+            )
         return [Score(*both) for both in zip(sums.tolist(), greedy.tolist())]
 
     def _fitted(self, at: int, request: Request) -> Request:
