@@ -11,13 +11,13 @@ on while training runs. What checkpoints hold is listed by experiments.checkpoin
 
 import functools
 import logging
+import os
 import signal
 import time
 from pathlib import Path
 from typing import Any, Callable
 
 from absl import flags
-from etils import epath
 from rich import box
 from rich.table import Table
 
@@ -29,7 +29,7 @@ from kha_jax import analysis
 from kha_jax.analysis import curves, figures, heads, measures, style
 from kha_jax.analysis.reading import STREAMS, Run, Stack, bare_checkpoint, saved_steps
 from kha_jax.errors import CheckpointError
-from kha_jax.storage import as_written, write_text
+from kha_jax.storage import write_text
 
 WORKDIR = flags.DEFINE_list(
     "workdir", [], "Required: run folders or checkpoints, shown in this order."
@@ -61,10 +61,8 @@ def open_runs() -> list[Run]:
     paths = [_place(path) for path in WORKDIR.value]
     for path in paths:
         try:
-            exists = epath.Path(path).exists()
-        except KeyError:
-            raise UsageError(f"--workdir={path}: no such kind of storage is known") from None
-        except (ImportError, OSError, ValueError) as error:
+            exists = os.path.exists(path)
+        except ValueError as error:  # the name is no name
             raise UsageError(f"--workdir={path}: {' '.join(str(error).split())}") from None
         if not exists:
             raise UsageError(f"--workdir={path}: no such folder")
@@ -72,12 +70,9 @@ def open_runs() -> list[Run]:
 
 
 def _place(path: str) -> str:
-    """As epath takes it: a scheme in small letters, ~ spelt out; of gs:// the mirror."""
-    if path.startswith("gs://"):
-        return str(stored.readable_folder("workdir", path))
-    scheme, mark, rest = path.rpartition("://")
-    whole = f"{scheme.lower()}{mark}{rest}" if mark else str(as_written(path))
-    return whole.removeprefix("file://")
+    """The folder, of gs:// the mirror."""
+    of_this_machine = path.lower().startswith("file://")
+    return str(stored.readable_folder("workdir", path[len("file://") * of_this_machine :]))
 
 
 def compared(runs: list[Run], stacks: dict[str, dict[str, Stack]]) -> dict[str, Draw]:

@@ -31,7 +31,7 @@ from kha_jax.errors import CheckpointError
 from kha_jax.runs.arrays import leaves
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import read_manifest, verify, why
-from kha_jax.storage import Lease, address, in_bucket, not_followed
+from kha_jax.storage import Lease, address, fetch, in_bucket, not_followed
 from kha_jax.storage import stored as stored_files
 from kha_jax.training.run_folder import read_config, read_lineage
 
@@ -101,9 +101,6 @@ def prune(workdir: Path, checkpoints: Checkpoints, steps: list[int], accepts: li
         UsageError: it is being trained, or no good checkpoint would be left.
         CheckpointError: one of them cannot be removed.
     """
-    left = [step for step in checkpoints.steps() if step not in steps]
-    if not any(not problem(checkpoints.path(step), accepts, thorough=True) for step in left):
-        raise UsageError("--prune: no good checkpoint would be left")
     with contextlib.ExitStack() as held:
         lock = held.enter_context(open(workdir / "lock", "a+", opener=not_followed))
         try:
@@ -113,13 +110,17 @@ def prune(workdir: Path, checkpoints: Checkpoints, steps: list[int], accepts: li
         except BlockingIOError:
             said = f"--workdir={address(workdir)} is being trained; stop it first"
             raise UsageError(said) from None
+        fetch(workdir)  # from here on nobody else changes it
+        left = [step for step in checkpoints.steps() if step not in steps]
+        if not any(not problem(checkpoints.path(step), accepts, thorough=True) for step in left):
+            raise UsageError("--prune: no good checkpoint would be left")
         for step in steps:
+            where = address(checkpoints.path(step))
             try:
                 checkpoints.remove(step)
             except OSError as error:
-                said = f"{checkpoints.path(step)} could not be removed: {why(error)}"
-                raise CheckpointError(said) from None
-            print(f"removed {checkpoints.path(step)}")
+                raise CheckpointError(f"{where} could not be removed: {why(error)}") from None
+            print(f"removed {where}")
 
 
 def diff(checkpoints: Checkpoints, first: int, second: int) -> None:

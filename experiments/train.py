@@ -126,9 +126,10 @@ def join_processes(hang_timeout: float) -> None:
 
 
 def workdir() -> Path:
-    """The run folder that the flags name."""
+    """The run folder that the flags name, to be trained or to be read."""
     usual = config_files.REPOSITORY / "runs" / Path(flags.FLAGS["config"].config_filename).stem
-    return stored.trained_folder("workdir", str(usual) if WORKDIR.value is None else WORKDIR.value)
+    open_folder = stored.readable_folder if REPLAY.value else stored.trained_folder
+    return open_folder("workdir", str(usual) if WORKDIR.value is None else WORKDIR.value)
 
 
 def build(config: RunConfig) -> tuple[jax.sharding.Mesh, Trainer]:

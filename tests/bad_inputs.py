@@ -342,7 +342,7 @@ INPUTS = {
     },
     "analyze of nothing": (no_damage, ("analyze",), 2, "--workdir: is required"),
     "analyze of no folder": (no_damage, ("analyze", "--workdir={here}/none"), 2, "no such folder"),
-    "analyze of odd storage": (no_damage, ("analyze", "--workdir=odd://a"), 2, "storage is known"),
+    "analyze of odd storage": (no_damage, ("analyze", "--workdir=odd://a"), 2, "object stores"),
     "analyze to a bucket": (no_damage, ("analyze", "--workdir={run}", "--out=S3://b"), 2, "stores"),
     "a sweep to a bucket": (no_damage, ("sweep", "--table=2", "--out=Gs://b"), 2, "object stores"),
     "a sweep to nowhere": (

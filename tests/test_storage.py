@@ -1,9 +1,12 @@
 """Stores by URL: what is read is what lies there, by ranges and whole; every error is one line."""
 
+import concurrent.futures
+import time
+
 import pytest
 
 from kha_jax.errors import StorageError
-from kha_jax.storage import Objects, crc32c
+from kha_jax.storage import Objects, buckets, crc32c
 
 CONTENT = {
     "meta.json": b"{}",
@@ -72,9 +75,27 @@ def test_what_is_missing_or_no_store_is_named(objects):
         "gs://bucket//run": "no name of a store",
         "gs://bucket/../run": "no name of a store",
         "gs://B/run": "'B' is no name of a bucket",
+        **{f"gs://bucket/a{odd}b": "a meaning of its own" for odd in "%#?|;*[]\\\n"},
     }.items():
         with pytest.raises(StorageError, match=said):
             Objects(url)
+
+
+def test_a_store_that_is_gone_costs_one_deadline(monkeypatch):
+    """However many calls still have to be made there, and until it answers again."""
+    monkeypatch.setattr(buckets, "AGAIN", 0.02)
+    store, took = Objects("memory://gone", deadline=0.4), []
+    for answers in (False, False, False, True, False):
+        began = time.monotonic()
+        future = concurrent.futures.Future()
+        if answers:
+            future.set_result(None)
+            store._done(future, "there")
+            continue
+        with pytest.raises(StorageError, match="gone: no answer within"):
+            store._done(future, "gone")
+        took.append(time.monotonic() - began)
+    assert min(took[0], took[3]) >= 0.4 and max(took[1:3]) < 0.3, took
 
 
 def test_the_checksum_is_that_of_the_standard(tmp_path):

@@ -34,12 +34,14 @@ from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import MANIFEST, WEIGHTS, read_manifest, room
 from kha_jax.storage import (
     PROBE,
+    READ,
     Lease,
     address,
     cache_folder,
     fetch,
     holder,
     in_bucket,
+    mirror,
     not_followed,
     put,
     put_all,
@@ -92,6 +94,8 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: RunConfig, allowed: list[str]):
+        if jax.process_index() != 0 and in_bucket(path):  # what is written is that of process 0
+            path = mirror(str(address(path)), READ)
         self.path, self.config, self.allowed = path, config, allowed
         self.before = config  # what the run had last
         self.changes: dict[str, tuple[Any, Any]] = {}
@@ -252,9 +256,11 @@ class RunFolder:
         wanted = self.config.checkpoint
         accepts = [*self.lineage, self.identity]
         place = self.path / "checkpoints"
-        made = Checkpoints(place, wanted.keep, self._about, accepts, wanted.keep_every)
-        if jax.process_index() == 0 and not in_bucket(self.path):
-            self._check_room(made, state_bytes(state))
+        every, ours = wanted.keep_every, self._check_lease
+        made = Checkpoints(place, wanted.keep, self._about, accepts, every, ours)
+        if jax.process_index() == 0:
+            if not in_bucket(self.path):
+                self._check_room(made, state_bytes(state))
             grace.check(self.path, state_bytes(state), self.config.checkpoint.grace)
         return made
 
@@ -283,14 +289,17 @@ class RunFolder:
         config = read_config(self.path) if (self.path / CONFIG).exists() else self.config
         return batch_sizes(self.path, config)
 
+    def _check_lease(self) -> None:
+        if self.lease is not None:
+            self.lease.check()
+
     def _next_batch(self, step: int) -> str:
         return batch_hash(self.source, draws=self.draws, seed=self.config.seed, step=step)
 
     def _about(self, step: int) -> dict[str, Any]:
         """What a manifest says of the run; step s has used the batches 0 ... s - 1. In a bucket the
-        metrics up to there come before it, and no manifest comes from who has lost the lock."""
-        if self.lease is not None:
-            self.lease.check()
+        metrics up to there come before it."""
+        if (self.path / METRICS).exists():  # a run can do without
             put(self.path / METRICS)
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
         versions = {"python": platform.python_version(), "kha_jax": __version__, **versions}

@@ -10,7 +10,6 @@ import numpy as np
 from experiments.run_folders import stored
 from kha_jax import data
 from kha_jax.runs.checkpoint import Checkpoints
-from kha_jax.storage import fetch
 from kha_jax.training.run_config import RunConfig
 from kha_jax.training.run_folder import batch_sizes
 
@@ -27,7 +26,6 @@ def show(workdir: Path, step: int) -> None:
         UsageError: there is no such run, or it has no checkpoint.
         CheckpointError: the checkpoint is damaged.
     """
-    fetch(workdir)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         kept = checkpoints.steps()
     used = max((s for s in kept if s < step), default=kept[0] if kept else None)

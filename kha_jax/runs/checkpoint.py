@@ -75,6 +75,8 @@ class Checkpoints:
         about: entries of the manifest of a step; called in the background.
         accepts: see verify.
         keep_every: steps whose multiples retention leaves for good; 0: none.
+        ours: raises StorageError where another process writes there by now; called by process 0
+            before anything is written or removed.
     """
 
     def __init__(
@@ -84,9 +86,10 @@ class Checkpoints:
         about: Callable[[int], dict[str, Any]] = lambda step: {},
         accepts: Sequence[dict[str, Any]] = ({},),
         keep_every: int = 0,
+        ours: Callable[[], None] = lambda: None,
     ):
         self.folder, self.keep = Path(folder).absolute(), keep
-        self.keep_every = keep_every
+        self.keep_every, self.ours = keep_every, ours
         self.about, self.accepts = about, accepts
         self.checkpointer = ocp.StandardCheckpointer()
         self.background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -105,7 +108,7 @@ class Checkpoints:
             return
         try:  # the first error is the one to show; other processes may not come to wait
             self.wait()
-        except CheckpointError as second:
+        except StorageError as second:
             log.error("besides: %s", second)
         finally:
             self._free()
@@ -139,6 +142,7 @@ class Checkpoints:
                 return
             try:
                 if jax.process_index() == 0:
+                    self.ours()
                     with contextlib.suppress(OSError):
                         remove(target)
                     target.mkdir(parents=True)
@@ -157,14 +161,15 @@ class Checkpoints:
         self.pending = self.background.submit(self._commit, step, state_bytes(state), next(_saves))
 
     def _failure(self, step: int, size: int, error: Exception) -> CheckpointError:
-        """The error of a save, whose half-written files are removed."""
+        """The error of a save, whose half-written files are removed, but not from a bucket, where
+        they take no room that is missing and may be another trainer's."""
         reason, hint = why(error), "; raise the limit, as by `ulimit -n 4096`"
         with contextlib.suppress(OSError, StorageError):
             if in_bucket(self.folder):
                 hint = ""
             elif reason != os.strerror(errno.EMFILE):
                 hint = f"; about {size:,} bytes are needed, {room(self.folder)}"
-            if jax.process_index() == 0:
+            if jax.process_index() == 0 and not in_bucket(self.folder):
                 remove(self.path(step))
         return CheckpointError(f"{address(self.path(step))} could not be written: {reason}{hint}")
 
@@ -180,6 +185,7 @@ class Checkpoints:
             if jax.process_index() != 0:
                 return
             sums = [(name, entry) for part in found for name, entry in json.loads(part).items()]
+            self.ours()
             about = {"step": step, **self.about(step), "files": dict(sorted(sums))}
             write_json(target / MANIFEST, sealed(about))
             self.written.add(step)
@@ -193,6 +199,7 @@ class Checkpoints:
         """Removes what is older than the newest `keep` verified checkpoints, and none of those that
         stay for good."""
         kept = 0
+        self.ours()
         for step in reversed(self.steps()):
             if kept < self.keep:
                 kept += self._is_good(step)
@@ -236,13 +243,13 @@ class Checkpoints:
         """Returns once the save under way is on disk.
 
         Raises:
-            CheckpointError: it failed.
+            StorageError: it failed.
         """
         pending, self.pending = self.pending, None
         try:
             if pending is not None:
                 pending.result()
-        except CheckpointError:
+        except StorageError:
             self.saved_step = None
             raise
         except Exception as error:
@@ -294,6 +301,7 @@ class Checkpoints:
         return good
 
     def _set_aside(self, rejected: list[int]) -> None:
+        self.ours()
         for step in rejected:
             # It stays for whoever wants to look, but retention must not count it.
             path = self.path(step)

@@ -19,7 +19,7 @@ REASONS = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE, e
 
 def why(error: Exception) -> str:
     """What the system said, out of the many lines that a storage library makes of it."""
-    said = " ".join(str(error).split())
+    said = " ".join(str(error).split()) or type(error).__name__
     known = map(os.strerror, REASONS)
     return next((reason for reason in known if reason in said), said[:300])
 

@@ -9,21 +9,24 @@ this process has written to memory (memory://NAME), which need neither a network
 
 Ranges are read side by side, by TensorStore; it and gcsfs try again what fails in passing. No call
 takes longer than its deadline, so that a watchdog never has to wait for a store: name one below
-`hang_timeout`. Threads may share an `Objects`.
+`hang_timeout`. A store that has not answered for so long is gone: until it answers, no call waits
+for more than AGAIN seconds, and what still has to be tidied up there takes no deadline each.
+Threads may share an `Objects`.
 
 Stores of a test: STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL name its address.
 """
 
 import base64
-import concurrent.futures
+import contextlib
 import errno
 import functools
 import logging
+import math
 import os
 import re
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import google_crc32c
 
@@ -31,10 +34,13 @@ from kha_jax.errors import StorageError
 from kha_jax.storage.files import replacing
 
 SCHEMES = ("gs", "file", "memory")
-DEADLINE = 60.0  # seconds
+DEADLINE, AGAIN = 60.0, 3.0  # seconds
+STALLED = 20  # seconds without a byte of an answer, after which TensorStore asks again
 RETRIES = {"max_retries": 8, "initial_delay": "500ms", "max_delay": "8s"}  # 40 seconds in all
 PIECE = 2**24  # bytes of a copy that are read at once
+ODD = r"[%#?|;*\[\]\\\x00-\x1f\x7f]"  # what TensorStore and gcsfs take for different things
 SAID = 200  # characters of what a library says
+_silent: dict[str, float] = {}  # of a bucket, since when it does not answer, by time.monotonic
 
 
 def is_url(name: str) -> bool:
@@ -64,6 +70,7 @@ class Objects:
     def __init__(self, url: str, deadline: float = DEADLINE):
         self.url, self.deadline = checked(url), deadline
         self.scheme, _, self.path = self.url.partition("://")
+        self.bucket = f"{self.scheme}://{self.path.partition('/')[0]}"
         import tensorstore  # whoever names no store does not wait for it
 
         opened = tensorstore.KvStore.open(f"{self.url}/", context=_context())
@@ -93,8 +100,19 @@ class Objects:
         return found
 
     def copy(self, name: str, target: Path) -> None:
-        """Makes a file of an object: whole, compared with the store's checksum, or not at all."""
-        stored, found = self.about(name), google_crc32c.Checksum()
+        """Makes a file of an object: whole, compared with the store's checksum, or not at all. One
+        that is replaced meanwhile is read again."""
+        stored = self.about(name)
+        while True:
+            try:
+                return self._copy(name, stored, target)
+            except StorageError:
+                before, stored = stored, self.about(name)
+                if stored == before:
+                    raise
+
+    def _copy(self, name: str, stored: Stored, target: Path) -> None:
+        found = google_crc32c.Checksum()
         with replacing(target) as temporary, open(temporary, "xb") as file:
             for at in range(0, stored.bytes, PIECE):
                 (piece,) = self.ranges([(name, at, min(PIECE, stored.bytes - at))])
@@ -122,6 +140,11 @@ class Objects:
         if not written.generation:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self.url}/{name}")
 
+    def write_all(self, values: dict[str, bytes]) -> None:
+        """Makes objects of bytes, side by side."""
+        for name, written in [(n, self.store.write(n, value)) for n, value in values.items()]:
+            self._done(written, f"{self.url}/{name}")
+
     def delete(self, name: str) -> None:
         """Removes an object; one that is not there is none to remove."""
         self._done(self.store.write(name, None), f"{self.url}/{name}")
@@ -144,45 +167,59 @@ class Objects:
         late, values = time.monotonic() + self.deadline, []
         for read, name in zip(reads, names):
             url = f"{self.url}/{name}"
-            found = self._done(read, url, max(0.0, late - time.monotonic()))
+            found = self._done(read, url, late)
             if found.state != "value":
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
             values.append(found.value)
         return values
 
-    def _done(self, future: Any, url: str, seconds: float | None = None) -> Any:
-        """What TensorStore finds."""
-        try:
-            return future.result(timeout=self.deadline if seconds is None else seconds)
-        except (TimeoutError, concurrent.futures.TimeoutError):
-            raise self._late(url) from None
-        except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-            raise StorageError(f"{url}: {_short(error)}") from None
+    def _done(self, future: Any, url: str, late: float = math.inf) -> Any:
+        """What TensorStore finds. late: by time.monotonic, when to give up if not before."""
+        with self._answering(url) as seconds:
+            try:
+                return future.result(timeout=max(0.0, min(seconds, late - time.monotonic())))
+            except TimeoutError:  # which is an OSError
+                raise
+            except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+                raise StorageError(f"{url}: {_short(error)}") from None
 
-    def _late(self, url: str) -> StorageError:
-        return StorageError(f"{url}: no answer within {self.deadline:.0f} s")
+    @contextlib.contextmanager
+    def _answering(self, url: str) -> Iterator[float]:
+        """Gives the seconds that a call may take, which raises TimeoutError after them or
+        StorageError before."""
+        began = time.monotonic()
+        left = _silent.get(self.bucket, began) + self.deadline - began
+        seconds = min(self.deadline, max(AGAIN, left))
+        try:
+            yield seconds
+        except TimeoutError:
+            _silent.setdefault(self.bucket, began)
+            raise StorageError(f"{url}: no answer within {seconds:.0f} s") from None
+        except StorageError:
+            _silent.setdefault(self.bucket, began)
+            raise
+        _silent.pop(self.bucket, None)
 
     def _listing(self) -> dict[str, Stored]:
-        found = self._ask("_find", self.path, detail=True)
-        names = {about["name"].removeprefix(f"{self.path}/"): about for about in found.values()}
-        return {name: _stored(about) for name, about in sorted(names.items())}
+        found, below = self._ask("_find", self.path, detail=True), f"{self.path}/"
+        names = {about["name"]: _stored(about) for about in found.values()}
+        return {n.removeprefix(below): names[n] for n in sorted(names) if n.startswith(below)}
 
     def _ask(self, call: str, path: str, **how: Any) -> Any:
         """What gcsfs finds: sizes and checksums, which TensorStore does not tell."""
         fsspec, system = _gcsfs()
-        try:
-            system.invalidate_cache()
-            return fsspec.asyn.sync(
-                system.loop, getattr(system, call), path, timeout=self.deadline, **how
-            )
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                errno.ENOENT, os.strerror(errno.ENOENT), f"gs://{path}"
-            ) from None
-        except fsspec.exceptions.FSTimeoutError:
-            raise self._late(f"gs://{path}") from None
-        except Exception as error:  # HttpError is no OSError; aiohttp and Google have their own
-            raise StorageError(f"gs://{path}: {_short(error)}") from None
+        with self._answering(url := f"gs://{path}") as seconds:
+            try:
+                system.invalidate_cache()
+                return fsspec.asyn.sync(
+                    system.loop, getattr(system, call), path, timeout=seconds, **how
+                )
+            except FileNotFoundError:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
+            except fsspec.exceptions.FSTimeoutError:
+                raise TimeoutError from None
+            except Exception as error:  # HttpError is no OSError; aiohttp and Google have their own
+                raise StorageError(f"{url}: {_short(error)}") from None
 
 
 def checked(url: str) -> str:
@@ -199,6 +236,8 @@ def checked(url: str) -> str:
     parts = path.removeprefix("/" if scheme == "file" else "").split("/")
     if not set(parts).isdisjoint(("", ".", "..")):
         raise StorageError(f"{url}: is no name of a store; write {scheme}://BUCKET/NAME")
+    if odd := re.search(ODD, path):
+        raise StorageError(f"{url}: {odd[0]!r} has a meaning of its own in URLs; use another name")
     if scheme == "gs" and not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", parts[0]):
         raise StorageError(f"{url}: {parts[0]!r} is no name of a bucket")
     return f"{scheme}://{path}"
@@ -214,6 +253,10 @@ def _context() -> Any:
     """One for all: it holds what memory:// holds."""
     import tensorstore
 
+    # a server that is there and says nothing; Orbax asks by the same means, and has no deadline
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(STALLED))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", str(STALLED))
     return tensorstore.Context(retries())
 
 
@@ -223,10 +266,13 @@ def _gcsfs() -> tuple[Any, Any]:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)  # pages of what is one line of ours
     try:
+        import aiohttp
         import fsspec
         import gcsfs.core
     except ImportError:
         raise StorageError("gs:// needs the extra: pip install -e '.[gcs]'") from None
+    patience = aiohttp.ClientTimeout(total=DEADLINE)  # of Orbax's calls, which have none
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("requests_timeout", patience)
     token = {"token": "anon"} if os.environ.get("STORAGE_EMULATOR_HOST") else {}
     return fsspec, gcsfs.core.GCSFileSystem(**token)
 

@@ -198,6 +198,14 @@ def being_built(base: Path, name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time is within, where folders can be locked."""
+    with _folder(folder) as handle:
+        _lock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def _folder(path: Path) -> Iterator[int]:
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:

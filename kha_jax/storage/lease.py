@@ -1,6 +1,7 @@
 """The lock of a run in a bucket, where nothing can be locked: an object that its holder writes
 again and again."""
 
+import contextlib
 import errno
 import json
 import os
@@ -28,7 +29,7 @@ class Lease:
     def __init__(self, url: str, name: str = "lock"):
         self.objects, self.name, self.beat = Objects(url), name, 0
         self.mark, self.alive, self.left = secrets.token_hex(8), 0.0, threading.Event()
-        self.content, self.machine = "", machine()
+        self.content, self.machine, self.turn = "", machine(), threading.Lock()
         self._take()
         self.thread = threading.Thread(target=self._live, name="lease", daemon=True)
         self.thread.start()
@@ -75,23 +76,35 @@ class Lease:
 
     def _live(self) -> None:
         while not self.left.wait(BEAT):
+            with contextlib.suppress(StorageError):  # `check` says so once it matters
+                if not self._is_ours():
+                    return
+
+    def _is_ours(self) -> bool:
+        """Gives a sign of life; False where it is no longer this one's to give."""
+        with self.turn:
             try:
                 self._write(self.content)
-            except FileExistsError:  # unless an answer to our own write was lost
-                if _about(found := self._read()).get("mark") != self.mark:
-                    return
+            except FileExistsError:  # perhaps as an answer to our own write was lost
+                found = self._read()
+                if _about(found).get("mark") != self.mark:
+                    return False
                 self.content = found
-            except StorageError:
-                continue  # `check` says so once it matters
+            return True
 
     def check(self) -> None:
-        """Raises StorageError where another process has taken it over, or may have."""
-        found = _about(self._read())
-        if found.get("mark") != self.mark:
-            raise StorageError(
-                f"{self.objects.url}: is in use by process {found.get('holder')}, which took it "
-                "over when this one gave no sign of life; nothing was overwritten"
-            )
+        """Gives a sign of life, so that nobody takes it over for STALE seconds from now.
+
+        Raises:
+            StorageError: somebody has, or may have.
+        """
+        if self._is_ours():
+            return
+        who = _about(self._read()).get("holder")
+        found = "its lock was removed"
+        if who:
+            found = f"process {who} took it over when this one gave no sign of life"
+        raise StorageError(f"{self.objects.url}: {found}; nothing is written there any more")
 
     def close(self) -> None:
         """Gives it back, if it is still this one's."""

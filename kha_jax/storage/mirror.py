@@ -16,9 +16,10 @@ from typing import Any, Iterator
 
 from kha_jax.errors import StorageError
 from kha_jax.storage.buckets import Objects, Stored, checked, is_url
-from kha_jax.storage.files import as_written, cache_folder, crc32c, replacing
+from kha_jax.storage.files import alone, as_written, cache_folder, crc32c, replacing
 
 STATE, LOCK = "state", "lock"  # what lies in the bucket alone, what on each side alone
+CONFIG = "config.json"  # which each run has
 WRITTEN, READ = "written", "read"  # a run that trains here does not lose what somebody fetches
 _mirrors: dict[Path, str] = {}
 
@@ -32,8 +33,13 @@ def mirror(url: str, use: str) -> Path:
     if not url.startswith("gs://"):
         raise StorageError(f"{url}: object stores but gs://BUCKET/NAME are not supported")
     url = checked(url)
-    folder = (cache_folder("mirrors") / use / url.removeprefix("gs://")).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    above, _, name = url.removeprefix("gs://").rpartition("/")
+    # no mirror lies in another one; a % is in no URL
+    folder = (cache_folder("mirrors") / use / f"%{above.replace('/', '%')}" / name).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{url}: its mirror {folder}: {error.strerror}") from None
     _mirrors[folder] = url
     return folder
 
@@ -94,7 +100,8 @@ def put_all(folder: Path) -> None:
     there = _objects(place[0]).listing()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        if not name.startswith(("checkpoints/", LOCK, ".")) and not _is(path, there.get(name)):
+        own = name != LOCK and not name.startswith(("checkpoints/", "."))
+        if own and not _is(path, there.get(name)):
             put(path)
 
 
@@ -171,17 +178,25 @@ def at_hand(path: Path) -> Iterator[Path]:
 
 
 def fetch(folder: Path) -> None:
-    """Makes a mirror what the bucket holds, but for arrays and the lock; a folder of checkpoints
-    whose arrays are all that there is of it is there, and empty.
+    """Makes a mirror what the bucket holds, but for arrays, the lock and other runs below this one;
+    a folder of checkpoints whose arrays are all that there is of it is there, and empty.
 
     Raises:
         StorageError: the bucket cannot be read.
     """
     if (place := _place(folder)) is None:
         return
-    url, below = place
-    objects = _objects("/".join(filter(None, (url, below))))
-    there = {name: found for name, found in objects.listing().items() if _is_name(name)}
+    with alone(folder):
+        _fetch(folder, _objects("/".join(filter(None, place))))
+
+
+def _fetch(folder: Path, objects: Objects) -> None:
+    try:
+        known = objects.listing()
+        runs = tuple(name.removesuffix(CONFIG) for name in known if name.endswith(f"/{CONFIG}"))
+        there = {n: known[n] for n in known if _is_name(n) and not n.startswith(runs)}
+    except FileNotFoundError:
+        raise StorageError(f"{objects.url}: there is no such bucket") from None
     parents = {folder / part for name in there for part in Path(name).parents}
     for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
         name = path.relative_to(folder).as_posix()
@@ -191,8 +206,12 @@ def fetch(folder: Path) -> None:
         before, state, _ = f"/{name}".partition(f"/{STATE}/")
         here = folder / before[1:] if state else folder / name
         (here if state else here.parent).mkdir(parents=True, exist_ok=True)
-        if not state and name != LOCK and not _is(here, found):
+        if state or name == LOCK or _is(here, found):
+            continue
+        try:
             objects.copy(name, here)
+        except FileNotFoundError:  # by now; a run that trains removes and renames
+            here.unlink(missing_ok=True)
 
 
 def _is(path: Path, found: Stored | None) -> bool:
