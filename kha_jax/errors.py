@@ -10,6 +10,10 @@ class StorageError(Exception):
     """A folder that cannot be written. The message names it and the reason."""
 
 
+class SilentError(StorageError):
+    """A store that does not answer, while something still waits for it. The message names it."""
+
+
 class CheckpointError(StorageError):
     """A checkpoint that could not be written or read. The message names the folder and the
     reason."""

@@ -266,7 +266,7 @@ def run(
     words: how many arguments that are not flags main takes, at most. commands: those that the first
     of them may name, for --help.
     """
-    from kha_jax.errors import WaitError
+    from kha_jax.errors import SilentError, WaitError
 
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no text ends a program
@@ -284,8 +284,8 @@ def run(
         sys.stdout.flush()
     except Exception as error:
         code = code_of(error)
-        if isinstance(error, WaitError):
-            give_up(str(error))
+        if isinstance(error, (WaitError, SilentError)):
+            give_up(str(error), code)
         # which is there where there are several: jax takes a second that others do not wait for
         processes = sys.modules.get("kha_jax.runs.processes")
         if processes and processes.lost_peer(error):

@@ -1,10 +1,12 @@
 """The arrays of a checkpoint: named, counted, read back where they fit what is expected."""
 
 import contextlib
+import functools
 import math
 from typing import Any, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -29,6 +31,13 @@ def leaves(tree: Any) -> dict[str, Any]:
 def state_bytes(tree: Any) -> int:
     """Bytes of a tree of arrays, or of their descriptions."""
     return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+@functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+def copied(state: Any, room: Any) -> Any:
+    """The state in the buffers of `room`, an earlier copy: new pages cost ten times a copy. What
+    somebody still reads there is not overwritten; jax then takes new ones after all."""
+    return jax.tree.map(jnp.copy, state)
 
 
 def read(checkpointer: ocp.StandardCheckpointer, path: Any, abstract: Any) -> Any:

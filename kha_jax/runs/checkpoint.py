@@ -21,47 +21,37 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from kha_jax.errors import CheckpointError, StorageError
+from kha_jax.errors import CheckpointError, SilentError, StorageError
 from kha_jax.runs import arrays, faults, processes
 from kha_jax.runs.arrays import state_bytes
 from kha_jax.runs.manifest import (
     MANIFEST,
     compare_sizes,
     folder_name,
-    own,
     read_manifest,
     room,
     sealed,
+    sums,
     verify,
     why,
 )
 from kha_jax.runs.verified import NEWEST, VERIFY_SECONDS, Verified, candidates, stamps
-from kha_jax.storage import address, crc32c, in_bucket, remove, rename, stored, write_json
+from kha_jax.storage import (
+    address,
+    check_answers,
+    in_bucket,
+    remove,
+    rename,
+    write_json,
+)
 
 REJECTED = "MANIFEST.rejected"
+LOOKS = 1.0  # seconds between two looks at whether a bucket still answers
 WAIT_SECONDS = 1800  # that processes wait for one another around a save
 log = logging.getLogger("kha_jax")
 _saves = itertools.count()  # equal in all processes
-
-
-@functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
-def _copied(state: Any, room: Any) -> Any:
-    """The state in the buffers of `room`, an earlier copy: new pages cost ten times a copy. What
-    somebody still reads there is not overwritten; jax then takes new ones after all."""
-    return jax.tree.map(jnp.copy, state)
-
-
-def _sums(target: Path) -> dict[str, dict[str, Any]]:
-    """Size and checksum of the files that this process has written: still in its page cache, or
-    known to the bucket."""
-    known = stored(target)
-    return {
-        name: {"bytes": known[name].bytes, "crc32c": known[name].crc32c or crc32c(target / name)}
-        for name in own(known, jax.process_index(), jax.process_count())
-    }
 
 
 class Checkpoints:
@@ -96,6 +86,7 @@ class Checkpoints:
         self.pending: concurrent.futures.Future | None = None
         self.saved_step: int | None = None
         self.copy: Any = None
+        self.given_up = False
         self.written: set[int] = set()  # by this process, whose word is good for what they hold
         self.verified = Verified(self.folder)
 
@@ -152,7 +143,7 @@ class Checkpoints:
         if jax.default_backend() == "cpu" and copy:
             # From an accelerator Orbax copies before it returns. On a CPU it reads the arrays
             # themselves, and the next step could not reuse those that are donated to it.
-            state = self.copy = _copied(state, self.copy)
+            state = self.copy = arrays.copied(state, self.copy)
         try:
             self.checkpointer.save(self._state(step), state)
         except Exception if in_bucket(target) else (OSError, ValueError) as error:
@@ -176,17 +167,18 @@ class Checkpoints:
     def _commit(self, step: int, size: int, number: int) -> None:
         """Waits for the arrays, then makes them count and removes what is too old."""
         target = self.path(step)
+        mine = functools.partial(sums, target, jax.process_index(), jax.process_count())
         try:
             self.checkpointer.wait_until_finished()
             faults.at("arrays_written", step, self.folder)
             found = processes.to_leader(
-                f"checksums of save {number}", lambda: json.dumps(_sums(target)), WAIT_SECONDS
+                f"checksums of save {number}", lambda: json.dumps(mine()), WAIT_SECONDS
             )
             if jax.process_index() != 0:
                 return
-            sums = [(name, entry) for part in found for name, entry in json.loads(part).items()]
+            files = [(name, entry) for part in found for name, entry in json.loads(part).items()]
             self.ours()
-            about = {"step": step, **self.about(step), "files": dict(sorted(sums))}
+            about = {"step": step, **self.about(step), "files": dict(sorted(files))}
             write_json(target / MANIFEST, sealed(about))
             self.written.add(step)
             faults.at("manifest_written", step, self.folder)
@@ -248,12 +240,24 @@ class Checkpoints:
         pending, self.pending = self.pending, None
         try:
             if pending is not None:
+                self._finished(pending)
                 pending.result()
         except StorageError:
             self.saved_step = None
             raise
         except Exception as error:
             raise CheckpointError(f"{self.folder}: {error}") from error
+
+    def _finished(self, pending: concurrent.futures.Future) -> None:
+        """Returns once it is done. Orbax itself would ask a bucket that is silent for minutes; what
+        else is written there tells when it is (the lock of a run is, all the time)."""
+        look = LOOKS if in_bucket(self.folder) else None
+        try:
+            while not concurrent.futures.wait([pending], look).done:
+                check_answers(self.folder)
+        except SilentError:
+            self.given_up = True
+            raise
 
     def close(self) -> None:
         """Waits, then frees the threads."""
@@ -264,7 +268,9 @@ class Checkpoints:
             self._free()
 
     def _free(self) -> None:
-        self.background.shutdown()
+        self.background.shutdown(wait=not self.given_up)
+        if self.given_up:
+            return
         with contextlib.suppress(Exception):  # `wait` has told of a save that failed
             self.checkpointer.close()
 

@@ -148,6 +148,16 @@ def own(names: Iterable[str], process: int, processes: int) -> list[str]:
     return [name for name in names if writer(name) == process]
 
 
+def sums(folder: Path, process: int, processes: int) -> dict[str, dict[str, Any]]:
+    """Size and checksum of the files that a process, this one, has written: still in its page
+    cache, or known to the bucket."""
+    known = stored(folder)
+    return {
+        name: {"bytes": known[name].bytes, "crc32c": known[name].crc32c or crc32c(folder / name)}
+        for name in own(known, process, processes)
+    }
+
+
 def share(
     files: dict[str, dict[str, Any]], process: int, processes: int
 ) -> dict[str, dict[str, Any]]:

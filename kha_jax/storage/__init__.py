@@ -28,6 +28,7 @@ from kha_jax.storage.mirror import READ as READ
 from kha_jax.storage.mirror import WRITTEN as WRITTEN
 from kha_jax.storage.mirror import address as address
 from kha_jax.storage.mirror import at_hand as at_hand
+from kha_jax.storage.mirror import check_answers as check_answers
 from kha_jax.storage.mirror import fetch as fetch
 from kha_jax.storage.mirror import in_bucket as in_bucket
 from kha_jax.storage.mirror import mirror as mirror

@@ -30,7 +30,7 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 import google_crc32c
 
-from kha_jax.errors import StorageError
+from kha_jax.errors import SilentError, StorageError
 from kha_jax.storage.files import replacing
 
 SCHEMES = ("gs", "file", "memory")
@@ -199,6 +199,12 @@ class Objects:
             _silent.setdefault(self.bucket, began)
             raise
         _silent.pop(self.bucket, None)
+
+    def check_answers(self) -> None:
+        """Raises SilentError where the bucket has not answered for a deadline; asks nothing."""
+        now = time.monotonic()
+        if (silent := now - _silent.get(self.bucket, now)) >= self.deadline:
+            raise SilentError(f"{self.url}: no answer for {silent:.0f} s")
 
     def _listing(self) -> dict[str, Stored]:
         found, below = self._ask("_find", self.path, detail=True), f"{self.path}/"

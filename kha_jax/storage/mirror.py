@@ -86,6 +86,12 @@ def in_bucket(path: Path) -> bool:
     return _place(path) is not None
 
 
+def check_answers(path: Path) -> None:
+    """Raises SilentError where it lies in a bucket that does not answer, as far as is known."""
+    if place := _place(path):
+        _objects(place[0]).check_answers()
+
+
 def put(path: Path) -> None:
     """Brings a file of a mirror into the bucket."""
     if place := _place(path):
