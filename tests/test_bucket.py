@@ -1,5 +1,6 @@
 """Runs in a bucket: what holds of a folder holds there, whenever they are killed."""
 
+import concurrent.futures
 import hashlib
 import json
 import os
@@ -16,8 +17,8 @@ from experiments.run_folders import grace
 from kha_jax.data import Shards, shard_copy, shard_reader
 from kha_jax.data.shard_files import read_meta
 from kha_jax.data.tokenizers import ByteTokenizer
-from kha_jax.errors import CheckpointError, DataError, StorageError
-from kha_jax.runs import faults
+from kha_jax.errors import CheckpointError, DataError, SilentError, StorageError
+from kha_jax.runs import checkpoint, faults
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import MANIFEST, read_manifest, sealed
 from kha_jax.storage import (
@@ -27,6 +28,7 @@ from kha_jax.storage import (
     Objects,
     Stored,
     address,
+    buckets,
     fetch,
     lease,
     mirror,
@@ -270,6 +272,18 @@ def test_who_has_lost_the_lock_removes_and_overwrites_nothing(here, bucket, lost
         with Checkpoints(here / "checkpoints", ours=ours) as checkpoints:
             checkpoints.save(2, {"a": jnp.ones(3)})
     assert {name: bucket.read(f"run/{name}") for name in theirs} == theirs
+
+
+def test_a_save_that_waits_for_a_silent_bucket_is_given_up(here, monkeypatch):
+    """The lock's thread has noticed; Orbax would ask for longer."""
+    monkeypatch.setattr(checkpoint, "LOOKS", 0.05)
+    checkpoints = Checkpoints(here / "checkpoints")
+    checkpoints.pending = concurrent.futures.Future()
+    threading.Timer(0.2, buckets._silent.update, [{"gs://bucket": time.monotonic() - 60}]).start()
+    with pytest.raises(SilentError, match=f"{URL}: no answer for 60 s"):
+        checkpoints.close()
+    Objects(URL).listing()  # it answers again
+    Objects(URL).check_answers()
 
 
 def test_a_run_that_is_copied_from_a_bucket_is_verified_again(here, bucket, tmp_path):

@@ -212,11 +212,15 @@ def test_a_vote_is_a_value_on_all_devices(monkeypatch):
 # ---------------------------------------------------------------- on runs
 @pytest.mark.slow
 def test_goodput_of_a_run_that_is_killed_twice_sums_to_wall_time(cache, tmp_path):
+    """And once before the first line of a start, which forgets nothing of those before."""
     began = time.time()
-    for kill in (22, 41, None):
+    for kill in (22, 16, 41, None):
         fault = f"kill:step:{kill}" if kill else ""
         code, _, err = finish(start(cache, tmp_path, fault=fault), 1200)
         assert code == (-signal.SIGKILL if kill else 0), err
+        if kill == 16:
+            last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+            assert last["step"] == 15 and goodput.of(last)["lost"] > 0
     ended = time.time()
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     seconds, wall = goodput.of(last), last["time"] - began

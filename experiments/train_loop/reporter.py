@@ -69,6 +69,9 @@ class Reporter:
         if leader and tensorboard:
             make = functools.partial(TensorBoard, workdir / "tensorboard", first_step)
             self.sinks.append(Spared("tensorboard", make))
+        if leader and first_step:  # the lines that told of lost steps are gone from here on
+            told = {"time": round(time.time(), 3), **clock.values()}
+            self.sinks[0].call("write", first_step, told)
         self.progress = Progress(first_step, config.steps, enabled=leader)
         self.progress.header(workdir, config, cost, mesh, source, origin)
 

@@ -2,15 +2,18 @@
 and the size and checksum of every file."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
+
+import google_crc32c
 
 from kha_jax.errors import CheckpointError
-from kha_jax.storage import address, at_hand, crc32c, read_json, stored
+from kha_jax.storage import address, crc32c, pieces, read_json, stored
 
 MANIFEST, SEAL = "MANIFEST.json", "own_checksum"
 WEIGHTS = "weights"  # what the entry `holds` says of a checkpoint without an optimiser's state
@@ -47,12 +50,18 @@ def folder_name(step: int) -> str:
     return f"{step:08d}"
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sum(algorithm: Callable[[], Any], path: Path) -> str:
+    """The checksum of a file, or of an object that no disk here need have room for."""
+    found = algorithm()
+    for piece in pieces(path):
+        found.update(piece)
+    return found.digest().hex()
 
 
-ALGORITHMS = {"crc32c": crc32c, "sha256": _sha256}  # the second in manifests of older runs
+ALGORITHMS = {
+    "crc32c": functools.partial(_sum, google_crc32c.Checksum),
+    "sha256": functools.partial(_sum, hashlib.sha256),  # in manifests of older runs
+}
 
 
 def _algorithm(entry: dict[str, Any]) -> str:
@@ -131,8 +140,7 @@ def compare_content(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         algorithm = _algorithm(entry)
         found = known[name].crc32c if algorithm == "crc32c" else ""
         if not found:
-            with at_hand(folder / name) as path:
-                found = ALGORITHMS[algorithm](path)
+            found = ALGORITHMS[algorithm](folder / name)
         if found != entry[algorithm]:
             raise CheckpointError(f"{address(folder / name)} differs from its checksum")
 

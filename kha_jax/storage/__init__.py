@@ -27,12 +27,12 @@ from kha_jax.storage.lease import holder as holder
 from kha_jax.storage.mirror import READ as READ
 from kha_jax.storage.mirror import WRITTEN as WRITTEN
 from kha_jax.storage.mirror import address as address
-from kha_jax.storage.mirror import at_hand as at_hand
 from kha_jax.storage.mirror import check_answers as check_answers
 from kha_jax.storage.mirror import fetch as fetch
 from kha_jax.storage.mirror import in_bucket as in_bucket
 from kha_jax.storage.mirror import mirror as mirror
 from kha_jax.storage.mirror import opened as opened
+from kha_jax.storage.mirror import pieces as pieces
 from kha_jax.storage.mirror import put as put
 from kha_jax.storage.mirror import put_all as put_all
 from kha_jax.storage.mirror import remove as remove

@@ -114,12 +114,19 @@ class Objects:
     def _copy(self, name: str, stored: Stored, target: Path) -> None:
         found = google_crc32c.Checksum()
         with replacing(target) as temporary, open(temporary, "xb") as file:
-            for at in range(0, stored.bytes, PIECE):
-                (piece,) = self.ranges([(name, at, min(PIECE, stored.bytes - at))])
+            for piece in self._pieces(name, stored):
                 found.update(piece)
                 file.write(piece)
             if stored.crc32c not in ("", found.digest().hex()):
                 raise StorageError(f"{self.url}/{name}: differs from the checksum of its store")
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """A whole object, one part after the other."""
+        return self._pieces(name, self.about(name))
+
+    def _pieces(self, name: str, stored: Stored) -> Iterator[bytes]:
+        for at in range(0, stored.bytes, PIECE):
+            yield self.ranges([(name, at, min(PIECE, stored.bytes - at))])[0]
 
     def about(self, name: str) -> Stored:
         """What the store knows of one."""

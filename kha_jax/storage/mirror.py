@@ -5,18 +5,16 @@ first. The arrays, below `state`, go to the bucket alone, and `address` says whe
 path that lies in no mirror, all this does what one does to a file.
 """
 
-import contextlib
 import functools
 import json
 import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import Any, Iterator
 
 from kha_jax.errors import StorageError
 from kha_jax.storage.buckets import Objects, Stored, checked, is_url
-from kha_jax.storage.files import alone, as_written, cache_folder, crc32c, replacing
+from kha_jax.storage.files import BLOCK, alone, as_written, cache_folder, crc32c, replacing
 
 STATE, LOCK = "state", "lock"  # what lies in the bucket alone, what on each side alone
 CONFIG = "config.json"  # which each run has
@@ -169,18 +167,14 @@ def stored(folder: Path) -> dict[str, Stored]:
     return found
 
 
-@contextlib.contextmanager
-def at_hand(path: Path) -> Iterator[Path]:
-    """A file to read: itself, or a copy of the object that it stands for."""
-    if (place := _place(path)) is None:
-        yield path
+def pieces(path: Path) -> Iterator[bytes]:
+    """What a file holds, or the object that it stands for, one part after the other."""
+    if place := _place(path):
+        yield from _objects(place[0]).pieces(place[1])
         return
-    copy = cache_folder("mirrors") / f".{secrets.token_hex(8)}"
-    try:
-        _objects(place[0]).copy(place[1], copy)
-        yield copy
-    finally:
-        copy.unlink(missing_ok=True)
+    with open(path, "rb") as file:
+        while piece := file.read(BLOCK):
+            yield piece
 
 
 def fetch(folder: Path) -> None:
