@@ -136,6 +136,8 @@ def test_a_model_over_several_devices_says_the_same(asked, runs):
     many = Asked(str(runs / "a"), batch_tokens=256, devices=2)
     found, expected = (texts.loss(a, str(runs / "text"), 8) for a in (many, asked))
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    prompts = [list(b"def f("), list(b"x")]
+    assert many.decoder.generate(prompts, 8) == asked.decoder.generate(prompts, 8)
 
 
 def test_bad_command_lines_are_one_line(runs):
