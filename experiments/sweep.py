@@ -261,7 +261,7 @@ def train(sweep: Sweep, board: Board) -> int:
         )
     for name, code in sweep.failed.items():
         run = next(run for run in sweep.runs if run.name == name)
-        terminal.say(f"{name} failed with {code}: {sweep.why(run)}")
+        log.error("%s failed with %d: %s", name, code, sweep.why(run))
     return sweep.code()
 
 
