@@ -81,7 +81,8 @@ class Log(logging.Handler):
     prefix = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{Log.prefix}{self.format(record)}", file=sys.stderr, flush=True)
+        kind = "error: " if record.levelno >= logging.ERROR else ""
+        print(f"{Log.prefix}{kind}{self.format(record)}", file=sys.stderr, flush=True)
 
 
 class Terminal:
