@@ -352,6 +352,12 @@ INPUTS = {
         "--out=: names no folder",
     ),
     "a plan of no slice": (no_damage, ("plan", "--topology=v9:1x1"), 2, "v9:1x1"),
+    "a step that no run has": (
+        no_damage,
+        (*TRAIN, "--replay_step=3"),
+        2,
+        "--replay_step=3: the run has 2 steps",
+    ),
     "a plan of no name": (no_damage, ("plan", "--topology="), 2, "--topology=: names nothing; is"),
     "a plan of two variants": (
         no_damage,

@@ -18,6 +18,11 @@ FLAGS = {
     "--config.stepz=3": "config.stepz: is not a known field; did you mean 'steps'?",
     "--config.model.attention.valeu.kind=mlp": "did you mean 'value'?",
     "--config.model.attention.value.kind=mpl": "did you mean 'mlp'?",
+    "--config.model.attention.value.kind=": "value.kind: '' is not known; use one of none, linear",
+    "--config.data.source=": "config.data.source: '' is not known; use one of",
+    f"{HEADS}.rope_scaling.kind=llama3 {HEADS}.rope_scaling.low_freq_factor=-3": "low_freq_factor: "
+    "must be at least 0, found -3",
+    "--tensorboard=2": "--tensorboard=2: Non-boolean argument to boolean flag",
     "--config.data.source=python": "did you mean 'python_source'?",
     "--config.data.source=a/b --config.data.folder=c": "config.data.folder another",
     "--config.data.source=s3://b/shards": "s3:// is not supported",

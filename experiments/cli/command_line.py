@@ -192,7 +192,8 @@ def _parse_flags(argv: list[str], words: int) -> list[str]:
         hint = _meant_flag(error.flagname, argv)
         raise UsageError(f"--{error.flagname} is not a known flag; {hint}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        said = re.sub(r"\('([^']*)', .*\)$", r"\1", " ".join(str(error).split()))  # of booleans
+        raise UsageError(said) from None
     if len(rest) > words + 1:
         raise UsageError(f"{rest[words + 1]!r} is not understood; flags have the form --name=value")
     return rest[1:]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.cli.codes import UsageError
 from experiments.run_folders import stored
 from kha_jax import data
 from kha_jax.runs.checkpoint import Checkpoints
@@ -23,13 +24,15 @@ def show(workdir: Path, step: int) -> None:
     checkpoint before the step, or of the oldest that is kept. One device computes them, row by row.
 
     Raises:
-        UsageError: there is no such run, or it has no checkpoint.
+        UsageError: there is no such run, or no such step of it, or it has no checkpoint.
         CheckpointError: the checkpoint is damaged.
     """
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         kept = checkpoints.steps()
     used = max((s for s in kept if s < step), default=kept[0] if kept else None)
     config, used, variables = stored.read_run(str(workdir), used)
+    if step > config.steps:
+        raise UsageError(f"--replay_step={step}: the run has {config.steps} steps")
     source = config.data.open("train", config.seq_len, config.seed)
     print(f"batch of step {step}, losses of the checkpoint of step {used}")
     order = data.window_order(len(source), config.seed)

@@ -188,7 +188,8 @@ def _choice_from_dict(
     if not _is_group(value) or by not in value:
         raise ConfigError(path, f"expected fields with {by!r} among them, found {value!r}")
     values = dict(value)
-    kind = values.pop(by) or kind_of(field, field.default)
+    kind = values.pop(by)
+    kind = kind_of(field, field.default) if kind is None else kind
     if field.metadata["folder"] and kind not in choices and _names_folder(kind):
         given, kind = kind, field.metadata["folder"]
         if f"{path}.folder" in typed and values.get("folder") != given:

@@ -70,6 +70,7 @@ class Llama3Scaling(RopeScaling):
 
     def validate(self):
         self.at_least(1, "factor", "original_max_position_embeddings")
+        self.at_least(0, "low_freq_factor")
         low, high = self.low_freq_factor, self.high_freq_factor
         self.require(low < high, "high_freq_factor", f"must exceed low_freq_factor={low}: {high}")
 
