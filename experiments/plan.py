@@ -123,10 +123,10 @@ def plans() -> dict[str, Plan]:
                 if COMPARE.value and not SWEEP.value
                 else f"{slice_name} {name if COMPARE.value else ''}".strip()
             )
-            out[label] = advise(run, slice_, compiled)
+            out[label] = advise(label, run, slice_, compiled)
             if UNTUNED.value:
-                plain = run.replace(mesh=run.mesh.replace(tuning="none"))
-                out[f"{label} untuned"] = advise(plain, slice_, compiled)
+                plain, label = run.replace(mesh=run.mesh.replace(tuning="none")), f"{label} untuned"
+                out[label] = advise(label, plain, slice_, compiled)
     return out
 
 
@@ -144,15 +144,16 @@ def ranking() -> list[Setting]:
     return found[:SHOWN]
 
 
-def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
-    """The plan; where it does not fit, the cheapest change that does is printed."""
+def advise(label: str, asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
+    """The plan; where it does not fit, the cheapest change that does is printed behind its
+    label."""
     with under("config"):
         run = planning.placed(asked, slice_, SEQUENCES.value)
     raised = []
     if run.batch_size != asked.batch_size:
         raised = [f"--config.batch_size={run.batch_size}", f"--config.steps={run.steps}"]
         print(
-            f"{slice_.name}: planned with {' '.join(raised)} instead of {asked.batch_size} and "
+            f"{label}: planned with {' '.join(raised)} instead of {asked.batch_size} and "
             f"{asked.steps}",
             file=sys.stderr,
         )
@@ -178,11 +179,11 @@ def advise(asked: RunConfig, slice_: planning.Topology, compiled: bool) -> Plan:
                 remedy = f"fits with {' '.join([*needed, *moved, *raised])}: {size}"
                 break
         peak, room = found.memory.peak / GIB, slice_.chip.hbm_bytes / GIB
-        print(f"{slice_.name}: {peak:.1f} GiB do not fit {room:.2f}; {remedy}", file=sys.stderr)
+        print(f"{label}: {peak:.1f} GiB do not fit {room:.2f}; {remedy}", file=sys.stderr)
     elif better := planning.faster(run, slice_, found):
         needed = " ".join([*better.flags, *raised])
         print(
-            f"{slice_.name}: fits; {needed} is faster and fits too, by its estimate of "
+            f"{label}: fits; {needed} is faster and fits too, by its estimate of "
             f"{better.plan.memory.peak / GIB:.1f} GiB: bound "
             f"{better.plan.roofline.mfu:.1%} instead of {found.roofline.mfu:.1%}, expected "
             f"{better.plan.expected.mfu:.1%} instead of {found.expected.mfu:.1%}",

@@ -29,7 +29,6 @@ def cost_of(config: AttentionConfig) -> dict[str, Any]:
     return {
         "parameters": config.parameters(WIDTH),
         "flops": config.flops(WIDTH, (LENGTH + 1) / 2, STEP),
-        "decoding_flops": config.flops(WIDTH, 1, 1) if can is False else 0,
         "cache_bytes": 2 * LAYERS * config.cache_floats(),
         "folds": {None: "", True: "yes", False: "no"}[can],
         "tpu": fused_kernel(config, "tpu", "bfloat16", LENGTH) or "-",
