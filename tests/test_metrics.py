@@ -15,9 +15,13 @@ from experiments.cli.terminal import Terminal
 from experiments.train_loop import progress
 from kha_jax import metrics, spikes
 from kha_jax.analysis.reading import read_metrics
+from kha_jax.attention import AttentionConfig
+from kha_jax.attention.scores import TalkingHeads
 from kha_jax.errors import CheckpointError, StorageError
 from kha_jax.metrics import MetricsFile, Spared, TensorBoard, read_lines
+from kha_jax.model import AttentionFrom, ModelConfig
 from kha_jax.spikes import Spikes
+from kha_jax.training.run_config import RunConfig
 
 
 def test_what_is_not_finite_is_null(tmp_path):
@@ -173,6 +177,19 @@ def test_progress_counts_no_compilation_and_evaluations_fit_a_terminal(monkeypat
     left = "132:27 left"
     assert "left" not in first and later.endswith(left) and evaluation.endswith(left)
     assert "MaxVio 2.00" in later and "accuracy 12.3%" in evaluation and len(evaluation) <= 80
+
+
+def test_long_rows_whose_scores_meet_are_warned_of():
+    talking = ModelConfig(attention=AttentionConfig(probabilities=TalkingHeads()))
+    later = ModelConfig(later=AttentionFrom(attention=talking.attention))
+    for model, seq_len, warned in (
+        (talking, 4096, True),
+        (later, 2048, True),
+        (talking, 512, False),
+        (ModelConfig(), 4096, False),
+    ):
+        told = progress.of_scores(RunConfig(model=model, seq_len=seq_len))
+        assert told.startswith("heads mix in the scores") if warned else told == ""
 
 
 @pytest.mark.parametrize("length", [300, 1500])

@@ -21,6 +21,7 @@ from kha_jax.training.run_config import RunConfig
 
 SECONDS_BETWEEN_LINES = 10
 SHORTEST_BAR = 8
+LONG_ROW = 2048  # tokens, from which on scores outside of a fused kernel decide a step's time
 TRAINING = (
     ("loss", "loss {:.3f}"),
     ("grad_norm", "grad {:.2f}"),
@@ -106,6 +107,8 @@ class Progress:
         there = in_millions(len(source) * config.seq_len)
         documents = getattr(source, "documents", None)  # what is no text has none
         parts = [] if documents is None else [f"{documents:,} documents"]
+        if told := of_scores(config):
+            say(told)
         say(f"there are {', '.join([f'{there} tokens', *parts, f'{len(source):,} windows'])}")
         if CONSOLE.is_interactive:
             self.bar.start()
@@ -154,6 +157,16 @@ class Progress:
         """Stops the live line."""
         if self.task is not None:
             self.bar.stop()
+
+
+def of_scores(config: RunConfig) -> str:
+    """What to say of long rows whose scores have to exist for all heads at once; nothing of
+    others."""
+    mixed = any(attention.mixes_scores for attention in config.model.attentions().values())
+    if config.seq_len < LONG_ROW or not mixed:
+        return ""
+    slow = f"steps of rows of {config.seq_len} tokens take several times as long"
+    return f"heads mix in the scores, which no fused kernel computes: {slow} (docs/performance.md)"
 
 
 def in_millions(tokens: int) -> str:
