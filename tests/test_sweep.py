@@ -2,6 +2,7 @@
 one real sweep that is killed."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -64,6 +65,7 @@ def trained(monkeypatch):
         }
         (saved / "MANIFEST.json").write_text(json.dumps({**about, "hardware": "a machine"}))
         steps = [{"step": n, "loss": 5.0 - n, "tokens_per_second": 4096.0} for n in range(1, 5)]
+        steps[1]["attention/largest_logit"] = [7.0, math.nan, 9.5]  # of each layer
         lines = [*steps, {"step": 4, "val_loss": len(names) / 10, "val_bits_per_byte": 2.0}]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         return codes.DONE
@@ -170,6 +172,7 @@ def test_a_sweep_trains_what_is_missing_and_goes_past_what_fails(tmp_path, train
     line = again.done()["mlp-seed0"]
     assert (line.val_loss, line.train_loss, line.step_seconds) == (0.3, 1.0, 1.0)
     assert (line.hardware, line.curve) == ("a machine", {4: 0.3})
+    assert (line.first_loss, line.largest_logit) == (4.0, 9.5)
     assert (line.data, line.validation) == ("text" * 3, "held" * 3)
     longer = planned.runs(
         [row._replace(arguments=(*row.arguments, "--config.steps=5")) for row in rows("mlp")]
