@@ -281,23 +281,24 @@ def tell_change(
     ids = samples(model, agreement.SHORT, tokenizer)[0]
     before = agreement.our_logits(stock.model, convert.nested(own), ids)
     after = agreement.our_logits(model, convert.nested(leaves), ids)
-    print(f"the stock model and this run: {agreement.agreement(before, after)}")
+    found = agreement.agreement(before, after, tokenizer is not None)
+    print(f"the stock model and this run: {found}")
 
 
 def check_export(folder: Path, before: tuple, folded: tuple, longest: int, tokenizer: Any) -> None:
     """Compares the written folder, as transformers reads it, with what our reader makes of it; says
     what folding and the dtype have changed."""
-    ids = samples(before[0], longest, tokenizer)
+    ids, text = samples(before[0], longest, tokenizer), tokenizer is not None
     written = convert.open_stock(folder)
     stored_leaves = [(leaf.path, leaf.array()) for leaf in written.leaves()]
     ours = agreement.our_logits(*before, ids[0])
     if folded is not before:
-        print(f"folding: {agreement.agreement(ours, agreement.our_logits(*folded, ids[0]))}")
+        print(f"folding: {agreement.agreement(ours, agreement.our_logits(*folded, ids[0]), text)}")
     again = written.model, convert.nested(stored_leaves)
-    print(f"as stored: {agreement.agreement(ours, agreement.our_logits(*again, ids[0]))}")
+    print(f"as stored: {agreement.agreement(ours, agreement.our_logits(*again, ids[0]), text)}")
     own = bool(own_code.kept(written.model.attention))
     theirs = agreement.their_logits(folder, ids, own)
-    compare(theirs, again, ids, str(folder), tokenizer is not None)
+    compare(theirs, again, ids, str(folder), text)
 
 
 def samples(model: ModelConfig, longest: int, tokenizer: Any) -> list[np.ndarray]:
@@ -314,7 +315,7 @@ def compare(
     """Prints how far apart they are; raises DataError beyond the limit. text: the ids are one."""
     for logits, tokens in zip(theirs, ids):
         found = agreement.agreement(logits, agreement.our_logits(*ours, tokens), text)
-        print(f"transformers and this run: {found}")
+        print(f"transformers and this run: {found}; limit {found.limit:g} of the spread")
         if not found.within:
             raise DataError(
                 f"{where}: logits differ by {found.share if text else found.most:.2g} of their "

@@ -2,6 +2,7 @@
 checksum on the same disk, and memory beside the arrays themselves."""
 
 import hashlib
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import jax
+import numpy as np
 
 from kha_jax import convert
 from kha_jax.attention import AttentionConfig
@@ -34,8 +36,10 @@ def measured(save_to: str | None, size: int = SIZE) -> dict[str, Any]:
     like = by_path(abstract_variables(model, make_mesh(MeshConfig(), jax.devices()[:1])))
     with tempfile.TemporaryDirectory(dir=save_to) as scratch:
         folder, back = Path(scratch, "stock"), Path(scratch, "back")
-        folder.mkdir(), back.mkdir()
-        convert.write(folder, model, convert.nested(random_leaves(like)), dtype="bfloat16")
+        back.mkdir()
+        # elsewhere, so that no memory is left here of what made it
+        maker = multiprocessing.get_context("spawn").Process(target=written, args=(folder, model))
+        maker.start(), maker.join()
         (weights,) = folder.glob("*.safetensors")
         out: dict[str, Any] = {"bytes": weights.stat().st_size, "largest": VOCABULARY * WIDTH * 4}
         out["copy"], _ = timed(lambda: copied(weights, Path(scratch, "copy")))
@@ -44,12 +48,12 @@ def measured(save_to: str | None, size: int = SIZE) -> dict[str, Any]:
             stock = convert.open_stock(folder)
             return convert.nested((leaf.path, leaf.on(like[leaf.path])) for leaf in stock.leaves())
 
-        held: list[Any] = []
+        held, before = [], own_memory()
         out["import"], peak = timed(lambda: held.append(jax.block_until_ready(read())))
-        out["import_memory"] = peak - state_bytes(held[0])
-        out["export"], out["export_memory"] = timed(
-            lambda: convert.write(back, model, held[0], dtype="bfloat16")
-        )
+        arrays = before + state_bytes(held[0])
+        out["import_memory"] = peak - arrays
+        out["export"], peak = timed(lambda: convert.write(back, model, held[0], dtype="bfloat16"))
+        out["export_memory"] = peak - arrays
         out["command"] = command(Path(scratch))
     return out
 
@@ -66,9 +70,7 @@ def command(scratch: Path) -> float:
         attention=AttentionConfig(projection=projection),
         feed_forward=SwiGLU(width=1536),
     )
-    (folder := scratch / "small").mkdir()
-    like = by_path(abstract_variables(model))
-    convert.write(folder, model, convert.nested(random_leaves(like)), dtype="bfloat16")
+    written(folder := scratch / "small", model)
     line = [sys.executable, "-m", "experiments.convert", "import", "--noverify"]
     began = time.perf_counter()
     subprocess.run(
@@ -92,9 +94,18 @@ def of_size(size: int) -> ModelConfig:
     return ModelConfig(layers=max(1, layers), **fields)
 
 
+def written(folder: Path, model: ModelConfig) -> None:
+    """Makes a stock folder with random weights in bfloat16."""
+    folder.mkdir()
+    like = by_path(abstract_variables(model))
+    convert.write(folder, model, convert.nested(random_leaves(like)), dtype="bfloat16")
+
+
 def random_leaves(like: dict[str, Any]) -> Iterator[tuple[str, jax.Array]]:
-    for number, (path, leaf) in enumerate(like.items()):
-        yield path, jax.random.normal(jax.random.key(number), leaf.shape, leaf.dtype)
+    """One block of random numbers again and again: to draw them all would take minutes."""
+    noise = np.random.default_rng(0).standard_normal(2**20, np.float32)
+    for path, leaf in like.items():
+        yield path, jax.device_put(np.resize(noise, leaf.shape))
 
 
 def copied(source: Path, target: Path) -> None:
@@ -105,8 +116,8 @@ def copied(source: Path, target: Path) -> None:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, int]:
-    """(seconds, how much the process's own memory grew at its peak, file pages not counted)."""
-    before, peak, done = own_memory(), [0], threading.Event()
+    """(seconds, the process's own memory at its peak, file pages not counted)."""
+    peak, done = [0], threading.Event()
 
     def sample() -> None:
         while not done.wait(0.005):
@@ -121,7 +132,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, int]:
         seconds = time.perf_counter() - began
         done.set()
         watcher.join()
-    return seconds, max(peak[0], own_memory()) - before
+    return seconds, max(peak[0], own_memory())
 
 
 def own_memory() -> int:

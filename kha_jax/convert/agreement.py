@@ -57,12 +57,10 @@ class Agreement(NamedTuple):
         return (self.share if self.text else self.most) <= self.limit
 
     def __str__(self) -> str:
-        limit = f"(limit {self.limit:g})"
-        if not self.text:
-            limit = f"and at {MOST:.0%} of them, of random ids, within {self.most:.2g} {limit}"
+        most = f" and at {MOST:.0%} of them, of random ids, within {self.most:.2g}"
         return (
             f"at {self.positions} positions the largest change of a logit is {self.largest:.2g} of "
-            f"{self.logit:.3g}, {self.share:.2g} of their spread {limit}; KL "
+            f"{self.logit:.3g}, {self.share:.2g} of their spread{'' if self.text else most}; KL "
             f"{self.kl:.2g}, top-1 agreement {self.top1:.2%}"
         )
 

@@ -223,7 +223,7 @@ def write_tensors(folder: Path, tensors: list[Tensor], values: Iterable[Iterable
     for tensor in tensors:
         by_file.setdefault(tensor.file, []).append(tensor)
     for name, inside in by_file.items():
-        with open(folder / name, "xb", buffering=0) as file:
+        with open(folder / name, "xb") as file:
             file.write(_header(inside))
             for tensor in inside:
                 dtype = DTYPES[tensor.dtype]

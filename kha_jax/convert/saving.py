@@ -127,7 +127,7 @@ def _values(of: list[Link], leaves: dict[str, jax.Array]) -> Iterator[np.ndarray
         leaf = leaves[first.leaf]
         rows = max(1, BLOCK // max(1, leaf.nbytes // leaf.shape[0]))
         for at in range(0, leaf.shape[0], rows):
-            yield np.asarray(leaf[at : at + rows])
+            yield _on_host(leaf, slice(at, at + rows))
         return
     by_expert = sorted(of, key=lambda link: link.index or 0)
     for _, group in itertools.groupby(by_expert, lambda link: link.index):
@@ -136,7 +136,7 @@ def _values(of: list[Link], leaves: dict[str, jax.Array]) -> Iterator[np.ndarray
 
 def _joined(group: list[Link], leaves: dict[str, jax.Array]) -> np.ndarray:
     """The tensor that these leaves make, or one expert of it."""
-    rows = [link.row.to_theirs(np.asarray(leaves[link.leaf][link.at])) for link in group]
+    rows = [link.row.to_theirs(_on_host(leaves[link.leaf], link.at)) for link in group]
     if group[0].row.part is None:
         return rows[0]
     whole = group[0].whole if group[0].index is None else group[0].whole[1:]
@@ -144,6 +144,12 @@ def _joined(group: list[Link], leaves: dict[str, jax.Array]) -> np.ndarray:
     for link, own in zip(group, rows):
         link.row.part.put(out, own)
     return out
+
+
+def _on_host(leaf: jax.Array, at: Any) -> np.ndarray:
+    """These entries; of an array in the memory of this machine without a copy."""
+    there = isinstance(leaf, jax.Array) and [d.platform for d in leaf.devices()] == ["cpu"]
+    return np.asarray(leaf)[at] if there else np.asarray(leaf[at])
 
 
 def write(
