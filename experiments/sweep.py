@@ -33,7 +33,7 @@ from experiments.cli.codes import UsageError
 from experiments.run_folders import results, stored
 from experiments.sweeps import members, planned
 from experiments.sweeps.planned import Planned, Wanted
-from experiments.sweeps.runner import Sweep
+from experiments.sweeps.runner import LOG, Sweep
 from kha_jax.config import near
 from kha_jax.runs.results import RunResult
 from kha_jax.training.run_config import RunConfig
@@ -261,7 +261,15 @@ def train(sweep: Sweep, board: Board) -> int:
         )
     for name, code in sweep.failed.items():
         run = next(run for run in sweep.runs if run.name == name)
-        log.error("%s failed with %d: %s", name, code, sweep.why(run))
+        terminal.say(f"{name} failed with {code}: {sweep.why(run)}")
+    if sweep.failed:
+        first = sweep.folder / next(iter(sweep.failed)) / LOG
+        log.error(
+            "%d of %d runs failed; the log of the first: %s",
+            len(sweep.failed),
+            len(sweep.runs),
+            first,
+        )
     return sweep.code()
 
 

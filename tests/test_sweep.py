@@ -342,7 +342,8 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_results(tmp_path):
     assert figures("killed") == figures("whole") and len(figures("whole")) == 2
     bad = sweep("bad", "--set=config.optimizer.weight_decay=0.1,3e38", "--index=1")
     out, _ = bad.communicate(timeout=300)
-    assert bad.returncode == 76 and "error: baseline-weight_decay=3e38-seed0 failed with 76" in out
+    assert bad.returncode == 76 and "baseline-weight_decay=3e38-seed0 failed with 76" in out
+    assert "runs failed; the log of the first" in out
 
 
 def test_a_run_that_a_signal_ends_leaves_a_code_of_the_contract():
