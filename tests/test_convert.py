@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from kha_jax import convert
+from kha_jax.attention.mixers import KnockingMLP
+from kha_jax.config import ConfigError
 from kha_jax.convert import agreement, placing
 from kha_jax.convert.families import FAMILIES, read_config
 from kha_jax.convert.folders import open_folder
@@ -263,6 +265,16 @@ def test_a_config_that_cannot_be_computed_is_refused_by_its_key(name, tmp_path):
     with pytest.raises(DataError) as caught:
         convert.read(edited(folder(of), tmp_path / "other", **changes))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mixer_that_our_file_has_no_place_for_is_refused(tmp_path):
+    """modeling_kha.py replaces q_proj, k_proj and v_proj, which Ling has as one."""
+    stock = convert.open_stock(folder("bailing_moe"))
+    model = stock.model.with_attention(lambda attention: attention.replace(value=KnockingMLP()))
+    convert.keep(stock, tmp_path / "stock")
+    record = convert.read_record(tmp_path / "stock")
+    with pytest.raises(ConfigError, match=r"^attention.value: is not linear, and bailing_moe has"):
+        convert.kind_for(model, record)
 
 
 JUNK = (None, "x", "", -1, 2.5, 1e400, [], [[]], {}, {"a": 1}, {"rope_type": []}, True, 10**30)

@@ -8,7 +8,6 @@ from typing import Any, Iterable, Iterator
 import jax
 import numpy as np
 
-from kha_jax.attention.projections import Latent
 from kha_jax.config import ConfigError
 from kha_jax.convert import own_code, writing
 from kha_jax.convert.families import FAMILIES, function_of, read_config, why_not
@@ -43,8 +42,7 @@ def kind_for(model: ModelConfig, record: Record | None) -> str:
         raise ConfigError("", f"no stock weights stand for it: {_nearest(bare, reasons)}")
     if not kinds[0]:
         return fitting
-    family = FAMILIES[fitting]
-    if family.projection is Latent or family.names.merged:
+    if FAMILIES[fitting].names.merged:
         problem = f"is not linear, and {fitting} has no projection that modeling_kha.py replaces"
         raise ConfigError(f"attention.{own_code.slots(model.attention)[0]}", problem)
     return own_code.PREFIX + fitting
