@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.cli.codes import UsageError
+from experiments.converting import stock
 from experiments.run_folders import grace
 from experiments.run_folders import stored as stored_runs
 from kha_jax import analysis
@@ -46,6 +47,7 @@ mirrors = sys.modules[mirror.__module__]
 pytest.importorskip("gcp_storage_emulator")
 pytest.importorskip("gcsfs")
 
+from tests import test_stock_commands  # noqa: E402
 from tests.commands import run_all  # noqa: E402
 from tests.emulator import emulator  # noqa: E402
 from tests.runs import assert_same_end, finish, joined, start  # noqa: E402
@@ -90,6 +92,7 @@ def here(bucket, tmp_path, monkeypatch):
 def test_a_mirror_becomes_what_the_bucket_holds_but_for_arrays(here, bucket):
     objects = Objects(URL)
     there = {"config.json": b"{}", "checkpoints/00000002/MANIFEST.json": b"m", "lock": b"theirs"}
+    there |= {"stock/config.json": b"{}", "stock/tensors.json": b"[]"}
     arrays = ("checkpoints/00000002/state/d/1", "checkpoints/00000004/state/d/1")
     for name, value in {**there, **dict.fromkeys(arrays, b"x" * 9)}.items():
         objects.write(name, value)
@@ -499,6 +502,20 @@ def test_every_command_that_reads_runs_reads_them(bucket, cache, tmp_path, monke
         print(f"{line}: {code} after {seconds:.1f} s")
         assert code == 0 and lines[line] in out and "Traceback" not in err, (line, out, err)
     assert not bucket.names("run/checkpoints/00000004") and "run/lock" not in bucket.names()
+
+
+@pytest.mark.slow
+def test_an_imported_run_in_a_bucket_goes_back_as_what_it_came_from(bucket, tmp_path, monkeypatch):
+    """With the dtype of its record, and fold keeps that too."""
+    monkeypatch.setenv("KHA_JAX_CACHE", str(tmp_path / "cache"))
+    (folder := tmp_path / "stock").mkdir()
+    test_stock_commands.written(folder)
+    stock.import_run(str(folder), str(tmp_path / "run"), [], False)
+    for path in (p for p in (tmp_path / "run").rglob("*") if p.is_file()):
+        Objects(URL).write(path.relative_to(tmp_path / "run").as_posix(), path.read_bytes())
+    stock.export_run(URL, str(tmp_path / "back"), *(None,) * 5, verify=False)
+    first, back = map(test_stock_commands.content, (folder, tmp_path / "back"))
+    assert first == back
 
 
 @pytest.mark.slow

@@ -54,15 +54,21 @@ def model() -> ModelConfig:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A stock folder with random weights, and what lies beside them."""
-    path, random = tmp_path_factory.mktemp("stock"), np.random.default_rng(0)
+    path = written(tmp_path_factory.mktemp("stock"))
+    (path / "generation_config.json").write_text('{"eos_token_id": 2}\n')
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    (path / "README.md").write_text("of somebody")
+    return path
+
+
+def written(path: Path) -> Path:
+    """A stock folder with random weights."""
+    random = np.random.default_rng(0)
     shapes = by_path(abstract_variables(model())).items()
     made = convert.nested(
         (name, random.normal(size=leaf.shape).astype(np.float32)) for name, leaf in shapes
     )
     convert.write(path, model(), made, dtype="bfloat16")
-    (path / "generation_config.json").write_text('{"eos_token_id": 2}\n')
-    (path / "chat_template.jinja").write_text("{{ messages }}")
-    (path / "README.md").write_text("of somebody")
     return path
 
 

@@ -18,6 +18,7 @@ from kha_jax.storage.files import BLOCK, alone, as_written, cache_folder, crc32c
 
 STATE, LOCK = "state", "lock"  # what lies in the bucket alone, what on each side alone
 CONFIG = "config.json"  # which each run has
+STOCK = "stock/config.json"  # and what came with an imported run's weights, which is a part of it
 WRITTEN, READ = "written", "read"  # a run that trains here does not lose what somebody fetches
 _mirrors: dict[Path, str] = {}
 
@@ -193,7 +194,8 @@ def fetch(folder: Path) -> None:
 def _fetch(folder: Path, objects: Objects) -> None:
     try:
         known = objects.listing()
-        runs = tuple(name.removesuffix(CONFIG) for name in known if name.endswith(f"/{CONFIG}"))
+        others = (n for n in known if n.endswith(f"/{CONFIG}") and n != STOCK)
+        runs = tuple(name.removesuffix(CONFIG) for name in others)
         there = {n: known[n] for n in known if _is_name(n) and not n.startswith(runs)}
     except FileNotFoundError:
         raise StorageError(f"{objects.url}: there is no such bucket") from None
