@@ -62,7 +62,7 @@ def write_sweep(folder, rows, lines, planned=(), logs=()):
     }
     (folder / "sweep.json").write_text(json.dumps(described))
     with open(folder / "runs.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, RunResult._fields)
+        writer = csv.DictWriter(file, RunResult._fields, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     for name, log in dict(logs).items():
