@@ -478,7 +478,7 @@ def test_a_flipped_object_is_passed_over_and_a_second_trainer_refused(
 @pytest.mark.slow
 def test_every_command_that_reads_runs_reads_them(bucket, cache, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    assert run(cache)[0] == 0
+    assert run(cache, "--config.model.attention.value.kind=linear")[0] == 0
     monkeypatch.setenv("KHA_JAX_CACHE", str(tmp_path / "mine"))
     read = analysis.Run(stored_runs.readable_folder("workdir", URL))  # as `analyze` does
     assert read.step == STEPS and read.matrices() and read.metrics()
