@@ -82,7 +82,7 @@ def test_after_sigterm_a_run_leaves_in_time_saved_or_not(cache, tmp_path):
     assert code == PREEMPTED and "not saved within 3 s of SIGTERM" in err.splitlines()[-1], err
     assert [int(path.parent.name) for path in manifests(tmp_path)] == [15]
     code, _, err = finish(start(cache, tmp_path, fault="terminate:step:17"))
-    said = re.search(r"left ([\d.]+) s after the signal; config.checkpoint.grace=30", err)
+    said = re.search(r"left ([\d.]+) s after the signal; config.checkpoint.grace=3", err)
     assert code == PREEMPTED and said and float(said[1]) < 30, err
 
 
