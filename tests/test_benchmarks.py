@@ -14,7 +14,7 @@ from experiments.evaluating import scores, tables, tasks
 from experiments.evaluating.adapter import Answers
 from experiments.evaluating.models import Asked
 from kha_jax.config import to_dict
-from kha_jax.data import tokenizers
+from kha_jax.data import tokenizer_files, tokenizers
 from kha_jax.errors import DataError
 from kha_jax.inference.decoding import Decoder
 from kha_jax.inference.scoring import Scorer
@@ -322,7 +322,7 @@ def stock_pair(folder):
     trainer = make_trainer(ours, make_mesh(ours.mesh, jax.devices()[:1]))
     state = drawn(trainer.abstract, 0)._replace(params=interop.params_from(theirs))
     write_json(folder / "run" / "config.json", to_dict(ours))
-    tokenizers.keep(folder / "run", tokenizers.load(stock, end="<|endoftext|>"))
+    tokenizer_files.keep(folder / "run", tokenizers.load(stock, end="<|endoftext|>"))
     about = {"config": config_hash(ours), "tokenizer": "bytes-v1"}
     with Checkpoints(folder / "run" / "checkpoints", about=lambda step: about) as checkpoints:
         checkpoints.save(0, state)

@@ -357,6 +357,7 @@ def test_pieces_end_where_a_place_is_or_between_characters():
 
 def test_batches_are_small_and_keep_the_order(monkeypatch):
     monkeypatch.setattr(texts, "BATCH", 100)
+    monkeypatch.setattr(texts, "PIECE", 100)
     monkeypatch.setattr(texts, "TEXTS", 8)
     random = np.random.default_rng(0)
     sizes = random.choice([1, 5, 40, 99, 100, 101, 250], 200)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from kha_jax.config import ConfigError
-from kha_jax.data import tokenizers
-from kha_jax.data.tokenizers import PROBE, ByteTokenizer, JsonTokenizer
+from kha_jax.data import tokenizer_files, tokenizers
+from kha_jax.data.tokenizer_files import PROBE
+from kha_jax.data.tokenizers import ByteTokenizer, JsonTokenizer
 from kha_jax.errors import DataError
 
 TEXT = "Knocking heads, wörter und 数字 12345\n\tx<|endoftext|>y</s> 🙂"
@@ -153,26 +154,26 @@ def test_no_piece_ends_within_a_token():
 
 @pytest.mark.parametrize("kind", ["bytes", "json"])
 def test_a_run_folder_keeps_the_tokenizer_of_its_ids(kind, tmp_path):
-    assert tokenizers.read_kept(tmp_path) is None
+    assert tokenizer_files.read_kept(tmp_path) is None
     content = trained(("<eos>", "</s>", "<s>"))
     made = ByteTokenizer() if kind == "bytes" else JsonTokenizer(content, end="</s>", begin="<s>")
-    tokenizers.keep(tmp_path, made)
-    again = tokenizers.read_kept(tmp_path)
-    assert tokenizers.about(again) == tokenizers.about(made)
+    tokenizer_files.keep(tmp_path, made)
+    again = tokenizer_files.read_kept(tmp_path)
+    assert tokenizer_files.about(again) == tokenizer_files.about(made)
     np.testing.assert_array_equal(again.encode(PROBE), made.encode(PROBE))
-    path = tmp_path / tokenizers.IDS
+    path = tmp_path / tokenizer_files.IDS
     said = json.loads(path.read_text())
     path.write_text(json.dumps({**said, "probe_ids": said["probe_ids"][::-1]}))
     with pytest.raises(DataError, match="gives other ids for the probe text"):
-        tokenizers.read_kept(tmp_path)
+        tokenizer_files.read_kept(tmp_path)
     path.write_text("[]")
     with pytest.raises(DataError, match="is damaged .holds other fields"):
-        tokenizers.read_kept(tmp_path)
+        tokenizer_files.read_kept(tmp_path)
     if kind == "json":
         path.write_text(json.dumps(said))
         (tmp_path / "tokenizer.json").write_bytes(trained(vocab_size=290))
         with pytest.raises(DataError, match="tokenizer.json is not the one of its ids"):
-            tokenizers.read_kept(tmp_path)
+            tokenizer_files.read_kept(tmp_path)
         (tmp_path / "tokenizer.json").unlink()
         with pytest.raises(DataError, match="lacks the tokenizer.json"):
-            tokenizers.read_kept(tmp_path)
+            tokenizer_files.read_kept(tmp_path)

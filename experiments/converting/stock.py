@@ -19,7 +19,7 @@ from kha_jax.convert import agreement, own_code
 from kha_jax.convert.families import function_of
 from kha_jax.convert.folders import BESIDE
 from kha_jax.convert.stock import Record, Stock
-from kha_jax.data import Shards, tokenizers
+from kha_jax.data import Shards, tokenizer_files, tokenizers
 from kha_jax.errors import DataError
 from kha_jax.feed_forward.moe import BIAS_RULES
 from kha_jax.inference.dialect import STOCK
@@ -62,7 +62,7 @@ def import_run(model: str | None, out: str | None, changes: list[str], verify: b
     with being_written(target) as made:
         convert.keep(stock, made / STOCK)
         if tokenizer is not None:
-            tokenizers.keep(made, tokenizer)
+            tokenizer_files.keep(made, tokenizer)
         write_json(made / "lineage.json", [{**unread, "from_step": 0, "changes": {}}])
         write_run(made, config, 0, leaves, {**unread, "converted_from": str(stock.folder.path)})
     print(

@@ -11,7 +11,7 @@ from experiments.cli.codes import UsageError
 from experiments.run_folders import stored
 from kha_jax.config import to_dict
 from kha_jax.convert import nested
-from kha_jax.data import tokenizers
+from kha_jax.data import tokenizer_files, tokenizers
 from kha_jax.inference.dialect import STOCK
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import WEIGHTS
@@ -62,7 +62,7 @@ def being_written(out: Path) -> Iterator[Path]:
 def carry(source: Path, made: Path) -> None:
     """Copies what a run keeps beside its checkpoints and another one made of it needs: its
     tokenizer, and what came with stock weights."""
-    for name in (tokenizers.FILE, tokenizers.IDS):
+    for name in (tokenizers.FILE, tokenizer_files.IDS):
         if (source / name).is_file():
             shutil.copyfile(source / name, made / name)
     if (source / STOCK).is_dir():

@@ -10,7 +10,7 @@ from experiments.cli.codes import UsageError
 from experiments.cli.terminal import say
 from experiments.preparing.progress import count, many
 from kha_jax.config import ConfigError
-from kha_jax.data import shard_files, tokenizers
+from kha_jax.data import shard_files, tokenizer_files, tokenizers
 from kha_jax.data.shard_files import DOCUMENT, META, SPLITS, Meta
 from kha_jax.data.tokenizers import Tokenizer
 from kha_jax.errors import DataError
@@ -95,7 +95,7 @@ def _kept_tokenizer(folder: Path, meta: Meta) -> Tokenizer | None:
     path = folder / tokenizers.FILE
     content = path.read_bytes() if path.exists() else None
     try:
-        return tokenizers.kept(content, meta.about, folder)
+        return tokenizer_files.kept(content, meta.about, folder)
     except ConfigError as error:  # the package is missing
         say(f"no text: {error}")
         return None

@@ -15,7 +15,7 @@ from experiments.preparing.readers import SAMPLES, too_many
 from experiments.preparing.texts import KEY_BYTES
 from experiments.preparing.units import GROWTH, Unit
 from experiments.preparing.workers import Job
-from kha_jax.data import shard_files, shard_writer, tokenizers
+from kha_jax.data import shard_files, shard_writer, tokenizer_files, tokenizers
 from kha_jax.data.shard_files import SPLITS, Meta, Shard
 from kha_jax.data.tokenizers import JsonTokenizer, Tokenizer
 from kha_jax.errors import DataError
@@ -48,7 +48,7 @@ class Preparation:
             if isinstance(tokenizer, int):
                 tokenizer = self.trained(tokenizer)
             _warn_of_lost_text(tokenizer)
-            tokenizers.write_file(self.folder.path, tokenizer)
+            tokenizer_files.write_file(self.folder.path, tokenizer)
             if isinstance(tokenizer, JsonTokenizer):
                 named = str(self.folder.path / tokenizers.FILE)
                 marks = tokenizer.end_of_document, tokenizer.begin_of_document
@@ -80,7 +80,7 @@ class Preparation:
 
     def intact(self, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
         """Records of finished units whose shards are what they say, by this tokenizer."""
-        about, probed = tokenizers.about(tokenizer), workers.probed(tokenizer)
+        about, probed = tokenizer_files.about(tokenizer), workers.probed(tokenizer)
         for number, record in self.folder.finished().items():
             try:
                 if record.get("tokenizer") != probed:
@@ -180,8 +180,8 @@ class Preparation:
 
 def _warn_of_lost_text(tokenizer: Tokenizer) -> None:
     """Says where text that is encoded does not come back: no run learns what is not there."""
-    before = tokenizers.PROBE.decode()
-    after = tokenizer.decode(tokenizer.encode(tokenizers.PROBE))
+    before = tokenizer_files.PROBE.decode()
+    after = tokenizer.decode(tokenizer.encode(tokenizer_files.PROBE))
     if before != after:
         at = len(os.path.commonprefix([before, after]))
         some = ascii(before[at : at + 12]), ascii(after[at : at + 12])

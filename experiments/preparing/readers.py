@@ -103,14 +103,15 @@ class Reader:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line is not None and not line.strip():
                     continue
-                found = True
+                found, unended = True, size == len(line or b"")
+                given = [line]
+                del line
                 try:
-                    text = self._parsed(line)
+                    text = self._parsed(given)
                 except BadRecord as error:
-                    ends = "; the file ends in this line" if size == len(line or b"") else ""
+                    ends = "; the file ends in this line" if unended else ""
                     self._leave_out(part, _line(part, file, first, number), f"{error}{ends}")
                 else:
-                    del line
                     yield self._noted(
                         text, part, functools.partial(_line, part, file, first, number)
                     )
@@ -120,12 +121,17 @@ class Reader:
             if not found and part.size == part.file.size:
                 self._leave_out(part, 1, "the file holds no document")
 
-    def _parsed(self, line: bytes | None) -> bytes:
-        """The text of an object of JSON."""
+    def _parsed(self, given: list[bytes | None]) -> bytes:
+        """The text of an object of JSON. Its line, which alone is given, is taken away: a long one
+        would be in memory three times beside the text, whose characters may have four bytes."""
+        line = given.pop()
         if line is None:
             _check_length(LONGEST + 1)
         try:
-            record = json.loads(line.decode())
+            characters = line.decode()
+            del line
+            record = json.loads(characters)
+            del characters
             text = record[self.text_key]
             return text.encode()
         except UnicodeDecodeError as error:

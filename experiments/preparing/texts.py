@@ -7,15 +7,12 @@ from typing import Iterable, Iterator, NamedTuple
 
 from kha_jax.data.tokenizers import CUT
 
-BATCH = 2**20  # bytes of text that are encoded at once
+BATCH = 2**18  # bytes of text that are encoded at once, where no document is longer
+PIECE = 2**20  # bytes above which a document is encoded in pieces
 TEXTS = 2**13  # of a batch
 KEY = b"kha_jax: which split a document belongs to"
 KEY_BYTES = 16
-SEARCHED = (
-    2**12,
-    2**16,
-    BATCH,
-)  # bytes before a piece must end, in which a place to cut is looked for
+SEARCHED = 2**12, 2**16, PIECE  # bytes before a piece must end, where a place to cut is looked for
 # Words that are found by what stands around them are the same before and after such a cut: before a
 # single space or newline between two words, else after a newline between two characters.
 PLACES = CUT, re.compile(r"(?<=\S\n)(?=\S)")
@@ -74,8 +71,9 @@ class Batch(NamedTuple):
 
 
 def batches(documents: Iterable[tuple[str, bytes]], in_pieces: bool) -> Iterator[Batch]:
-    """(split, text) of documents, in batches of at most BATCH bytes; those of a split stay in their
-    order. A longer document comes in pieces, or alone where it must not be cut."""
+    """(split, text) of documents, in batches of at most BATCH bytes or of one document;
+    those of a split stay in their order. One of more than PIECE bytes comes in pieces, or alone
+    where it must not be cut."""
     held: dict[str, list[bytes]] = {}
     sizes: dict[str, int] = {}
     for split, text in documents:
@@ -84,7 +82,7 @@ def batches(documents: Iterable[tuple[str, bytes]], in_pieces: bool) -> Iterator
         if texts and (size > BATCH or len(texts) == TEXTS):
             yield Batch(split, texts)
             texts, size = [], len(text)
-        if size > BATCH and in_pieces:
+        if len(text) > PIECE and in_pieces:
             yield from _in_pieces(split, text)
             size = 0
         else:
@@ -97,6 +95,6 @@ def batches(documents: Iterable[tuple[str, bytes]], in_pieces: bool) -> Iterator
 
 def _in_pieces(split: str, text: bytes) -> Iterator[Batch]:
     left = len(text)
-    for piece in pieces(text, BATCH):
+    for piece in pieces(text, PIECE):
         left -= len(piece)
         yield Batch(split, [piece], piece=True, last=not left)

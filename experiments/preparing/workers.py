@@ -23,7 +23,7 @@ from experiments.preparing.processes import Report, Seen, Worker
 from experiments.preparing.readers import Reader
 from experiments.preparing.texts import Batch
 from experiments.preparing.units import Unit
-from kha_jax.data import tokenizers
+from kha_jax.data import tokenizer_files, tokenizers
 from kha_jax.data.shard_files import SPLITS
 from kha_jax.data.shard_writer import ShardWriter
 from kha_jax.data.tokenizers import Tokenizer
@@ -61,15 +61,15 @@ def write(
         The unit's record: its number, by which tokenizer, the shard of each split that has
         documents, what was left out and why, the smallest and the largest key.
     """
-    tokenizer = tokenizers.load(*job.tokenizer)
     reader = Reader(unit, job.text_key, job.skip_bad)
-    kept = Kept(_told(reader, tokenizer, report), drop, job.val_fraction, held_out)
     with contextlib.ExitStack() as held:
+        encoded = held.enter_context(Encoders(job.tokenizer, encoders))  # before there are threads
+        tokenizer = encoded.tokenizer
+        kept = Kept(_told(reader, tokenizer, report), drop, job.val_fraction, held_out)
         writers = {
             split: held.enter_context(ShardWriter(folder, split, number, tokenizer))
             for split in SPLITS
         }
-        encoded = held.enter_context(Encoders(job.tokenizer, tokenizer, encoders))
         for batch, ids, lengths in encoded.over(texts.batches(kept, tokenizer.in_pieces)):
             _add(writers[batch.split], batch, ids, lengths)
             sums = (sum(getattr(w, name) for w in writers.values()) for name in Seen._fields[1:])
@@ -88,7 +88,7 @@ def write(
 def probed(tokenizer: Tokenizer) -> str:
     """A hash of what a tokenizer is, and of its ids of a fixed text: those hang on the version of
     the library too."""
-    said = json.dumps(tokenizers.about(tokenizer), sort_keys=True)
+    said = json.dumps(tokenizer_files.about(tokenizer), sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
 
@@ -201,16 +201,22 @@ def _encoded(tokenizer: Tokenizer, batch: list[bytes]) -> tuple[np.ndarray, np.n
 
 
 class Encoders:
-    """Encodes batches in their order: in this process, or in several more."""
+    """Encodes batches in their order: in this process, or in several more. tokenizer: that of this
+    process."""
 
-    def __init__(self, named: tuple[Any, ...], tokenizer: Tokenizer, count: int):
-        self.named, self.tokenizer, self.count = named, tokenizer, count
+    def __init__(self, named: tuple[Any, ...], count: int):
+        self.named, self.count = named, count
         self.idle: queue.SimpleQueue = queue.SimpleQueue()
         self.held = contextlib.ExitStack()
 
     def __enter__(self) -> "Encoders":
-        for _ in range(self.count):
-            self.idle.put(self.held.enter_context(Worker()))
+        started = [self.held.enter_context(Worker(forked=True)) for _ in range(self.count)]
+        for worker in started:
+            worker.send(encode, self.named, [b""])  # which loads its tokenizer meanwhile
+        self.tokenizer = tokenizers.load(*self.named)
+        for worker in started:
+            worker.result()
+            self.idle.put(worker)
         self.threads = self.held.enter_context(ThreadPoolExecutor(max(1, self.count)))
         return self
 

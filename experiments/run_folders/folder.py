@@ -26,7 +26,7 @@ from experiments.run_folders import grace
 from experiments.run_folders.identity import COMPUTED, changed
 from kha_jax import __version__
 from kha_jax.config import dotted, near, to_dict
-from kha_jax.data import Draws, Source, batch_hash, tokenizers
+from kha_jax.data import Draws, Source, batch_hash, tokenizer_files
 from kha_jax.errors import CheckpointError, DataError, StorageError
 from kha_jax.hardware import chips
 from kha_jax.runs.arrays import state_bytes
@@ -337,7 +337,7 @@ class RunFolder:
         try:
             write_registrations(self.path, self.before, self.config)
             if (tokenizer := self.config.data.tokenizer()) is not None:
-                tokenizers.keep(self.path, tokenizer)
+                tokenizer_files.keep(self.path, tokenizer)
             put_all(self.path)  # the tokenizer's own file is one of a library
             write_config(self.path, self.config, lambda: self._record(step))
             write_registrations(self.path, self.config)

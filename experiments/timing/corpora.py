@@ -25,7 +25,7 @@ from kha_jax.errors import PeerError
 
 VOCABULARY, KEPT = 16384, "tokenizer.json"
 WORKERS = 2
-SEEN = 0.05  # seconds between two looks at the memory of processes
+SEEN = 0.25  # seconds between two looks at the most that processes had; each takes 10 ms
 
 
 class Row(NamedTuple):

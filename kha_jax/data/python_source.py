@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
 
-from kha_jax.data import tokenizers
+from kha_jax.data import tokenizer_files
 from kha_jax.data.loader import DataConfig
 from kha_jax.data.shard_files import META, VERSION, read_meta
 from kha_jax.data.shard_writer import ShardWriter, write_meta
@@ -158,7 +158,7 @@ def open_shard(folder: Path, split: str, seq_len: int) -> TokenWindows:
     sha256 = shards[0].sha256 if len(shards) == 1 else ""
     if folder.name != f"{split}-{sha256[:NAMED]}":
         raise DataError(f"{folder} holds other tokens than its name says; {remedy}")
-    if meta.about != tokenizers.about(ByteTokenizer()):
+    if meta.about != tokenizer_files.about(ByteTokenizer()):
         raise DataError(f"{folder} was written with another tokenizer than bytes; {remedy}")
     source = TokenWindows(folder, meta, split, seq_len, tail=False, remedy=remedy)
     source.fingerprint = sha256

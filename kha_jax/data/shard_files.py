@@ -21,7 +21,7 @@ from typing import IO, Any, Iterator, Mapping, NamedTuple
 import google_crc32c
 import numpy as np
 
-from kha_jax.data import tokenizers
+from kha_jax.data import tokenizer_files
 from kha_jax.errors import DataError
 from kha_jax.storage import (
     Objects,
@@ -55,8 +55,8 @@ class Shard(NamedTuple):
 
 
 class Meta(NamedTuple):
-    """What meta.json says. about: of the tokenizer, see `tokenizers.about`. shards: of each split.
-    flags: of the command that wrote them. left_out: how many texts of each kind."""
+    """What meta.json says. about: of the tokenizer, see `tokenizer_files.about`. shards: of each
+    split. flags: of the command that wrote them. left_out: how many texts of each kind."""
 
     about: dict[str, Any]
     shards: dict[str, tuple[Shard, ...]]
@@ -80,7 +80,7 @@ class Meta(NamedTuple):
     def fingerprint(self, split: str) -> str:
         """A hash of what a run reads of a split, wherever it lies and whoever wrote it."""
         shards = [(s.tokens, s.documents, s.bytes, s.sha256) for s in self.shards[split]]
-        said = {name: self.about[name] for name in tokenizers.ABOUT if name != "probe_ids"}
+        said = {name: self.about[name] for name in tokenizer_files.ABOUT if name != "probe_ids"}
         content = json.dumps([VERSION, said, shards], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -107,7 +107,7 @@ def read_meta(folder: Place) -> Meta:
     if problem:
         raise DataError(f"{path} {problem}; write the shards again")
     return Meta(
-        {name: values[name] for name in tokenizers.ABOUT},
+        {name: values[name] for name in tokenizer_files.ABOUT},
         {s: tuple(Shard(**entry) for entry in values["shards"][s]) for s in SPLITS},
         values["flags"],
         values["left_out"],
@@ -122,7 +122,7 @@ def _problems(values: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the content of a meta.json."""
     if values.get("version") != VERSION:
         yield f"is of version {values.get('version')!r}, this program reads {VERSION}"
-    for name, kind in tokenizers.ABOUT.items():
+    for name, kind in tokenizer_files.ABOUT.items():
         number = isinstance(values.get(name), int)
         fits = isinstance(values.get(name), kind) and (not number or _count(values[name]))
         if name not in values or not fits:

@@ -8,7 +8,7 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from kha_jax.data import tokenizers
+from kha_jax.data import tokenizer_files
 from kha_jax.data.shard_files import (
     BLOCK,
     DOCUMENT,
@@ -177,7 +177,7 @@ def write_meta(
     """
     folder = Path(folder)
     splits = {split: tuple(shards.get(split, ())) for split in SPLITS}
-    about = tokenizers.about(tokenizer)
+    about = tokenizer_files.about(tokenizer)
     meta = Meta(about, splits, dict(flags or {}), dict(left_out or {}))
     counts = ("tokens", "documents", "bytes")
     content = {
@@ -190,7 +190,7 @@ def write_meta(
         "left_out": meta.left_out,
     }
     with _writing(folder):
-        tokenizers.write_file(folder, tokenizer)
+        tokenizer_files.write_file(folder, tokenizer)
         write_json(folder / META, content)
         synced(folder)
     return meta

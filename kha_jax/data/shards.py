@@ -6,7 +6,7 @@ Legend: B batch, T position.
 import numpy as np
 
 from kha_jax.config import ConfigError
-from kha_jax.data import tokenizers
+from kha_jax.data import tokenizer_files
 from kha_jax.data.loader import DataConfig, Example
 from kha_jax.data.shard_copy import copied
 from kha_jax.data.shard_files import Meta, Place, read_meta
@@ -168,7 +168,7 @@ class Shards(DataConfig):
         """Raises DataError, ConfigError, StorageError: see `open`."""
         place = self.place()
         meta = OPENED.get(place) or read_meta(place)
-        return tokenizers.kept(tokenizers.read_file(place), meta.about, place)
+        return tokenizer_files.kept(tokenizer_files.read_file(place), meta.about, place)
 
     def evaluated(self, length: int, count: int) -> np.ndarray:
         """Windows from all over the split, the same each time: shards are in no random order."""
@@ -186,7 +186,7 @@ class Shards(DataConfig):
         del seed
         place = self.place()
         meta = read_meta(place)
-        tokenizers.kept(tokenizers.read_file(place), meta.about, place)
+        tokenizer_files.kept(tokenizer_files.read_file(place), meta.about, place)
         if is_url(str(place)):
             OPENED[place] = meta
             if self.cache_dir is not None:

@@ -20,7 +20,7 @@ import jax
 from jax.sharding import Mesh
 
 from kha_jax.config import Config, choices_in, departures, dotted, from_dict, to_dict
-from kha_jax.data import tokenizers
+from kha_jax.data import tokenizer_files
 from kha_jax.errors import DataError, RunError
 from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.runs import faults
@@ -293,7 +293,7 @@ def read_tokenizer(folder: Path, config: RunConfig) -> Any | None:
         DataError: the tokenizer is damaged, or is not that of the run.
         ConfigError: it needs a package that is not installed.
     """
-    return tokenizers.read_kept(folder) or config.data.tokenizer()
+    return tokenizer_files.read_kept(folder) or config.data.tokenizer()
 
 
 def tokenizer_hash(config: RunConfig) -> str:
