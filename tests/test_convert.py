@@ -1,5 +1,7 @@
 """Stock checkpoints in and out, against transformers (extra: interop) where it is there."""
 
+import functools
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -89,8 +91,21 @@ def test_pieces_cover_what_they_are_of():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "model"))
     like = jax.ShapeDtypeStruct((8, 6), np.float32, sharding=sharding)
     whole = np.arange(48, dtype=np.float32).reshape(8, 6)
-    pieces = [((row, 0), whole[row : row + 3]) for row in (0, 3, 6)]
-    np.testing.assert_array_equal(placing.grown(like, iter(pieces)), whole)
+
+    def piece(row: int) -> placing.Piece:
+        part = whole[row : row + 3]
+        return placing.Piece((row, 0), part.shape, functools.partial(np.copyto, src=part))
+
+    np.testing.assert_array_equal(placing.grown(like, map(piece, (0, 3, 6))), whole)
+
+
+def test_an_array_that_grows_on_an_accelerator_is_the_same(monkeypatch):
+    """Devices whose memory is not the host's are written to by donation."""
+    stock = convert.open_stock(folder("qwen3_moe"))
+    like = by_path(abstract_variables(stock.model, make_mesh(MeshConfig(data=4, model=2))))
+    monkeypatch.setattr(placing, "HostShard", placing.DeviceShard)
+    for leaf in itertools.islice(stock.leaves(), 3):
+        np.testing.assert_array_equal(np.asarray(leaf.on(like[leaf.path])), leaf.array())
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])

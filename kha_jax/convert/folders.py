@@ -5,12 +5,14 @@ A safetensors file is the length of a header (8 bytes), the header (JSON: of eac
 shape and place) and the tensors. Neither transformers nor torch is needed for it.
 """
 
+import collections
 import json
 import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +24,7 @@ CONFIG, ONE, INDEX = "config.json", "model.safetensors", "model.safetensors.inde
 DTYPES = {"F32": np.dtype("<f4"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {"float32": "F32", "bfloat16": "BF16"}
 LARGEST_HEADER = 10**8
-BLOCK = 2**26  # bytes that are read or written at once where rows can be taken apart
+BLOCK = 2**23  # bytes that are read or written at once where rows can be taken apart
 # What is copied byte for byte, there and back.
 BESIDE = (
     "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
@@ -62,11 +64,11 @@ class Tensor(NamedTuple):
             raise DataError(f"{self.path}: ends within {self.name}; it was cut")
         return found.reshape(shape)
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows) of at most BLOCK bytes each, or of one row."""
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(first row, the one after the last) of at most BLOCK bytes each, or of one row."""
         rows = max(1, BLOCK // max(1, self.bytes // max(1, self.shape[0])))
         for first in range(0, self.shape[0], rows):
-            yield first, self.read(first, min(first + rows, self.shape[0]))
+            yield first, min(first + rows, self.shape[0])
 
 
 class Folder(NamedTuple):
@@ -211,25 +213,25 @@ def in_files(tensors: list[Tensor], shard_bytes: int) -> list[Tensor]:
     ]
 
 
-def write_tensors(folder: Path, tensors: list[Tensor], values: Iterable[Iterable[Any]]) -> None:
+def write_tensors(
+    folder: Path, tensors: list[Tensor], values: Callable[[Tensor], Iterable[Callable]]
+) -> None:
     """Writes the files that the tensors name, in their order.
 
-    values: of each tensor its float arrays, one after another along the first axis.
+    values: of a tensor, what makes its parts along the first axis, one after another, in its dtype.
 
     Raises:
         OSError: as the system says.
     """
-    values, by_file = iter(values), {}
+    by_file: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         by_file.setdefault(tensor.file, []).append(tensor)
     for name, inside in by_file.items():
         with open(folder / name, "xb") as file:
             file.write(_header(inside))
-            for tensor in inside:
-                dtype = DTYPES[tensor.dtype]
-                for part in next(values):
-                    whole = np.ascontiguousarray(part, dtype)
-                    file.write(whole.reshape(-1).view(np.uint8))  # tofile does not say why it fails
+            for part in _made(made for tensor in inside for made in values(tensor)):
+                whole = np.ascontiguousarray(part)
+                file.write(whole.reshape(-1).view(np.uint8))  # tofile does not say why it fails
             file.flush()
             os.fsync(file.fileno())
     if set(by_file) != {ONE}:
@@ -237,6 +239,19 @@ def write_tensors(folder: Path, tensors: list[Tensor], values: Iterable[Iterable
         listed = {tensor.name: tensor.file for tensor in tensors}
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(listed.items()))}
         write_json(folder / INDEX, content)
+
+
+def _made(makers: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+    """What they make, in their order; as many as there are cores are made while one is used."""
+    threads = os.cpu_count() or 1
+    waiting: collections.deque = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for maker in makers:
+            waiting.append(pool.submit(maker))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _header(tensors: list[Tensor]) -> bytes:

@@ -1,28 +1,43 @@
-"""Arrays that grow on their devices, piece by piece: no host holds a whole one."""
+"""Arrays on devices, made piece by piece: no host holds a whole one beside it."""
 
 import functools
-from typing import Any, Iterable, Iterator, NamedTuple
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-Piece = tuple[tuple[int, ...], np.ndarray]  # where it begins, along each axis; the entries there
+
+class Piece(NamedTuple):
+    """A part of an array. begin: along each axis. write: writes its entries into an array of this
+    shape."""
+
+    begin: tuple[int, ...]
+    shape: tuple[int, ...]
+    write: Callable[[np.ndarray], None]
+
+    def entries(self, dtype: Any = np.float32) -> np.ndarray:
+        """They, in an array of their own."""
+        self.write(out := np.empty(self.shape, dtype))
+        return out
 
 
 class Leaf(NamedTuple):
     """One array of a model. path: with the collection, such as params/layers/attention/output.
-    pieces: makes its entries anew at every call, in float32."""
+    pieces: makes its entries anew at every call."""
 
     path: str
     shape: tuple[int, ...]
-    pieces: Any
+    pieces: Callable[[], Iterator[Piece]]
 
     def array(self) -> np.ndarray:
-        """All of it, on the host."""
+        """All of it, on the host, in float32."""
         out = np.empty(self.shape, np.float32)
-        for begin, piece in self.pieces():
-            out[tuple(slice(b, b + n) for b, n in zip(begin, piece.shape))] = piece
+        for piece in self.pieces():
+            inside = (slice(b, b + n) for b, n in zip(piece.begin, piece.shape))
+            out[tuple(inside)] = piece.entries()
         return out
 
     def on(self, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -30,27 +45,103 @@ class Leaf(NamedTuple):
         return grown(like, self.pieces())
 
 
-def grown(like: jax.ShapeDtypeStruct, pieces: Iterator[Piece]) -> jax.Array:
+def grown(like: jax.ShapeDtypeStruct, pieces: Iterable[Piece]) -> jax.Array:
     """An array laid out as `like`, from pieces that cover it."""
-    shape, own = like.shape, {}
-    places = like.sharding.addressable_devices_indices_map(shape)
-    places = {
-        device: [one.indices(size)[:2] for one, size in zip(index, shape)]
-        for device, index in places.items()
-    }
-    for device, ranges in places.items():
-        size = tuple(end - begin for begin, end in ranges)
-        own[device] = jnp.zeros(size, like.dtype, device=device)
-    for begin, piece in pieces:
-        for device, ranges in places.items():
-            lows = [max(b, low) for b, (low, _) in zip(begin, ranges)]
-            highs = [min(b + n, high) for b, n, (_, high) in zip(begin, piece.shape, ranges)]
-            if all(low < high for low, high in zip(lows, highs)):
-                inside = tuple(slice(lo - b, hi - b) for b, lo, hi in zip(begin, lows, highs))
-                at = tuple(np.int32(lo - low) for lo, (low, _) in zip(lows, ranges))
-                new = jax.device_put(piece[inside].astype(like.dtype, copy=False), device)
-                own[device] = _written(own[device], new, at)
-    return jax.make_array_from_single_device_arrays(shape, like.sharding, list(own.values()))
+    indices = like.sharding.addressable_devices_indices_map(like.shape)
+    shards = []
+    for device, index in indices.items():
+        kind = HostShard if device.platform == "cpu" else DeviceShard
+        ranges = [one.indices(size)[:2] for one, size in zip(index, like.shape)]
+        shards.append(kind(device, ranges, like.dtype))
+
+    def place(piece: Piece) -> None:
+        covers = [cover for shard in shards if (cover := shard.cover(piece))]
+        if len(covers) == 1 and covers[0].direct is not None:
+            piece.write(covers[0].direct)
+            return
+        entries = piece.entries(like.dtype)
+        for cover in covers:
+            cover.shard.put(cover.at, entries[cover.inside])
+
+    threads = os.cpu_count() if all(shard.threads for shard in shards) else 1
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(place, pieces):
+            pass
+    arrays = [shard.array() for shard in shards]
+    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays)
+
+
+class Cover(NamedTuple):
+    """What a shard and a piece have in common. inside: of the piece. at: where that begins in the
+    shard. direct: a place where the piece, all of it, can be written."""
+
+    shard: Any
+    inside: tuple[slice, ...]
+    at: tuple[int, ...]
+    direct: np.ndarray | None
+
+
+class HostShard:
+    """The part of an array that belongs to a device whose memory is the host's: it is made in place
+    and handed over without a copy. threads: whether several of them may write to it at once."""
+
+    threads = True
+
+    def __init__(self, device: jax.Device, ranges: list[tuple[int, int]], dtype: Any):
+        self.device, self.ranges = device, ranges
+        self.shape = tuple(end - begin for begin, end in ranges)
+        self.own = self.allocated(np.dtype(dtype))
+
+    def allocated(self, dtype: np.dtype) -> Any:
+        """Zeros, at the start of a page: what is not aligned would be copied."""
+        count = int(np.prod(self.shape))
+        memory = mmap.mmap(-1, max(1, count * dtype.itemsize))
+        return np.frombuffer(memory, dtype, count).reshape(self.shape)
+
+    def cover(self, piece: Piece) -> Cover | None:
+        """What it has in common with a piece, or None."""
+        lows = [max(b, low) for b, (low, _) in zip(piece.begin, self.ranges)]
+        ends = zip(piece.begin, piece.shape, self.ranges)
+        highs = [min(b + n, high) for b, n, (_, high) in ends]
+        if not all(low < high for low, high in zip(lows, highs)):
+            return None
+        spans = list(zip(piece.begin, lows, highs))
+        inside = tuple(slice(low - b, high - b) for b, low, high in spans)
+        at = tuple(low - begin for low, (begin, _) in zip(lows, self.ranges))
+        whole = all(high - low == n for (_, low, high), n in zip(spans, piece.shape))
+        return Cover(self, inside, at, self.place(at, piece.shape) if whole else None)
+
+    def place(self, at: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray | None:
+        """The entries there, where they are one after another in memory."""
+        view = self.own[tuple(slice(b, b + n) for b, n in zip(at, shape))]
+        return view if view.flags.c_contiguous else None
+
+    def put(self, at: tuple[int, ...], entries: np.ndarray) -> None:
+        """Writes entries."""
+        self.own[tuple(slice(b, b + n) for b, n in zip(at, entries.shape))] = entries
+
+    def array(self) -> jax.Array:
+        """It, on its device; nothing may be written to it any more."""
+        return jax.device_put(self.own, self.device)
+
+
+class DeviceShard(HostShard):
+    """That of a device with memory of its own: it grows there."""
+
+    threads = False
+
+    def allocated(self, dtype: np.dtype) -> Any:
+        return jax.numpy.zeros(self.shape, dtype, device=self.device)
+
+    def place(self, at: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        return None
+
+    def put(self, at: tuple[int, ...], entries: np.ndarray) -> None:
+        new = jax.device_put(entries, self.device)
+        self.own = _written(self.own, new, tuple(map(np.int32, at)))
+
+    def array(self) -> jax.Array:
+        return self.own
 
 
 @functools.partial(jax.jit, donate_argnums=0)

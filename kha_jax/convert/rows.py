@@ -16,16 +16,19 @@ from kha_jax.errors import DataError
 from kha_jax.model import ModelConfig
 
 NAMED = 5  # of the tensors that are missing or not expected
-STRIPE = 64  # rows that are transposed at once
+STRIPE = 128  # rows that are transposed at once
+PAD = 16  # entries: rows that are a power of two apart fall on the same lines of the cache
 
 
-def transposed(rows: np.ndarray) -> np.ndarray:
-    """rows.T in an order of its own, some rows at a time: twice as fast as at once, as what is
-    written stays in the cache."""
-    out = np.empty(rows.shape[::-1], rows.dtype)
-    for first in range(0, len(rows), STRIPE):
-        out[:, first : first + STRIPE] = rows[first : first + STRIPE].T
-    return out
+def transpose(rows: np.ndarray, out: np.ndarray) -> None:
+    """Writes rows.T, some rows at a time: five times as fast as at once, as what is read again and
+    again stays in the cache."""
+    size, width = rows.shape
+    held = np.empty((STRIPE, width + PAD), out.dtype)[:, :width]
+    for first in range(0, size, STRIPE):
+        some = held[: min(STRIPE, size - first)]
+        some[...] = rows[first : first + STRIPE]
+        out[:, first : first + STRIPE] = some.T
 
 
 class Part(NamedTuple):
@@ -71,18 +74,23 @@ class Row(NamedTuple):
     experts: bool = False
     collection: str = "params"
 
-    def to_ours(self, theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Our array of this shape, without layers and experts, in float32."""
+    def to_ours(self, theirs: np.ndarray, out: np.ndarray) -> None:
+        """Writes our array, without layers and experts, into `out`, whose entries are one after
+        another in memory."""
         rows = theirs if self.part is None else self.part.take(theirs)
-        rows = np.array(rows, np.float32, order="C")
-        return (transposed(rows) if self.inputs else rows).reshape(shape)
+        if self.inputs:
+            transpose(rows, out.reshape(rows.shape[::-1]))
+        else:
+            out[...] = rows.reshape(out.shape)
 
-    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+    def to_theirs(self, ours: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """The inverse: the rows of their tensor that this leaf is."""
         if not self.inputs:
-            return ours.reshape(-1) if self._is_bias(ours.shape) else ours
-        inner = math.prod(ours.shape[: self.inputs])
-        return transposed(ours.reshape(inner, -1))
+            rows = ours.reshape(-1) if self._is_bias(ours.shape) else ours
+            return rows.astype(dtype, copy=False)
+        rows = ours.reshape(math.prod(ours.shape[: self.inputs]), -1)
+        transpose(rows, out := np.empty(rows.shape[::-1], dtype))
+        return out
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the tensor, for one layer and expert of ours."""

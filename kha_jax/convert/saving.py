@@ -1,9 +1,10 @@
 """A model of ours as a folder of Hugging Face's."""
 
+import functools
 import itertools
 import json
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from kha_jax.config import ConfigError
 from kha_jax.convert import own_code, writing
 from kha_jax.convert.families import FAMILIES, function_of, read_config, why_not
-from kha_jax.convert.folders import BLOCK, CONFIG, NAMES, Tensor, in_files, write_tensors
+from kha_jax.convert.folders import CONFIG, DTYPES, NAMES, Tensor, in_files, write_tensors
 from kha_jax.convert.rows import Link
 from kha_jax.convert.stock import HEAD, Record, layout_of, links_of
 from kha_jax.errors import DataError
@@ -108,37 +109,38 @@ def tensors_for(
 
 
 def values_for(
-    tensors: list[Tensor], found: list[Link], variables: dict[str, Any]
-) -> Iterator[Iterator[np.ndarray]]:
-    """Of each tensor its entries, made when they are asked for."""
+    found: list[Link], variables: dict[str, Any]
+) -> Callable[[Tensor], Iterator[Callable[[], np.ndarray]]]:
+    """Of a tensor, what makes its parts; see `write_tensors`."""
     leaves, by_name = by_path(variables), {}
     for link in found:
         by_name.setdefault(link.name, []).append(link)
     by_name.setdefault(HEAD, [link for link in found if link.leaf == TABLE])
-    for tensor in tensors:
-        yield _values(by_name[tensor.name], leaves)
+
+    def values(tensor: Tensor) -> Iterator[Callable[[], np.ndarray]]:
+        first, dtype = by_name[tensor.name][0], DTYPES[tensor.dtype]
+        if not first.row.inputs and first.row.part is None and not first.at:
+            for begin, end in tensor.blocks():
+                yield functools.partial(_rows, leaves[first.leaf], slice(begin, end), dtype)
+            return
+        by_expert = sorted(by_name[tensor.name], key=lambda link: link.index or 0)
+        for _, group in itertools.groupby(by_expert, lambda link: link.index):
+            yield functools.partial(_joined, list(group), leaves, dtype)
+
+    return values
 
 
-def _values(of: list[Link], leaves: dict[str, jax.Array]) -> Iterator[np.ndarray]:
-    first = of[0]
-    if not first.row.inputs and first.row.part is None and not first.at:
-        leaf = leaves[first.leaf]
-        rows = max(1, BLOCK // max(1, leaf.nbytes // leaf.shape[0]))
-        for at in range(0, leaf.shape[0], rows):
-            yield _on_host(leaf, slice(at, at + rows))
-        return
-    by_expert = sorted(of, key=lambda link: link.index or 0)
-    for _, group in itertools.groupby(by_expert, lambda link: link.index):
-        yield _joined(list(group), leaves)
+def _rows(leaf: jax.Array, rows: slice, dtype: np.dtype) -> np.ndarray:
+    return _on_host(leaf, rows).astype(dtype, copy=False)
 
 
-def _joined(group: list[Link], leaves: dict[str, jax.Array]) -> np.ndarray:
+def _joined(group: list[Link], leaves: dict[str, jax.Array], dtype: np.dtype) -> np.ndarray:
     """The tensor that these leaves make, or one expert of it."""
-    rows = [link.row.to_theirs(_on_host(leaves[link.leaf], link.at)) for link in group]
+    rows = [link.row.to_theirs(_on_host(leaves[link.leaf], link.at), dtype) for link in group]
     if group[0].row.part is None:
         return rows[0]
     whole = group[0].whole if group[0].index is None else group[0].whole[1:]
-    out = np.empty(whole, np.float32)
+    out = np.empty(whole, dtype)
     for link, own in zip(group, rows):
         link.row.part.put(out, own)
     return out
@@ -185,7 +187,7 @@ def write(
     found = links_of(base, model, layout)
     _check_all_written(kind, variables, found)
     tensors = tensors_for(found, record, dtype, shard_bytes)
-    write_tensors(path, tensors, values_for(tensors, found, variables))
+    write_tensors(path, tensors, values_for(found, variables))
     most = max(tensors, key=lambda tensor: tensor.bytes).dtype
     said = next(name for name, short in NAMES.items() if short == most)
     config = config_for(kind, model, record, said, length)

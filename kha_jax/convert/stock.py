@@ -1,5 +1,6 @@
 """A folder of Hugging Face's as a model of ours, and what a run keeps of it for the way back."""
 
+import functools
 import itertools
 import shutil
 from pathlib import Path
@@ -99,9 +100,9 @@ def _skipped(name: str, model: ModelConfig, config: dict[str, Any]) -> bool:
 
 def _same(path: Path, table: Tensor, copy: Tensor) -> None:
     """Raises DataError where a tied table has a copy that differs."""
-    blocks = zip(table.blocks(), copy.blocks())
     same = (table.dtype, table.shape) == (copy.dtype, copy.shape)
-    if not same or any(a.tobytes() != b.tobytes() for (_, a), (_, b) in blocks):
+    pairs = ([one.read(*block).view(np.uint8) for one in (table, copy)] for block in table.blocks())
+    if not same or any((a != b).any() for a, b in pairs):
         raise DataError(
             f"{path}: {HEAD} differs from {table.name}, and tie_word_embeddings says that they are "
             "one; set it to false"
@@ -141,17 +142,24 @@ def _leaf(path: str, model: ModelConfig, of: list[Link], tensors: dict[str, Tens
 
 
 def _pieces(link: Link, tensor: Tensor) -> Iterator[Piece]:
-    outer, zeros = (1,) * len(link.at), (0,) * len(link.shape)
+    zeros = (0,) * len(link.shape)
     if not link.row.inputs and link.row.part is None and not link.at:
-        for first, rows in tensor.blocks():
-            yield (first, *zeros[1:]), rows.astype(np.float32)
+        for first, last in tensor.blocks():
+            write = functools.partial(_copy, tensor, first, last)
+            yield Piece((first, *zeros[1:]), (last - first, *link.shape[1:]), write)
         return
-    if link.index is None:
-        theirs = tensor.read()
-    else:
-        theirs = tensor.read(link.index, link.index + 1)[0]
-    ours = link.row.to_ours(theirs, link.shape)
-    yield (*link.at, *zeros), ours.reshape(*outer, *link.shape)
+    shape = (*(1 for _ in link.at), *link.shape)
+    yield Piece((*link.at, *zeros), shape, functools.partial(_laid_out, link, tensor))
+
+
+def _copy(tensor: Tensor, first: int, last: int, out: np.ndarray) -> None:
+    out[...] = tensor.read(first, last)
+
+
+def _laid_out(link: Link, tensor: Tensor, out: np.ndarray) -> None:
+    one = link.index
+    theirs = tensor.read() if one is None else tensor.read(one, one + 1)[0]
+    link.row.to_ours(theirs, out.reshape(link.shape))
 
 
 # ------------------------------------------------------------------ what a run keeps of it
