@@ -278,14 +278,14 @@ def convert() -> dict[str, Any]:
 
     out = converting.measured(SAVE_TO.value)
     said = [
-        f"{name} {out[name]:.1f} s ({out['copy'] / out[name]:.2f} of the speed of the copy), "
+        f"{name} {out[name]:.1f} s ({out[copy] / out[name]:.2f} of the speed of that copy), "
         f"{out[f'{name}_memory'] / out['largest']:.2f} times the largest tensor beside the arrays"
-        for name in ("import", "export")
+        for name, copy in (("import", "copy"), ("export", "copy_to_disk"))
     ]
     terminal.say(
         f"a folder of {out['bytes'] / 1e9:.1f} GB, {machine()}: a copy with checksum "
-        f"{out['copy']:.1f} s; {'; '.join(said)}; convert import of 135M parameters "
-        f"{out['command']:.1f} s"
+        f"{out['copy']:.1f} s, on the disk {out['copy_to_disk']:.1f} s; {'; '.join(said)}; "
+        f"convert import of 135M parameters {out['command']:.1f} s"
     )
     return out
 
