@@ -25,7 +25,7 @@ from kha_jax.errors import PeerError
 
 VOCABULARY, KEPT = 16384, "tokenizer.json"
 WORKERS = 2
-SEEN = 0.25  # seconds between two looks at the most that processes had; each takes 10 ms
+SEEN = 0.05  # seconds between two looks at the memory of processes
 
 
 class Row(NamedTuple):
@@ -88,14 +88,14 @@ def write_jsonl(path: Path, megabytes: float, longest: float = 0) -> None:
 
 
 class Cost(NamedTuple):
-    """Of a command with its processes. peak: bytes that one of them had at most."""
+    """Of a command with its processes. peak: bytes that one of them had at most, if watched."""
 
     wall: float
     peak: int
 
 
-def command(name: str, *arguments: str) -> Cost:
-    """Runs `python -m experiments.NAME ARGUMENTS`.
+def command(name: str, *arguments: str, watched: bool = False) -> Cost:
+    """Runs `python -m experiments.NAME ARGUMENTS`. watched: for memory, which takes much of a core.
 
     Raises:
         PeerError: it failed.
@@ -105,10 +105,9 @@ def command(name: str, *arguments: str) -> Cost:
         line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
     ended, peaks = threading.Event(), [0]
-    watchers = [
-        threading.Thread(target=_watch, args=(process.pid, ended, peaks)),
-        threading.Thread(target=_drain, args=(process.stderr, said := [b""])),
-    ]
+    watchers = [threading.Thread(target=_drain, args=(process.stderr, said := [b""]))]
+    if watched:
+        watchers.append(threading.Thread(target=_watch, args=(process.pid, ended, peaks)))
     for watcher in watchers:
         watcher.start()
     process.wait()
@@ -253,7 +252,9 @@ def memory(folder: Path, megabytes: int) -> Iterator[Row]:
             long = longest * megabytes
             write_jsonl(path, long + (size - longest) * megabytes / part, long)
             words = f"--input={path}", f"--out={out}", f"--tokenizer={name}"
-            peaks.append(command("prepare_data", *words, f"--workers={WORKERS}").peak / 1e6)
+            peaks.append(
+                command("prepare_data", *words, f"--workers={WORKERS}", watched=True).peak / 1e6
+            )
         by = "bytes" if name == "bytes" else f"a BPE, a line of {longest * megabytes} MB"
         what = f"peak memory, {size * megabytes} MB of .jsonl.zst, {by}; a tenth of it"
         yield Row(what, peaks[0], "MB", peaks[1], peaks[0] / peaks[1], "700; 1.2")

@@ -1,13 +1,15 @@
 """Arrays on devices, made piece by piece: no host holds a whole one beside it."""
 
 import functools
-import mmap
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import jax
 import numpy as np
+
+ALIGNED = 64  # bytes, of what XLA takes as it is
 
 
 class Piece(NamedTuple):
@@ -93,10 +95,11 @@ class HostShard:
         self.own = self.allocated(np.dtype(dtype))
 
     def allocated(self, dtype: np.dtype) -> Any:
-        """Zeros, at the start of a page: what is not aligned would be copied."""
-        count = int(np.prod(self.shape))
-        memory = mmap.mmap(-1, max(1, count * dtype.itemsize))
-        return np.frombuffer(memory, dtype, count).reshape(self.shape)
+        """Room for it, so aligned that it is not copied."""
+        size = math.prod(self.shape) * dtype.itemsize
+        room = np.empty(size + ALIGNED, np.uint8)
+        first = -room.ctypes.data % ALIGNED
+        return room[first : first + size].view(dtype).reshape(self.shape)
 
     def cover(self, piece: Piece) -> Cover | None:
         """What it has in common with a piece, or None."""
