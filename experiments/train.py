@@ -95,7 +95,7 @@ def join_processes(hang_timeout: float) -> None:
         WaitError: some process did not come.
     """
     given = {
-        "coordinator_address": COORDINATOR.value or None,
+        "coordinator_address": COORDINATOR.value,
         "num_processes": PROCESSES.value,
         "process_id": PROCESS.value,
     }

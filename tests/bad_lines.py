@@ -106,6 +106,7 @@ FLAGS = {
     "--num_processes=2": "--coordinator_address: is needed together with --num_processes",
     "--num_processes=2 --process_id=2 --coordinator_address=h:1": "must be below --num_processes=2",
     "--num_processes=2 --process_id=0 --coordinator_address=h": "must be HOST:PORT",
+    "--num_processes=2 --process_id=0 --coordinator_address=": "must be HOST:PORT",
     "--num_processes=2 --process_id=0 --coordinator_address=localhost:{port}": "process 0 cannot "
     "listen there: Address already in use",
     "--num_processes=2 --process_id=0 --coordinator_address=h:99999": "h:99999: process 0 cannot",

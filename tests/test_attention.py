@@ -313,6 +313,14 @@ def test_what_does_not_fold_says_why(name, message):
         foldable(config_of(name, ROWS[name].on[0]))
 
 
+def test_a_projection_says_which_weights_a_mixer_folds_into(monkeypatch):
+    monkeypatch.setattr(GroupedQuery, "stream_weights", {"query": "query"})
+    linear = KnockingLinear()
+    assert foldable(AttentionConfig(projection=GroupedQuery(), query=linear)) == ["query"]
+    with pytest.raises(ConfigError, match="value.kind: GroupedQuery.stream_weights names no"):
+        foldable(AttentionConfig(projection=GroupedQuery(), value=linear))
+
+
 @pytest.mark.parametrize(
     ("projection", "floats"),
     [

@@ -25,6 +25,7 @@ DTYPES = {"F32": np.dtype("<f4"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {"float32": "F32", "bfloat16": "BF16"}
 LARGEST_HEADER = 10**8
 BLOCK = 2**23  # bytes that are read or written at once where rows can be taken apart
+THREADS = min(4, os.cpu_count() or 1)  # each of them holds a tensor
 # What is copied byte for byte, there and back.
 BESIDE = (
     "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
@@ -242,13 +243,12 @@ def write_tensors(
 
 
 def _made(makers: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
-    """What they make, in their order; as many as there are cores are made while one is used."""
-    threads = os.cpu_count() or 1
+    """What they make, in their order; others are made while one is used."""
     waiting: collections.deque = collections.deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for maker in makers:
             waiting.append(pool.submit(maker))
-            if len(waiting) > threads:
+            if len(waiting) > THREADS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

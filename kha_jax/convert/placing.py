@@ -2,12 +2,13 @@
 
 import functools
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import jax
 import numpy as np
+
+from kha_jax.convert.folders import THREADS
 
 ALIGNED = 64  # bytes, of what XLA takes as it is
 
@@ -65,7 +66,7 @@ def grown(like: jax.ShapeDtypeStruct, pieces: Iterable[Piece]) -> jax.Array:
         for cover in covers:
             cover.shard.put(cover.at, entries[cover.inside])
 
-    threads = os.cpu_count() if all(shard.threads for shard in shards) else 1
+    threads = THREADS if all(shard.threads for shard in shards) else 1
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(place, pieces):
             pass

@@ -37,6 +37,10 @@ def foldable(config: AttentionConfig) -> list[str]:
         reason = mixer.why_not_folded(heads)
         if reason:
             raise ConfigError(f"{slot}.kind", f"{type(mixer).__name__} {reason}")
+        if slot not in config.projection.stream_weights:
+            kind = type(config.projection).__name__
+            problem = f"{kind}.stream_weights names no weights of the {slot} stream to fold into"
+            raise ConfigError(f"{slot}.kind", problem)
     return slots
 
 
