@@ -154,4 +154,5 @@ def test_a_real_corpus_in_one_command(debian):
             f"--config.model.vocabulary_size={meta.vocabulary_size}",
         )
         found[name] = [row["val_bits_per_byte"] for row in lines(run) if "val_bits_per_byte" in row]
+    print(found)
     assert all(8 > first > last > 0 for first, *_, last in found.values()), found
