@@ -103,7 +103,8 @@ def summary(folder: Path) -> None:
             count(meta.total(split, name)) for name in ("documents", "tokens", "bytes")
         )
         shards = many(len(meta.shards[split]), "shard")
-        say(f"{split}: {documents} documents, {tokens} tokens, {size}B of text, {shards}")
+        several = "s" * (documents != "1")
+        say(f"{split}: {documents} document{several}, {tokens} tokens, {size}B of text, {shards}")
     if out := ", ".join(f"{number:,} {kind}" for kind, number in meta.left_out.items() if number):
         say(f"left out: {out}")
     if not meta.shards["validation"]:

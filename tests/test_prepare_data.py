@@ -18,7 +18,7 @@ from experiments.preparing.workers import Job
 from kha_jax.data import shard_files, tokenizers
 from kha_jax.data.shard_files import SPLITS
 from kha_jax.data.tokenizers import ByteTokenizer, JsonTokenizer
-from kha_jax.errors import DataError, PeerError
+from kha_jax.errors import DataError, PeerError, StorageError
 from kha_jax.runs import faults
 from tests.test_readers import as_jsonl, every_form, some_documents
 from tests.test_tokenizers import trained
@@ -309,6 +309,9 @@ def test_a_worker_that_is_killed_is_said_to_be(tmp_path):
         with pytest.raises(DataError, match="bad.jsonl:1: is no JSON"):
             worker.result()
         pid = worker.process.pid
+    with pytest.raises(StorageError, match="nowhere cannot be written"):
+        one = _unit(b'{"text": "a"}', tmp_path)
+        workers.keys(Job(("bytes",), "text", 0.1, 0), one, tmp_path / "nowhere" / "k", None)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 

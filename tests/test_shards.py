@@ -111,6 +111,12 @@ def test_a_document_that_holds_its_end_or_no_id_is_refused_and_leaves_nothing(tm
         assert not list(tmp_path.iterdir())
     with pytest.raises(StorageError, match="nowhere cannot be written: No such file"):
         ShardWriter(tmp_path / "nowhere", "train", 0, ByteTokenizer())
+    with pytest.raises(StorageError, match="cannot be written: No space left"):
+        with ShardWriter(tmp_path, "train", 0, ByteTokenizer()) as writer:
+            writer.files[".bin"] = open("/dev/full", "wb")
+            writer.add(np.zeros(2**17, np.uint16), 1)
+            writer.finish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_writer_left_is_overwritten_and_a_link_is_not_followed(tmp_path):

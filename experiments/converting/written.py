@@ -7,11 +7,12 @@ from typing import Any, Iterable, Iterator
 
 import jax
 
-from experiments.cli.codes import UsageError
+from experiments.cli.codes import STORAGE, UsageError, code_of
 from experiments.run_folders import stored
 from kha_jax.config import to_dict
 from kha_jax.convert import nested
 from kha_jax.data import tokenizer_files, tokenizers
+from kha_jax.errors import StorageError
 from kha_jax.inference.dialect import STOCK
 from kha_jax.runs.checkpoint import Checkpoints
 from kha_jax.runs.manifest import WEIGHTS
@@ -49,6 +50,7 @@ def being_written(out: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: it cannot be written.
+        StorageError: the disk is full.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,9 @@ def being_written(out: Path) -> Iterator[Path]:
             yield made
             made.rename(out)
     except OSError as error:
-        raise UsageError(f"--out={out} cannot be written: {error.strerror}") from None
+        problem = f"--out={out} cannot be written: {error.strerror}"
+        full = code_of(error) == STORAGE
+        raise (StorageError(problem) if full else UsageError(problem)) from None
 
 
 def carry(source: Path, made: Path) -> None:

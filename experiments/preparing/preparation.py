@@ -167,6 +167,8 @@ class Preparation:
         """
         records = [record for _, record in sorted(self.records.items())]
         shards = {split: _shards(records, split) for split in SPLITS}
+        if not any(shards.values()):
+            raise DataError("the input holds no document: all that was found is empty or left out")
         if not shards["train"]:
             raise DataError(
                 f"--val_fraction={self.job.val_fraction}: leaves no document for training; choose "

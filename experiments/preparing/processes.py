@@ -1,15 +1,17 @@
 """Processes of ours that carry out tasks, one at a time, and end with whoever started them."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
 import time
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 from kha_jax.errors import DataError, PeerError, StorageError
 
+PR_SET_PDEATHSIG = 1  # prctl(2)
 REPORTED = 0.3  # seconds between two reports
 # What processes of ours have in common is imported once, by one that does nothing else: they are
 # forked from that one, which takes no time. It has no threads, and has never encoded.
@@ -49,8 +51,19 @@ class Report:
 def begin() -> None:
     """Starts what processes are forked from; it gets ready meanwhile."""
     CONTEXT.set_forkserver_preload(COMMON)
-    with _environment(SETTINGS):
-        forkserver.ensure_running()
+    resource_tracker.ensure_running()  # which would let Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with _environment(SETTINGS):
+            forkserver.ensure_running()  # it ignores Ctrl-C once it is ready
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """A process in the midst of a long document would not see that nobody waits any more."""
+    with contextlib.suppress(AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _serve(
@@ -60,6 +73,7 @@ def _serve(
     the other end, where it came along; only who holds it keeps this process."""
     if not_ours:
         not_ours.close()
+        _end_with_parent()
     # Also a single thread is one of their own, whose memory is laid out better than the first's.
     os.environ.update({"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; who started this one ends it

@@ -25,7 +25,7 @@ from experiments.preparing.texts import Batch
 from experiments.preparing.units import Unit
 from kha_jax.data import tokenizer_files, tokenizers
 from kha_jax.data.shard_files import SPLITS
-from kha_jax.data.shard_writer import ShardWriter
+from kha_jax.data.shard_writer import ShardWriter, writing
 from kha_jax.data.tokenizers import Tokenizer
 
 LONG = 2**24  # bytes of a document that is encoded whole, above which that is warned of
@@ -141,7 +141,7 @@ class Kept:
 def keys(job: Job, unit: Unit, path: Path, report: Report) -> None:
     """Writes the key of each document of a unit, in order."""
     reader = Reader(unit, job.text_key, job.skip_bad)
-    with open(path, "xb") as file:
+    with writing(path.parent), open(path, "xb") as file:
         for text in reader:
             file.write(texts.key_of(text))
             report.seen(Seen(reader.done))

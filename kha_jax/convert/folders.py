@@ -58,9 +58,12 @@ class Tensor(NamedTuple):
         inner, dtype = math.prod(self.shape[1:]), DTYPES[self.dtype]
         shape = self.shape if last is None else (last - first, *self.shape[1:])
         count = math.prod(shape)
-        with open_regular(self.path, "rb", largest=2**63) as file:
-            place = self.begin + first * inner * dtype.itemsize
-            found = np.fromfile(file, dtype, count, offset=place)
+        try:
+            with open_regular(self.path, "rb", largest=2**63) as file:
+                place = self.begin + first * inner * dtype.itemsize
+                found = np.fromfile(file, dtype, count, offset=place)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         if found.size != count:
             raise DataError(f"{self.path}: ends within {self.name}; it was cut")
         return found.reshape(shape)

@@ -153,7 +153,7 @@ def _on_host(leaf: jax.Array, at: Any) -> np.ndarray:
 
 
 def write(
-    path: Path,
+    path: Path | str,
     model: ModelConfig,
     variables: dict[str, Any],
     record: Record | None = None,
@@ -179,7 +179,7 @@ def write(
         DataError: it has biases of routers that the family has no place for.
         OSError: as the system says.
     """
-    kind = kind_for(model, record)
+    path, kind = Path(path), kind_for(model, record)
     base = base_of(kind)
     names = {tensor.name for tensor in record.tensors} if record else set()
     layout = layout_of(names, record.config if record else {})

@@ -53,7 +53,7 @@ class ShardWriter:
         self.digest, self.rest = hashlib.sha256(), b""
         self.inside = False  # of a document whose pieces are still coming
         self.files: dict[str, Any] = {}
-        with _writing(self.folder):
+        with writing(self.folder):
             for suffix in SUFFIXES:
                 self.files[suffix] = open(self._part(suffix), "wb", opener=not_followed)
 
@@ -65,7 +65,8 @@ class ShardWriter:
 
     def __exit__(self, *raised: Any) -> None:
         for suffix, file in self.files.items():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk, of which the block has told
+                file.close()
             self._part(suffix).unlink(missing_ok=True)
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
@@ -118,7 +119,7 @@ class ShardWriter:
 
     def _put(self, ids: np.ndarray, starts: np.ndarray) -> None:
         data = ids.tobytes()
-        with _writing(self.folder):
+        with writing(self.folder):
             self.files[".bin"].write(data)
             self.files[".documents"].write(starts.astype(DOCUMENT).tobytes())
             self._checksums(data)
@@ -135,7 +136,7 @@ class ShardWriter:
     def finish(self) -> Shard:
         """Puts the shard on disk and in its place; its entry of meta.json."""
         assert not self.inside, "a document has not come to its last piece"
-        with _writing(self.folder):
+        with writing(self.folder):
             self._checksums(b"", last=True)
             for file in self.files.values():
                 file.flush()
@@ -150,7 +151,7 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Says in one line what the system says of a folder that is written."""
     try:
         yield
@@ -189,7 +190,7 @@ def write_meta(
         "flags": meta.flags,
         "left_out": meta.left_out,
     }
-    with _writing(folder):
+    with writing(folder):
         tokenizer_files.write_file(folder, tokenizer)
         write_json(folder / META, content)
         synced(folder)

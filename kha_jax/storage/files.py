@@ -9,6 +9,7 @@ import pwd
 import secrets
 import shutil
 import stat
+import time
 from pathlib import Path
 from typing import IO, Any, Iterator
 
@@ -19,6 +20,7 @@ from kha_jax.errors import StorageError
 PROBE = bytes(2**16)
 LARGEST = 2**32  # bytes of a log; what is larger is no log
 LARGEST_JSON = 2**26
+REMOVALS = 50  # tries to remove a folder, a tenth of a second apart
 BLOCK = 2**20  # bytes that are summed at once: other threads wait for no longer than that takes
 
 
@@ -193,8 +195,17 @@ def being_built(base: Path, name: str) -> Iterator[Path]:
             folder = base / f".{name}.{secrets.token_hex(8)}"
             folder.mkdir()
             _lock(held.enter_context(_folder(folder)), fcntl.LOCK_EX)
-        held.callback(shutil.rmtree, folder, ignore_errors=True)
+        held.callback(_remove, folder)
         yield folder
+
+
+def _remove(folder: Path) -> None:
+    """Also where threads that have failed still write to it for a moment."""
+    for _ in range(REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
