@@ -99,12 +99,10 @@ def summary(folder: Path) -> None:
     """What the folder has, and the command that trains on it."""
     meta = shard_files.read_meta(folder)
     for split in SPLITS:
-        documents, tokens, size = (
-            count(meta.total(split, name)) for name in ("documents", "tokens", "bytes")
-        )
+        tokens, size = (count(meta.total(split, name)) for name in ("tokens", "bytes"))
+        documents = many(meta.total(split, "documents"), "document")
         shards = many(len(meta.shards[split]), "shard")
-        several = "s" * (documents != "1")
-        say(f"{split}: {documents} document{several}, {tokens} tokens, {size}B of text, {shards}")
+        say(f"{split}: {documents}, {tokens} tokens, {size}B of text, {shards}")
     if out := ", ".join(f"{number:,} {kind}" for kind, number in meta.left_out.items() if number):
         say(f"left out: {out}")
     if not meta.shards["validation"]:

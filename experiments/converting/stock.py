@@ -212,7 +212,8 @@ def export_run(
     said = f", {', '.join(slots)} folded" if slots else ""
     print(f"{target} is {kind} of step {step}{said}")
     if own_code.kept(model.attention):
-        print(f"{own_code.why(model.attention)}; transformers reads it with trust_remote_code=True")
+        read = f"transformers runs {own_code.FILE} beside them, with trust_remote_code=True"
+        print(f"{own_code.why(model.attention)}; {read}")
 
 
 def folded_slots(before: ModelConfig, after: ModelConfig) -> list[str]:

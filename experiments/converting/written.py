@@ -50,7 +50,7 @@ def being_written(out: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: it cannot be written.
-        StorageError: the disk is full.
+        StorageError: it is the machine that does not let it: a full disk.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +59,8 @@ def being_written(out: Path) -> Iterator[Path]:
             made.rename(out)
     except OSError as error:
         problem = f"--out={out} cannot be written: {error.strerror}"
-        full = code_of(error) == STORAGE
-        raise (StorageError(problem) if full else UsageError(problem)) from None
+        kind = StorageError if code_of(error) == STORAGE else UsageError
+        raise kind(problem) from None
 
 
 def carry(source: Path, made: Path) -> None:

@@ -18,7 +18,7 @@ REPORTED = 0.3  # seconds between two reports
 CONTEXT = multiprocessing.get_context("forkserver")
 COMMON = ["experiments.preparing.preparation", "experiments.cli.command_line", "tokenizers"]
 # The C library's settings of the commands keep all memory that was ever used. Those of here ask for
-# huge pages: what encodes goes about much memory, and is a tenth faster.
+# huge pages, since what encodes goes about much memory.
 SETTINGS = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OPENBLAS_NUM_THREADS": "1"}
 
 

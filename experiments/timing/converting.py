@@ -20,6 +20,7 @@ import numpy as np
 from kha_jax import convert
 from kha_jax.attention import AttentionConfig
 from kha_jax.attention.projections import GroupedQuery
+from kha_jax.errors import PeerError
 from kha_jax.feed_forward import SwiGLU
 from kha_jax.mesh import MeshConfig, make_mesh
 from kha_jax.model import ModelConfig
@@ -42,13 +43,14 @@ def measured(save_to: str | None, size: int = SIZE) -> dict[str, Any]:
         # elsewhere, so that no memory is left here of what made it
         maker = multiprocessing.get_context("spawn").Process(target=written, args=(folder, model))
         maker.start(), maker.join()
+        if maker.exitcode:
+            raise PeerError(f"the folder to measure was not made: code {maker.exitcode}")
         (weights,) = folder.glob("*.safetensors")
         out: dict[str, Any] = {"bytes": weights.stat().st_size, "largest": VOCABULARY * WIDTH * 4}
         turns = [turn(folder, weights, Path(scratch), model, like) for _ in range(ROUNDS)]
         out |= {what: statistics.median(one[what] for one in turns) for what in turns[0]}
-        out |= {
-            what: turns[0][what] for what in out if what.endswith("_memory")
-        }  # later, C keeps it
+        # of later turns it says less: what they take, the C library has kept
+        out |= {what: turns[0][what] for what in out if what.endswith("_memory")}
         out["command"] = command(Path(scratch))
     return out
 
