@@ -95,6 +95,12 @@ def out_file(mode: str) -> IO[str]:
         raise UsageError(f"--out={OUT.value} cannot be written: {error.strerror}") from None
 
 
+def write(results: dict[str, Any]) -> None:
+    """Puts results into the file of --out."""
+    with out_file("w") as file:
+        json.dump(results, file, indent=1)
+
+
 def runs() -> list[Any]:
     """Those of --workdir, opened."""
     from experiments.evaluating.models import Asked
@@ -147,27 +153,36 @@ def tasks() -> dict[str, Any]:
         log.warning("left out of %s: %s", benchmarks.PAPER, why)
     if programs:
         code_tasks.say_limits()
-    found = []
-    for run in asked:
-        scored = answers(run, loaded)
-        for task in programs:
-            scored |= code_tasks.run(run, task, SAMPLES.value, LIMIT.value)
-        found.append(tables.Run(run.workdir, scored))
     shots = benchmarks.shots_of(loaded)
     for group, own in loaded.groups.items():
         shots[group] = ",".join(sorted({str(shots[task]) for task in own}))
+    found = [tables.Run(run.workdir, {}) for run in asked]
+    results = {
+        "runs": [run.about() for run in asked],
+        "limit": LIMIT.value,
+        "chat": CHAT.value,
+        "tasks": [],
+        "missing": loaded.missing,
+    }
+
+    def keep(run: Any, scored: dict[tuple[str, str], Any]) -> None:
+        """What is known is written as it comes: the rest may take hours, or never end."""
+        run.found.update(scored)
+        results["tasks"] = tables.as_json(found, shots)
+        write(results)
+        for (task, metric), one in scored.items():
+            log.info("%s: %s %s %s", run.name, task, metric, tables.shown(metric, one.score))
+
+    for run, into in zip(asked, found):
+        keep(into, answers(run, loaded))
+        for task in programs:
+            keep(into, code_tasks.run(run, task, SAMPLES.value, LIMIT.value))
     named = [name for name in names if name != benchmarks.PAPER]
     if named:
         terminal.show(tables.of_tasks(found, named, shots))
     if benchmarks.PAPER in names:
         terminal.show(tables.of_paper(benchmarks.paper(), found, shots, LIMIT.value))
-    return {
-        "runs": [run.about() for run in asked],
-        "limit": LIMIT.value,
-        "chat": CHAT.value,
-        "tasks": tables.as_json(found, shots),
-        "missing": loaded.missing,
-    }
+    return results
 
 
 def check_programs(programs: list[Any]) -> None:
@@ -231,9 +246,7 @@ def main() -> None:
         if flags.FLAGS[flag].present and given[of] is None:
             raise UsageError(f"--{flag}: does nothing without --{of}")
     out_file("a").close()  # before minutes of computing
-    results = text() if TEXT.value else tasks()
-    with out_file("w") as file:
-        json.dump(results, file, indent=1)
+    write(text() if TEXT.value else tasks())
 
 
 if __name__ == "__main__":

@@ -220,6 +220,8 @@ def test_the_papers_table_has_its_averages():
         ("49.13", "50.39", "+1.25"),
     ]
     assert [row[7] for row in rows] == ["75.00", "-", "-", "-", "-", "75.00"]
+    begun = tables.as_json([tables.Run("a", found), tables.Run("b", {})], {})
+    assert [list(row["scores"]) for row in begun] == [["a"], ["a"]]
 
 
 # ---------------------------------------------------------------- local tasks

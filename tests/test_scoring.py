@@ -152,14 +152,15 @@ def shapes_of(batches):
     return {shape for shape, _ in batches}
 
 
-@pytest.mark.parametrize("choices", [1, 4])
-def test_little_is_padded_and_few_shapes_are_compiled(choices):
-    """Lengths between 20 and 2,000; every request is in one row, and no batch has more tokens than
-    are asked for."""
+@pytest.mark.parametrize(("choices", "longest", "most"), [(1, 2000, 9), (4, 2000, 9), (4, 100, 30)])
+def test_little_is_padded_and_few_shapes_are_compiled(choices, longest, most):
+    """Contexts from 20 tokens on with up to `most` that are scored: less than 12% is padding, of
+    short questions less than a quarter, as there contexts and answers vary alike. Every request is
+    in one row, and no batch has more tokens than are asked for."""
     draw = np.random.default_rng(0)
     requests = [
-        Request(np.full(length, at), np.zeros(draw.integers(1, 9), int))
-        for at, length in enumerate(draw.integers(20, 2001, 300))
+        Request(np.full(length, at), np.zeros(draw.integers(1, most), int))
+        for at, length in enumerate(draw.integers(20, longest + 1, 300))
         for _ in range(choices)
     ]
     rows = rows_of(list(enumerate(requests)))
@@ -171,9 +172,9 @@ def test_little_is_padded_and_few_shapes_are_compiled(choices):
         assert all(len(batch) <= s.rows and s.rows % multiple == 0 for s, batch in batches)
         real = sum(len(row.prefix) + row.branched for row in rows)
         padded = sum(shape.tokens for shape, _ in batches)
-        assert multiple > 1 or real / padded > 0.88
+        assert multiple > 1 or real / padded > (0.88 if longest > 100 else 0.75)
     once = sum(len(context) for context, _ in requests[::choices])
-    assert real < once + 8 * len(requests)
+    assert real < once + most * len(requests)
 
 
 def test_a_row_that_fits_nowhere_is_a_batch_alone():

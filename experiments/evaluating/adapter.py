@@ -118,6 +118,7 @@ class Answers:
             length = shape.prefix - asking.tokens
             texts = self._continued([ids[at] for at in filled], length, asking, seed)
             out |= zip(batch, texts)
+            log.info("%s: %d of %d texts", self.asked.workdir, len(out), len(prompts))
         return out
 
     def say_texts(self) -> None:

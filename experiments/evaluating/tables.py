@@ -90,15 +90,16 @@ def _figures(lines: Sequence[Line], runs: Sequence[Run]) -> list[str]:
 
 
 def as_json(runs: Sequence[Run], shots: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every metric of every task and group, with its interval."""
+    """Every metric of every task and group, with its interval; of the runs that have it so far."""
     rows = []
     for task, metric in runs[0].found:
-        both = [run.found[task, metric] for run in runs]
+        known = [run for run in runs if (task, metric) in run.found]
+        both = [run.found[task, metric] for run in known]
         row = {"task": task, "metric": metric, "shots": shots.get(task)}
         row |= {"documents": len(both[0].values), "scores": {}}
-        for run, one in zip(runs, both):
+        for run, one in zip(known, both):
             row["scores"][run.name] = {"score": one.score, "interval": interval(one)}
-        if len(runs) == 2:
+        if len(both) == 2:
             change = both[1].score - both[0].score
             row["difference"] = {"score": change, "interval": interval(*both)}
         rows.append(row)

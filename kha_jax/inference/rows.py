@@ -122,12 +122,8 @@ def plan(
     """Batches of at most `tokens` tokens, unless one row has more, of at most `programs` shapes, of
     which each saves at least `program` tokens of padding; the longest rows come first. Their number
     of rows divides by `multiple`."""
-    whole = [row for row in rows if not row.branches]
-    branched = [row for row in rows if row.branches]
-    kinds, batches = [kind for kind in (whole, branched) if kind], []
-    for kind in kinds:
-        for part in _parts(kind, tokens, multiple, max(1, programs // len(kinds)), program):
-            batches += _batches(part, tokens, multiple)
+    parts = _parts(rows, tokens, multiple, programs, program) if rows else []
+    batches = [batch for part in parts for batch in _batches(part, tokens, multiple)]
     return sorted(batches, key=lambda batch: -(batch[0].prefix + batch[0].branches))
 
 
@@ -135,32 +131,43 @@ def _size(row: Row) -> tuple[int, int]:
     return eighth(len(row.prefix)), eighth(row.branched)
 
 
+class Cut(NamedTuple):
+    """A part in two: which of the sizes it holds, those of either side, and the tokens saved."""
+
+    saved: int
+    part: np.ndarray
+    sides: tuple[np.ndarray, ...] = ()
+
+
 def _parts(
-    rows: list[Row], tokens: int, multiple: int, parts: int, program: int
+    rows: Sequence[Row], tokens: int, multiple: int, parts: int, program: int
 ) -> list[list[Row]]:
-    """Rows of similar sizes, in at most so many parts that little is padded: of all ways to cut the
-    sizes, in order, the one with the fewest tokens."""
-    rows = sorted(rows, key=_size)
-    sizes, counts = np.unique([_size(row) for row in rows], axis=0, return_counts=True)
-    upto = np.concatenate([[0], np.cumsum(counts)])
-    best = np.full((parts + 1, len(sizes) + 1), np.inf)
-    cut = np.zeros((parts + 1, len(sizes) + 1), int)
-    best[0, 0] = 0
-    for end in range(1, len(sizes) + 1):
-        branches = np.maximum.accumulate(sizes[end - 1 :: -1, 1])[::-1]  # by where the part begins
-        length = sizes[end - 1, 0] + branches
-        many, each = _split(upto[end] - upto[:end], length, tokens, multiple)
-        cost = many * each * length + program
-        for part in range(1, parts + 1):
-            total = best[part - 1, :end] + cost
-            cut[part, end] = np.argmin(total)
-            best[part, end] = total[cut[part, end]]
-    part, end, out = int(np.argmin(best[:, -1])), len(sizes), []
-    while end:
-        begin = cut[part, end]
-        out.append(rows[upto[begin] : upto[end]])
-        part, end = part - 1, begin
-    return out
+    """Rows of similar sizes, in at most so many parts, with and without branches apart. The cut
+    that saves most tokens comes first, be it between two lengths of prefixes or of branches."""
+    sizes, which = np.unique([_size(row) for row in rows], axis=0, return_inverse=True)
+    counts = np.bincount(which)
+
+    def cost(part: np.ndarray) -> int:
+        length = sizes[part].max(axis=0).sum()
+        many, each = _split(counts[part].sum(), length, tokens, multiple)
+        return int(many * each * length)
+
+    def best(part: np.ndarray) -> Cut:
+        cuts, whole = [Cut(0, part)], cost(part)
+        for lengths in sizes[part].T:
+            for length in np.unique(lengths)[1:]:
+                sides = part[lengths < length], part[lengths >= length]
+                cuts.append(Cut(whole - sum(map(cost, sides)), part, sides))
+        return max(cuts, key=lambda cut: cut.saved)
+
+    whole = sizes[:, 1] == 0
+    cuts = [best(part) for part in map(np.flatnonzero, (whole, ~whole)) if part.size]
+    while len(cuts) < parts:
+        cuts.sort(key=lambda cut: cut.saved)
+        if cuts[-1].saved <= program:
+            break
+        cuts += map(best, cuts.pop().sides)
+    return [[rows[at] for at in np.flatnonzero(np.isin(which, cut.part))] for cut in cuts]
 
 
 def _split(count, length, tokens: int, multiple: int):
