@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.cli.codes import UsageError
-from experiments.evaluating import scores, tables, tasks
-from experiments.evaluating.adapter import Answers
+from experiments.evaluating import adapter, scores, tables, tasks
 from experiments.evaluating.models import Asked
 from kha_jax.config import to_dict
 from kha_jax.data import tokenizer_files, tokenizers
@@ -52,7 +51,7 @@ class Base:
         return self._loglikelihood_tokens([(None, *pair) for pair in encoded])
 
 
-class Letterwise(Answers, Base):
+class Letterwise(adapter.Answers, Base):
     pass
 
 
@@ -81,8 +80,9 @@ def test_log_probabilities_are_those_of_the_table():
         ours.loglikelihood(ask(("a", "abdab")))
 
 
-def test_texts_stop_where_the_first_stop_is_whole():
-    """Also inside a token; after so many; in the order asked."""
+def test_texts_stop_where_the_first_stop_is_whole(monkeypatch):
+    """Also inside a token; after so many; in the order asked; in rounds of two tokens."""
+    monkeypatch.setattr(adapter, "ROUND", 2)
     ours = answers(table=CHAIN)
     how = {"max_gen_toks": 5}
     requests = ask(
@@ -340,8 +340,6 @@ def test_scores_are_those_of_lm_evals_own_back_end(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tasks.check()
     from lm_eval.models.huggingface import HFLM
-
-    from experiments.evaluating import adapter
 
     folder, theirs, spelt = stock_pair(tmp_path)
     asked = Asked(folder, batch_tokens=512)

@@ -4,6 +4,7 @@ lm-eval's own back end for Hugging Face models is what this agrees with: the sam
 tokens in front of an empty context, the same beginnings left out of what is too long.
 """
 
+import itertools
 import logging
 from typing import Any, Iterator, NamedTuple, Sequence
 
@@ -16,6 +17,7 @@ from kha_jax.inference.text import Continuation
 log = logging.getLogger("kha_jax")
 NEW_TOKENS = 256  # of a task that does not say
 PROGRAM = 16384  # tokens of padding that one more compiled shape of texts has to save
+ROUND = 128  # tokens of a text before those that have stopped leave; later as many as there are
 STEPS = 16  # tokens between two looks at what stops a text
 SAMPLED = ("temperature", "top_k", "top_p")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -110,16 +112,25 @@ class Answers:
         return [out[at] for at in range(len(requests))]
 
     def texts(self, prompts: dict[int, str], asking: Asking) -> dict[int, str]:
-        """What follows each prompt."""
-        ids, out = {at: self._prompt(text, asking) for at, text in prompts.items()}, {}
-        for seed, (shape, batch) in enumerate(self._batches(ids, asking)):
-            self.shapes.add((shape, asking.tokens, asking.sampling))
-            filled = [*batch, *(shape.rows - len(batch)) * batch[:1]]
-            length = shape.prefix - asking.tokens
-            texts = self._continued([ids[at] for at in filled], length, asking, seed)
-            out |= zip(batch, texts)
-            log.info("%s: %d of %d texts", self.asked.workdir, len(out), len(prompts))
-        return out
+        """What follows each prompt. Computed in rounds, after which texts that have stopped leave:
+        a batch takes as long as its longest text."""
+        ends, made, seeds = self.dialect.ends, 0, itertools.count()
+        rows = {
+            at: Continuation(self.dialect, self._prompt(text, asking), asking.stops, ends)
+            for at, text in prompts.items()
+        }
+        going = list(rows.values())
+        while going and made < asking.tokens:
+            now = asking._replace(tokens=min(max(ROUND, made), asking.tokens - made))
+            for shape, batch in self._batches(going, now):
+                self.shapes.add((shape, now.tokens, now.sampling))
+                self._go_on(batch, shape, now, next(seeds))
+                done = sum(row.done for row in rows.values())
+                log.info("%s: %d of %d texts", self.asked.workdir, done, len(rows))
+            going, made = [row for row in going if not row.done], made + now.tokens
+        for row in going:
+            row.finish()
+        return {at: row.text[row.begins :] for at, row in rows.items()}
 
     def say_texts(self) -> None:
         """Logs how many were generated, and what was cut."""
@@ -152,33 +163,31 @@ class Answers:
         return ids[-room:]
 
     def _batches(
-        self, prompts: dict[int, list[int]], asking: Asking
-    ) -> Iterator[tuple[Shape, list[int]]]:
-        """Prompts of similar lengths, the longest first, as many as take batch_tokens with what
+        self, going: list[Continuation], asking: Asking
+    ) -> Iterator[tuple[Shape, list[Continuation]]]:
+        """Texts of similar lengths, the longest first, as many as take batch_tokens with what
         follows them; of few shapes, each of which takes long to compile."""
         room = asking.tokens * [0]
-        rows = [Row([*ids, *room], [], [Target(at, 0, 0)]) for at, ids in prompts.items()]
+        rows = [
+            Row([*one.prompt, *one.ids, *room], [], [Target(at, 0, 0)])
+            for at, one in enumerate(going)
+        ]
         for shape, batch in plan(rows, self.asked.scorer.batch_tokens, program=PROGRAM):
-            yield shape, [row.targets[0].request for row in batch]
+            yield shape, [going[row.targets[0].request] for row in batch]
 
-    def _continued(
-        self, prompts: list[list[int]], length: int, asking: Asking, seed: int
-    ) -> list[str]:
-        """length: columns that the prompts take at least, with padding."""
-        ends = self.dialect.ends
-        rows = [Continuation(self.dialect, prompt, asking.stops, ends) for prompt in prompts]
+    def _go_on(self, batch: list[Continuation], shape: Shape, asking: Asking, seed: int) -> None:
+        """More tokens for each of these texts."""
+        begun = [[*row.prompt, *row.ids] for row in batch]
+        filled = [*begun, *(shape.rows - len(batch)) * begun[:1]]
         how = {
             "sampling": asking.sampling,
-            "end": ends,
+            "end": self.dialect.ends,
             "chunk": STEPS,
             "seed": seed,
-            "length": length,
+            "length": shape.prefix - asking.tokens,  # columns that they take at least
         }
-        for part in self.asked.decoder.stream(prompts, asking.tokens, **how):
-            for row, ids in zip(rows, part.tolist()):
+        for part in self.asked.decoder.stream(filled, asking.tokens, **how):
+            for row, ids in zip(batch, part.tolist()):
                 row.add(ids)
-            if all(row.done for row in rows):
+            if all(row.done for row in batch):
                 break
-        for row in rows:
-            row.finish()
-        return [row.text[row.begins :] for row in rows]
