@@ -105,17 +105,24 @@ def test_pass_at_k_is_the_mean_over_all_choices(samples):
 
 
 def test_answers_are_run_and_counted(monkeypatch):
-    """Each problem as often as asked; what passes counts for its own problem."""
+    """Each problem as often as asked, without the white space at its end, which the programs have;
+    what passes counts for its own problem."""
     monkeypatch.setattr(code_runner, "run_all", lambda programs: ["x" in p for p in programs])
-    lm = answers()
+    lm, encoded = answers(), []
     prompts = {"a": "x", "b": "y"}
-    problems = [{**PROBLEM, "prompt": p, "test": t} for p, t in prompts.items()]
+    problems = [{**PROBLEM, "prompt": f"{p}\n", "test": t} for p, t in prompts.items()]
+    encode = code_tasks.Answers.tok_encode
+    monkeypatch.setattr(
+        code_tasks.Answers, "tok_encode", lambda self, s: encoded.append(s) or encode(self, s)
+    )
     asked = SimpleNamespace(**vars(lm.asked))
     found = code_tasks.run(asked, CodeTask("own", problems), 10, None)
     assert {key: one.score for key, one in found.items()} == {
         ("own", "pass@1"): 0.5,
         ("own", "pass@10"): 0.5,
     }
+    assert encoded == 10 * ["a"] + 10 * ["b"]
+    assert code_tasks.program(problems[0], "").startswith("a\n")
 
 
 def test_tasks_of_a_folder_are_read(tmp_path):

@@ -3,6 +3,9 @@
 A task of one's own is a YAML file of --include with `code: NAME`, `problems: FILE.jsonl[.gz]` and,
 where they are others, `stops`. Each line of FILE has task_id, prompt, test and entry_point, as
 HumanEval's: what runs is the prompt, the answer, the test and check(entry_point).
+
+Prompts are asked without the white space at their end: a newline is one token with the indentation
+behind it in most tokenizers, and a model that is given the newline alone has never seen that.
 """
 
 import gzip
@@ -116,7 +119,7 @@ def run(
     problems, answers = task.problems[:limit], Answers(asked)
     tokens = min(NEW_TOKENS, asked.max_length // 2)
     asking = Asking(task.stops, tokens, SAMPLED if samples > 1 else Sampling())
-    prompts = [problem["prompt"] for problem in problems for _ in range(samples)]
+    prompts = [problem["prompt"].rstrip() for problem in problems for _ in range(samples)]
     texts = answers.texts(dict(enumerate(prompts)), asking)
     answers.say_texts()
     log.info(
