@@ -18,10 +18,10 @@ Reads the run's newest checkpoint and folds linear mixers into the weights. Two 
 with --tasks document by document, with bootstrap intervals of the difference.
 """
 
-import json
 import logging
 import os
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 from rich.table import Table
@@ -29,6 +29,8 @@ from rich.table import Table
 from experiments.cli import alone, command_line, terminal
 from experiments.cli.codes import UsageError
 from experiments.run_folders.folder import use_compilation_cache
+from kha_jax.errors import StorageError
+from kha_jax.storage import write_json
 
 MOST = 2**31 - 1
 
@@ -85,20 +87,28 @@ ONLY_WITH = {"stride": "text"} | dict.fromkeys(
 log = logging.getLogger("kha_jax")
 
 
-def out_file(mode: str) -> IO[str]:
-    """The file of --out."""
+def check_out() -> None:
+    """Raises UsageError where the file of --out cannot be written: before minutes of computing."""
     if OUT.value and os.path.exists(OUT.value) and not os.path.isfile(OUT.value):
         raise UsageError(f"--out={OUT.value}: is no file; name one to write")
     try:
-        return open(OUT.value or os.devnull, mode)
+        open(OUT.value or os.devnull, "a").close()
     except OSError as error:
         raise UsageError(f"--out={OUT.value} cannot be written: {error.strerror}") from None
 
 
 def write(results: dict[str, Any]) -> None:
-    """Puts results into the file of --out."""
-    with out_file("w") as file:
-        json.dump(results, file, indent=1)
+    """Puts results into the file of --out.
+
+    Raises:
+        StorageError: it cannot be written any more.
+    """
+    if OUT.value is None:
+        return
+    try:
+        write_json(Path(OUT.value).resolve(), results)
+    except OSError as error:
+        raise StorageError(f"--out={OUT.value} cannot be written: {error.strerror}") from None
 
 
 def runs() -> list[Any]:
@@ -153,9 +163,6 @@ def tasks() -> dict[str, Any]:
         log.warning("left out of %s: %s", benchmarks.PAPER, why)
     if programs:
         code_tasks.say_limits()
-    shots = benchmarks.shots_of(loaded)
-    for group, own in loaded.groups.items():
-        shots[group] = ",".join(sorted({str(shots[task]) for task in own}))
     found = [tables.Run(run.workdir, {}) for run in asked]
     results = {
         "runs": [run.about() for run in asked],
@@ -168,15 +175,19 @@ def tasks() -> dict[str, Any]:
     def keep(run: Any, scored: dict[tuple[str, str], Any]) -> None:
         """What is known is written as it comes: the rest may take hours, or never end."""
         run.found.update(scored)
-        results["tasks"] = tables.as_json(found, shots)
-        write(results)
         for (task, metric), one in scored.items():
             log.info("%s: %s %s %s", run.name, task, metric, tables.shown(metric, one.score))
+        results["tasks"] = tables.as_json(found, benchmarks.shots_of(loaded))
+        try:
+            write(results)
+        except StorageError as error:  # raised again at the end, when the table has been shown
+            log.warning("warning: %s", error)
 
     for run, into in zip(asked, found):
         keep(into, answers(run, loaded))
         for task in programs:
             keep(into, code_tasks.run(run, task, SAMPLES.value, LIMIT.value))
+    shots = benchmarks.shots_of(loaded)
     named = [name for name in names if name != benchmarks.PAPER]
     if named:
         terminal.show(tables.of_tasks(found, named, shots))
@@ -245,7 +256,7 @@ def main() -> None:
     for flag, of in ONLY_WITH.items():
         if flags.FLAGS[flag].present and given[of] is None:
             raise UsageError(f"--{flag}: does nothing without --{of}")
-    out_file("a").close()  # before minutes of computing
+    check_out()
     write(text() if TEXT.value else tasks())
 
 

@@ -376,7 +376,8 @@ def test_the_command_runs_local_tasks_and_refuses_in_one_line(tmp_path, monkeypa
         born(tmp_path / name, seed)
     include, out = local_tasks(tmp_path / "tasks"), tmp_path / "out.json"
     a, own = f"--workdir={tmp_path}/a", f"--include={include}"
-    both = f"{a},{tmp_path}/b", "--tasks=choose", own, f"--out={out}", "--max_context=200"
+    both = f"{a},{tmp_path}/b", "--tasks=choose,write", own, f"--out={out}", "--max_context=200"
+    both += ("--shots=2",)
     (include / "gone.yaml").write_text(
         (include / "choose.yaml").read_text().replace("choose", "gone")
     )
@@ -397,7 +398,8 @@ def test_the_command_runs_local_tasks_and_refuses_in_one_line(tmp_path, monkeypa
         assert "Traceback" not in result.err and result.err.count("error: ") == bool(code), result
     rows = json.loads(out.read_text())
     found = {row["metric"]: row for row in rows["tasks"]}
-    assert set(found) == {"acc", "acc_norm"} and found["acc"]["documents"] == 9
+    assert set(found) == {"acc", "acc_norm", "exact_match"} and found["acc"]["documents"] == 9
+    assert {row["shots"] for row in rows["tasks"]} == {2}
     assert set(found["acc"]["scores"]) == {f"{tmp_path}/a", f"{tmp_path}/b"}
     low, high = found["acc"]["difference"]["interval"]
     assert low <= found["acc"]["difference"]["score"] <= high

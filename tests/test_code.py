@@ -105,12 +105,12 @@ def test_pass_at_k_is_the_mean_over_all_choices(samples):
 
 
 def test_answers_are_run_and_counted(monkeypatch):
-    """Each problem as often as asked, without the white space at its end, which the programs have;
-    what passes counts for its own problem."""
+    """Each problem as often as asked, without white space at its end that is no stop; what passes
+    counts for its own problem."""
     monkeypatch.setattr(code_runner, "run_all", lambda programs: ["x" in p for p in programs])
     lm, encoded = answers(), []
     prompts = {"a": "x", "b": "y"}
-    problems = [{**PROBLEM, "prompt": f"{p}\n", "test": t} for p, t in prompts.items()]
+    problems = [{**PROBLEM, "prompt": f"{p}\n ", "test": t} for p, t in prompts.items()]
     encode = code_tasks.Answers.tok_encode
     monkeypatch.setattr(
         code_tasks.Answers, "tok_encode", lambda self, s: encoded.append(s) or encode(self, s)
@@ -122,7 +122,7 @@ def test_answers_are_run_and_counted(monkeypatch):
         ("own", "pass@10"): 0.5,
     }
     assert encoded == 10 * ["a"] + 10 * ["b"]
-    assert code_tasks.program(problems[0], "").startswith("a\n")
+    assert code_tasks.as_asked("a\n ", ["\n"]) == "a\n "
 
 
 def test_tasks_of_a_folder_are_read(tmp_path):

@@ -6,18 +6,20 @@ tokens in front of an empty context, the same beginnings left out of what is too
 
 import itertools
 import logging
+import time
 from typing import Any, Iterator, NamedTuple, Sequence
 
 from experiments.cli.codes import UsageError
 from experiments.evaluating.models import Asked, scores
 from kha_jax.inference.rows import Request, Row, Shape, Target, plan, windows
 from kha_jax.inference.sampling import Sampling
+from kha_jax.inference.scoring import SAID
 from kha_jax.inference.text import Continuation
 
 log = logging.getLogger("kha_jax")
 NEW_TOKENS = 256  # of a task that does not say
 PROGRAM = 16384  # tokens of padding that one more compiled shape of texts has to save
-ROUND = 128  # tokens of a text before those that have stopped leave; later as many as there are
+ROUND = 128  # tokens of the first round; each later one is as long as all before it
 STEPS = 16  # tokens between two looks at what stops a text
 SAMPLED = ("temperature", "top_k", "top_p")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -114,22 +116,23 @@ class Answers:
     def texts(self, prompts: dict[int, str], asking: Asking) -> dict[int, str]:
         """What follows each prompt. Computed in rounds, after which texts that have stopped leave:
         a batch takes as long as its longest text."""
-        ends, made, seeds = self.dialect.ends, 0, itertools.count()
+        ends, made, seeds, said = self.dialect.ends, 0, itertools.count(), time.monotonic()
         rows = {
             at: Continuation(self.dialect, self._prompt(text, asking), asking.stops, ends)
             for at, text in prompts.items()
         }
-        going = list(rows.values())
-        while going and made < asking.tokens:
+        while going := [row for row in rows.values() if not row.done]:
             now = asking._replace(tokens=min(max(ROUND, made), asking.tokens - made))
+            made += now.tokens
             for shape, batch in self._batches(going, now):
                 self.shapes.add((shape, now.tokens, now.sampling))
                 self._go_on(batch, shape, now, next(seeds))
-                done = sum(row.done for row in rows.values())
-                log.info("%s: %d of %d texts", self.asked.workdir, done, len(rows))
-            going, made = [row for row in going if not row.done], made + now.tokens
-        for row in going:
-            row.finish()
+                if made == asking.tokens:
+                    for row in batch:
+                        row.finish()
+                if time.monotonic() - said > SAID:
+                    said, done = time.monotonic(), sum(row.done for row in rows.values())
+                    log.info("%s: %d of %d texts", self.asked.workdir, done, len(rows))
         return {at: row.text[row.begins :] for at, row in rows.items()}
 
     def say_texts(self) -> None:
@@ -167,11 +170,9 @@ class Answers:
     ) -> Iterator[tuple[Shape, list[Continuation]]]:
         """Texts of similar lengths, the longest first, as many as take batch_tokens with what
         follows them; of few shapes, each of which takes long to compile."""
-        room = asking.tokens * [0]
-        rows = [
-            Row([*one.prompt, *one.ids, *room], [], [Target(at, 0, 0)])
-            for at, one in enumerate(going)
-        ]
+        columns = self.asked.decoder.columns
+        slots = [columns(len(one.prompt) + len(one.ids)) + asking.tokens for one in going]
+        rows = [Row(range(size), [], [Target(at, 0, 0)]) for at, size in enumerate(slots)]
         for shape, batch in plan(rows, self.asked.scorer.batch_tokens, program=PROGRAM):
             yield shape, [going[row.targets[0].request] for row in batch]
 

@@ -4,8 +4,8 @@ A task of one's own is a YAML file of --include with `code: NAME`, `problems: FI
 where they are others, `stops`. Each line of FILE has task_id, prompt, test and entry_point, as
 HumanEval's: what runs is the prompt, the answer, the test and check(entry_point).
 
-Prompts are asked without the white space at their end: a newline is one token with the indentation
-behind it in most tokenizers, and a model that is given the newline alone has never seen that.
+Prompts are taken without the white space at their end, unless a stop is in it: most tokenizers join
+a newline with the indentation behind it, and a model has seldom seen the newline alone.
 """
 
 import gzip
@@ -101,6 +101,12 @@ def _problems(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def as_asked(prompt: str, stops: Sequence[str]) -> str:
+    """As it is asked; see the module's docstring."""
+    short = prompt.rstrip()
+    return prompt if any(stop in prompt[len(short) :] for stop in stops) else short
+
+
 def program(problem: dict[str, str], answer: str) -> str:
     """What is run of an answer."""
     check = f"check({problem['entry_point']})"
@@ -116,10 +122,11 @@ def run(
     asked: Asked, task: CodeTask, samples: int, limit: int | None
 ) -> dict[tuple[str, str], Measured]:
     """pass@k of a run's answers, for each k up to the number of samples."""
-    problems, answers = task.problems[:limit], Answers(asked)
+    problems = [{**p, "prompt": as_asked(p["prompt"], task.stops)} for p in task.problems[:limit]]
+    answers = Answers(asked)
     tokens = min(NEW_TOKENS, asked.max_length // 2)
     asking = Asking(task.stops, tokens, SAMPLED if samples > 1 else Sampling())
-    prompts = [problem["prompt"].rstrip() for problem in problems for _ in range(samples)]
+    prompts = [problem["prompt"] for problem in problems for _ in range(samples)]
     texts = answers.texts(dict(enumerate(prompts)), asking)
     answers.say_texts()
     log.info(

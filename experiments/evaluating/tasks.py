@@ -191,9 +191,11 @@ def run(lm: Any, loaded: Loaded, shots: int | None, limit: int | None, chat: boo
     return results["samples"]
 
 
-def shots_of(loaded: Loaded) -> dict[str, int]:
-    """Examples in a prompt of each task, as it was run."""
-    return {name: task.get_config("num_fewshot") or 0 for name, task in loaded.tasks.items()}
+def shots_of(loaded: Loaded) -> dict[str, Any]:
+    """Examples in a prompt of each task, as it was run (known once it has been), and of groups."""
+    shots = {name: task.get_config("num_fewshot") or 0 for name, task in loaded.tasks.items()}
+    own = {group: {str(shots[task]) for task in some} for group, some in loaded.groups.items()}
+    return shots | {group: ",".join(sorted(some)) for group, some in own.items()}
 
 
 def aggregations(loaded: Loaded) -> dict[str, dict[str, Any]]:

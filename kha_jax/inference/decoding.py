@@ -176,6 +176,11 @@ class Decoder:
         _, progress, out_BC = jax.lax.while_loop(going, one, (0, progress, filler))
         return progress, out_BC
 
+    def columns(self, longest: int) -> int:
+        """Tokens that prompts are padded to, of which the longest has so many."""
+        one_chunk = longest <= self.prompt_chunk
+        return _up(longest, PROMPT_MULTIPLE if one_chunk else self.prompt_chunk)
+
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
@@ -202,9 +207,7 @@ class Decoder:
         """
         _check(prompts, tokens, self.model.vocabulary_size)
         end = ends_of(end)
-        longest = max(length, *map(len, prompts))
-        one_chunk = longest <= self.prompt_chunk
-        columns = _up(longest, PROMPT_MULTIPLE if one_chunk else self.prompt_chunk)
+        columns = self.columns(max(length, *map(len, prompts)))
         pad = np.array([columns - len(prompt) for prompt in prompts], np.int32)
         padded = np.stack(
             [np.pad(np.asarray(prompt, np.int32), (p, 0)) for prompt, p in zip(prompts, pad)]

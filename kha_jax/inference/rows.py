@@ -119,9 +119,9 @@ def plan(
     programs: int = PROGRAMS,
     program: int = PROGRAM,
 ) -> list[tuple[Shape, list[Row]]]:
-    """Batches of at most `tokens` tokens, unless one row has more, of at most `programs` shapes, of
-    which each saves at least `program` tokens of padding; the longest rows come first. Their number
-    of rows divides by `multiple`."""
+    """Batches of at most `tokens` tokens, unless one row has more, of at most `programs` shapes, or
+    two where rows are with and without branches; each further one saves more than `program` tokens
+    of padding. The longest rows come first. Their number of rows divides by `multiple`."""
     parts = _parts(rows, tokens, multiple, programs, program) if rows else []
     batches = [batch for part in parts for batch in _batches(part, tokens, multiple)]
     return sorted(batches, key=lambda batch: -(batch[0].prefix + batch[0].branches))
@@ -132,7 +132,8 @@ def _size(row: Row) -> tuple[int, int]:
 
 
 class Cut(NamedTuple):
-    """A part in two: which of the sizes it holds, those of either side, and the tokens saved."""
+    """A part in two. saved: tokens; part: which of the sizes it holds; sides: those of either side,
+    none where nothing is saved."""
 
     saved: int
     part: np.ndarray
