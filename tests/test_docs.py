@@ -110,7 +110,8 @@ def test_intervals_are_those_of_the_results(path):
         digits = len(text.partition(".")[2])
         return abs(value - float(text)) <= 0.5 * 10**-digits + 1e-12
 
-    number = r"[+-]\d+\.\d+"
+    signed = "[+-]?" if path.name == "results.md" else "[+-]"  # sensitivities have none
+    number = rf"{signed}\d+\.\d+"
     interval = re.compile(
         rf"(?:({number})(?:\*\*)?\s+\((?:95%[:,]\s+)?)?({number})\s+to\s+({number})"
     )

@@ -1,5 +1,6 @@
 """Figures of a sweep: differences beside the paper's, and how losses went over training."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,8 @@ def rates(summary: Summary) -> Any:
             _over_rates(each, summary.rates[base], "grey", "--", "its baseline")
         own = summary.rates[name]
         _over_rates(each, own, style.KINDS[0], "-", "the row: mean and range of its seeds")
-        ends.extend(at.loss for at in own.rates.values() if np.isfinite(at.loss))
+        known = (at.losses.values() for at in own.rates.values() if np.isfinite(at.loss))
+        ends.extend(itertools.chain(*known))
         each.set_title(f"{name}: {own.sensitivity:.2f} (n = {len(own.seeds)})")
         each.set_xscale("log")
     margin = 0.05 * (max(ends) - min(ends)) or 0.1
