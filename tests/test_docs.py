@@ -110,8 +110,7 @@ def test_intervals_are_those_of_the_results(path):
         digits = len(text.partition(".")[2])
         return abs(value - float(text)) <= 0.5 * 10**-digits + 1e-12
 
-    signed = "[+-]?" if path.name == "results.md" else "[+-]"  # sensitivities have none
-    number = rf"{signed}\d+\.\d+"
+    number = r"[+-]\d+\.\d+"
     interval = re.compile(
         rf"(?:({number})(?:\*\*)?\s+\((?:95%[:,]\s+)?)?({number})\s+to\s+({number})"
     )
@@ -120,6 +119,8 @@ def test_intervals_are_those_of_the_results(path):
         known = any(all(prints(row[at], text) for at, text in told) for row in rows)
         literal = " to ".join(match.groups()[1:]) in reports
         assert known or literal, f"{match.group()!r}: no row of results/ has that"
+    for mean, ends in re.findall(r"(\d\.\d{3}) \((\d\.\d{3} to \d\.\d{3})\)", path.read_text()):
+        assert f"| {mean} | {ends} |" in reports, f"{mean} ({ends}): no sensitivity of results/"
 
 
 def test_no_page_repeats_another():
