@@ -113,6 +113,8 @@ def rates(summary: Summary) -> Any:
         ends.extend(itertools.chain(*known))
         each.set_title(f"{name}: {own.sensitivity:.2f} (n = {len(own.seeds)})")
         each.set_xscale("log")
+        each.set_xticks(list(own.rates), [f"{rate:g}" for rate in own.rates])
+        each.minorticks_off()
     margin = 0.05 * (max(ends) - min(ends)) or 0.1
     axes[0].set_ylim(min(ends) - margin, max(ends) + margin)
     figure.supylabel(LOSSES[summary.loss].split(" of the last")[0], fontsize="medium")
