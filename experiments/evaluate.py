@@ -30,7 +30,7 @@ from experiments.cli import alone, command_line, terminal
 from experiments.cli.codes import UsageError
 from experiments.run_folders.folder import use_compilation_cache
 from kha_jax.errors import StorageError
-from kha_jax.storage import write_json
+from kha_jax.storage import writable, write_json
 
 MOST = 2**31 - 1
 
@@ -89,10 +89,14 @@ log = logging.getLogger("kha_jax")
 
 def check_out() -> None:
     """Raises UsageError where the file of --out cannot be written: before minutes of computing."""
-    if OUT.value and os.path.exists(OUT.value) and not os.path.isfile(OUT.value):
+    if OUT.value is None:
+        return
+    file = Path(OUT.value).resolve()
+    if file.exists() and not file.is_file():
         raise UsageError(f"--out={OUT.value}: is no file; name one to write")
     try:
-        open(OUT.value or os.devnull, "a").close()
+        os.stat(f"{file.parent}/")  # a folder that is not there is a slip and is not made
+        writable(file.parent)
     except OSError as error:
         raise UsageError(f"--out={OUT.value} cannot be written: {error.strerror}") from None
 

@@ -150,11 +150,14 @@ def test_bad_command_lines_are_one_line(runs):
         (f"{a},{runs}/a", text): (2, "name one run, or two different ones"),
         (a, text, "--devices=99"): (2, "--devices=99: there are 1"),
         (a, text, "--out=/nowhere/a"): (2, "--out=/nowhere/a cannot be written: No such file"),
+        (a, text, f"--out={runs}/text/a"): (2, "/text/a cannot be written: Not a directory"),
+        (a, "--text=nowhere", f"--out={runs}/none.json"): (2, "--text=nowhere: is not there"),
     }
     cases = [("evaluate", list(arguments)) for arguments in said]
     for (code, message), result in zip(said.values(), run_all(cases, runs / "cache")):
         assert result.code == code and message in result.err, result
         assert re.fullmatch("(folded .*\n)?error: .*\n", result.err), result
+    assert not (runs / "none.json").exists()
 
 
 def test_it_does_not_run_once_for_each_process_of_a_cluster(monkeypatch):
