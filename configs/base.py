@@ -74,10 +74,30 @@ def variants(attention: AttentionConfig) -> dict[str, dict[str, Any]]:
 
 def varied(attention: AttentionConfig, variant: str) -> AttentionConfig:
     """The attention as a named variant; an unknown name lists the known ones."""
-    known = variants(attention)
-    if variant not in known:
-        raise ValueError(f"config variant {variant!r} is not known; use one of {', '.join(known)}")
-    return attention.replace(**known[variant])
+    return attention.replace(**_known(variant, variants(attention)))
+
+
+def _known(variant: str, among: dict[str, Any]) -> Any:
+    if variant not in among:
+        raise ValueError(f"config variant {variant!r} is not known; use one of {', '.join(among)}")
+    return among[variant]
+
+
+# A variant in how its mixers are trained -> the one that it is beside that, and what it changes of
+# optimizer.mixer: settings below the baseline by an interval without 0 (docs/results.md).
+TUNED = {"linear_tuned": ("linear", {"learning_rate_multiplier": 10.0})}
+
+
+def with_variant(run: RunConfig, variant: str) -> RunConfig:
+    """The run with its attention as a named variant, one of `variants` or of TUNED; an unknown name
+    lists the known ones."""
+    attention, optimizer = run.model.attention, run.optimizer
+    as_printed = {name: (name, {}) for name in variants(attention)}
+    name, training = _known(variant, as_printed | TUNED)
+    return run.replace(
+        model=run.model.replace(attention=varied(attention, name)),
+        optimizer=optimizer.replace(mixer=optimizer.mixer.replace(**training)),
+    )
 
 
 # Sizes that are what these projections are.
@@ -177,10 +197,9 @@ def paper_run(
 
 
 def pretraining(size: str, tokens: int = 10**11) -> Callable[..., ConfigDict]:
-    """get_config(variant) of a `paper_run`; `variant` is a name of `variants`."""
+    """get_config(variant) of a `paper_run`; `variant` is a name that `with_variant` takes."""
 
     def get_config(variant: str = "mlp") -> ConfigDict:
-        attention = varied(PAPER_ATTENTION, variant)
-        return to_config_dict(paper_run(size, tokens, attention))
+        return to_config_dict(with_variant(paper_run(size, tokens), variant))
 
     return get_config

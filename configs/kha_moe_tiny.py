@@ -15,14 +15,14 @@ step as in runs of usual length.
 from configs import kha_tiny
 from kha_jax.config import from_dict, to_config_dict
 from kha_jax.feed_forward import MoE
-from kha_jax.training.run_config import OptimizerConfig, RunConfig
+from kha_jax.training.run_config import RunConfig
 
 
 def get_config(variant: str = "mlp"):
     """kha_tiny with experts of a third of its feed-forward width."""
     run = from_dict(RunConfig, kha_tiny.get_config(variant))
     model = run.model.replace(feed_forward=MoE(experts=16, top_k=4, width=128, balancing_rate=3e-3))
-    optimizer = OptimizerConfig(learning_rate=2e-3)
+    optimizer = run.optimizer.replace(learning_rate=2e-3)
     return to_config_dict(
         run.replace(steps=300, batch_size=64, seq_len=128, model=model, optimizer=optimizer)
     )

@@ -5,8 +5,8 @@ CPU cores.
     python -m experiments.train --config=configs/kha_tiny.py:baseline --workdir=runs/baseline
 
 Variants: mlp (default: KHA-MLP on values, the paper's main setting), linear (KHA-Linear on q, k,
-v), gate, baseline, and all others of configs.base.variants. Expect about 2 bits per byte on
-held-out modules from 8 at the start.
+v), linear_tuned (the same with ten times the learning rate of T), gate, baseline, and all others of
+configs.base.variants. Expect about 2 bits per byte on held-out modules from 8 at the start.
 """
 
 from configs import base
@@ -25,7 +25,7 @@ from kha_jax.training.run_config import (
 
 
 def get_config(variant: str = "mlp"):
-    """The run; `variant` is a name of configs.base.variants."""
+    """The run; `variant` is a name that configs.base.with_variant takes."""
     attention = AttentionConfig(projection=GroupedQuery(query_heads=8, kv_heads=4, head_dim=32))
     run = RunConfig(
         steps=600,
@@ -35,7 +35,7 @@ def get_config(variant: str = "mlp"):
             layers=4,
             width=128,
             stack="unroll",
-            attention=base.varied(attention, variant),
+            attention=attention,
             feed_forward=SwiGLU(width=384),
             numerics=Numerics(dtype="float32"),
         ),
@@ -43,4 +43,4 @@ def get_config(variant: str = "mlp"):
         evaluation=EvaluationConfig(every=50, batches=8),
         checkpoint=CheckpointConfig(every=100),
     )
-    return to_config_dict(run)
+    return to_config_dict(base.with_variant(run, variant))

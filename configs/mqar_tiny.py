@@ -21,7 +21,7 @@ from kha_jax.training.run_config import EvaluationConfig, OptimizerConfig, RunCo
 
 
 def get_config(variant: str = "mlp"):
-    """The run; `variant` is a name of configs.base.variants."""
+    """The run; `variant` is a name that configs.base.with_variant takes."""
     task = MultiQueryAssociativeRecall(pairs=4, vocabulary=64)
     attention = AttentionConfig(projection=GroupedQuery(query_heads=4, kv_heads=2, head_dim=32))
     run = RunConfig(
@@ -33,11 +33,11 @@ def get_config(variant: str = "mlp"):
             layers=2,
             width=128,
             vocabulary_size=64,
-            attention=base.varied(attention, variant),
+            attention=attention,
             feed_forward=SwiGLU(width=256),
             numerics=Numerics(dtype="float32"),
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3),
         evaluation=EvaluationConfig(every=50, batches=4),
     )
-    return to_config_dict(run)
+    return to_config_dict(base.with_variant(run, variant))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import base, controls
 from experiments.cli import command_line, config_files
 from kha_jax import convert
 from kha_jax.inference.folding import fold_model
@@ -123,6 +124,17 @@ def test_intervals_are_those_of_the_results(path):
         assert f"| {mean} | {ends} |" in reports, f"{mean} ({ends}): no sensitivity of results/"
 
 
+def test_tuned_variants_are_what_won():
+    """Each is a control that is below its baseline in results/, by an interval without 0."""
+    rows, won = controls.TABLE.rows, set()
+    for path in (ROOT / "results").glob("recipe*/report.csv"):
+        won |= {line["row"] for line in csv.DictReader(path.open()) if float(line["high"] or 0) < 0}
+    for variant in base.TUNED:
+        run = base.with_variant(rows["baseline"].run, variant)
+        (control,) = (name for name, row in rows.items() if row.run == run)
+        assert control in won, f"{variant}: no interval of {control} leaves out 0"
+
+
 def test_no_page_repeats_another():
     """Neither a figure that was measured nor a line of text stands on two pages."""
     seen = Counter()
@@ -202,8 +214,8 @@ def test_flags_and_fields_exist(path, known):
 def place(tmp_path_factory, cache):
     """A folder with the runs that the pages read, which are one."""
     runs = tmp_path_factory.mktemp("docs") / "runs"
-    base = "--config=configs/kha_tiny.py:linear", *SMALL, "--config.steps=2"
-    code, _, err = finish(start(cache, runs / "linear", base=base))
+    small = "--config=configs/kha_tiny.py:linear", *SMALL, "--config.steps=2"
+    code, _, err = finish(start(cache, runs / "linear", base=small))
     assert code == 0, err
     (runs / "kha_tiny").symlink_to("linear")
     _, _, variables = run = read_run(runs / "linear")
