@@ -89,38 +89,47 @@ def test_the_readme_is_short():
     assert len(text.splitlines()) <= 180 and len(text.encode()) <= 12 * 1024
 
 
-def measured() -> tuple[list[tuple[float, float, float]], str]:
-    """Of all reports of results/, the means with their intervals, and the text."""
-    named = [("difference", "low", "high"), ("sensitivity", "sensitivity_low", "sensitivity_high")]
+def measured() -> tuple[list[tuple[float, ...]], str]:
+    """Of all reports of results/, the means with their intervals and what Holm's correction leaves
+    of p (nan where there is none), and the text."""
+    named = [
+        ("difference", "low", "high", "p_by_holm"),
+        ("sensitivity", "sensitivity_low", "sensitivity_high", ""),
+    ]
     found = []
     for path in (ROOT / "results").glob("*/report.csv"):
         for line, names in itertools.product(csv.DictReader(path.open()), named):
-            if all(line.get(field) for field in names):
-                found.append(tuple(float(line[field]) for field in names))
+            if all(line.get(field) for field in names[:3]):
+                found.append(tuple(float(line.get(field) or "nan") for field in names))
     texts = (path.read_text() for path in (ROOT / "results").glob("*/report.md"))
     return found, "\n".join(texts)
 
 
 @pytest.mark.parametrize("path", [FRONT[0], *DOCS], ids=name)
 def test_intervals_are_those_of_the_results(path):
-    """`MEAN (LOW to HIGH)`, or `LOW to HIGH` alone, signed: to its printed digits one of a row in
-    results/, as its CSV has it, or literally in a report."""
+    """`MEAN (LOW to HIGH)`, in a table with `| P |` behind it, or `LOW to HIGH` alone, signed: to
+    its printed digits one of a row in results/, as its CSV has it, or literally in a report. On the
+    page of results each signed number is one of them."""
     rows, reports = measured()
 
     def prints(value: float, text: str) -> bool:
         digits = len(text.partition(".")[2])
         return abs(value - float(text)) <= 0.5 * 10**-digits + 1e-12
 
-    number = r"[+-]\d+\.\d+"
+    number, page = r"[+-]\d+\.\d+", path.read_text()
     interval = re.compile(
         rf"(?:({number})(?:\*\*)?\s+\((?:95%[:,]\s+)?)?({number})\s+to\s+({number})"
+        r"(?:\) \| (\d\.\d+) \|)?"
     )
-    for match in interval.finditer(path.read_text()):
+    for match in interval.finditer(page):
         told = [(at, text) for at, text in enumerate(match.groups()) if text]
         known = any(all(prints(row[at], text) for at, text in told) for row in rows)
-        literal = " to ".join(match.groups()[1:]) in reports
+        literal = " to ".join(match.groups()[1:3]) in reports and match[4] is None
         assert known or literal, f"{match.group()!r}: no row of results/ has that"
-    for mean, ends in re.findall(r"(\d\.\d{3}) \((\d\.\d{3} to \d\.\d{3})\)", path.read_text()):
+    for mean in re.findall(rf"{number}\b(?!%)", page) if path.stem == "results" else ():
+        known = any(prints(value, mean) for row in rows for value in row[:3])
+        assert known or mean in reports, f"{mean}: no row of results/ has that"
+    for mean, ends in re.findall(r"(\d\.\d{3}) \((\d\.\d{3} to \d\.\d{3})\)", page):
         assert f"| {mean} | {ends} |" in reports, f"{mean} ({ends}): no sensitivity of results/"
 
 
