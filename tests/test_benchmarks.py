@@ -110,6 +110,20 @@ def test_texts_of_many_lengths_compile_little_and_keep_their_order():
     assert ours.asked.decoder._start._cache_size() == len(ours.shapes) == 1
 
 
+def test_batches_of_texts_are_as_large_as_they_are_computed():
+    """Within batch_tokens, at the columns that the decoder makes of their prompts."""
+    ours, lengths = answers(2048), (20, 300, 600, 1020, 1030, 1500)
+    ours.asked.scorer.batch_tokens = 8000
+    going = [SimpleNamespace(prompt=range(n), ids=range(3)) for n in lengths for _ in range(9)]
+    for tokens in (44, 128):
+        batches = list(ours._batches(going, adapter.Asking((), tokens, adapter.Sampling())))
+        assert sum(len(batch) for _, batch in batches) == len(going)
+        for shape, batch in batches:
+            columns = ours.asked.decoder.columns(shape.prefix)
+            assert columns >= max(len(one.prompt) + 3 for one in batch)
+            assert shape.rows * (columns + tokens) <= 8000
+
+
 @pytest.mark.parametrize(
     ("said", "temperature"),
     [

@@ -171,8 +171,9 @@ class Answers:
         """Texts of similar lengths, the longest first, as many as take batch_tokens with what
         follows them; of few shapes, each of which takes long to compile."""
         columns = self.asked.decoder.columns
-        slots = [columns(len(one.prompt) + len(one.ids)) + asking.tokens for one in going]
-        rows = [Row(range(size), [], [Target(at, 0, 0)]) for at, size in enumerate(slots)]
+        sizes = [columns(len(one.prompt) + len(one.ids)) for one in going]
+        new = [range(asking.tokens)]
+        rows = [Row(range(size), new, [Target(at, 0, 0)]) for at, size in enumerate(sizes)]
         for shape, batch in plan(rows, self.asked.scorer.batch_tokens, program=PROGRAM):
             yield shape, [going[row.targets[0].request] for row in batch]
 
@@ -185,7 +186,7 @@ class Answers:
             "end": self.dialect.ends,
             "chunk": STEPS,
             "seed": seed,
-            "length": shape.prefix - asking.tokens,  # columns that they take at least
+            "length": shape.prefix,
         }
         for part in self.asked.decoder.stream(filled, asking.tokens, **how):
             for row, ids in zip(batch, part.tolist()):
