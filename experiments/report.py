@@ -118,7 +118,7 @@ def report_sweep() -> None:
         out.mkdir(parents=True, exist_ok=True)
         draws = figures.of_sweep(sweep, summary)
         sections = {name: [("", style.save(draw, out / name))] for name, draw in draws.items()}
-        write_text(out / "report.csv", sweep_report.as_csv(summary))
+        write_text(out / "report.csv", sweep_report.as_csv(sweep, summary))
         markdown = sweep_report.as_markdown(sweep, summary, list(sections), command)
         write_text(out / "report.md", markdown)
         page = sweep_report.as_page(sweep, summary, sections, command)
@@ -132,7 +132,7 @@ def report_sweep() -> None:
         raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror or error}") from None
-    terminal.show(sweep_report.table(summary))
+    terminal.show(sweep_report.table(sweep, summary))
     for text in sweep_report.findings(sweep, summary):
         terminal.say(text)
     print(f"wrote {out / 'report.md'}, report.html, report.csv, runs.csv, {len(sections)} figures")

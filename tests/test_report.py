@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.cli.codes import UsageError
 from experiments.sweeps import card, figures
 from experiments.sweeps import report as sweep_report
 from kha_jax.accounting import account
@@ -345,6 +344,7 @@ def test_rates_and_costs_are_reported_where_a_sweep_has_them(tmp_path):
     assert over.diverged == 0.25 and over.rates[1e-2].losses == {0: 1.875, 1: 5.5}
     said = sweep_report.as_markdown(sweep, summary, [], "")
     assert "| baseline | 2 | 0.450 | 0.450 to 0.450 | 0.01 | 0% | 3.400 | 2.500 |" in said
+    assert "| 0.00015 | 1.500 | 12 | 1.500 |" in said
     told = list(csv.DictReader(sweep_report.rates_csv(summary).splitlines()))
     assert [float(line["largest_logit"]) for line in told] == [0.04, 0.4] * 2
     assert [line["spikes_per_1000_steps"] for line in told] == ["10.0"] * 4
@@ -358,8 +358,8 @@ def test_rates_and_costs_are_reported_where_a_sweep_has_them(tmp_path):
         ends = {tuple(line.get_ydata()) for line in panels[1].lines}
         assert (3.4, 2.5) in ends and (3.275, 3.6875) in ends and (3.6875,) in ends
     (folder / "zoo.csv").write_text("variant,loss\nmea,2\n")
-    with pytest.raises(UsageError, match="is no table of experiments.zoo"):
-        figures.measured_costs(folder)
+    with pytest.raises(SweepError, match="is no table of experiments.zoo"):
+        sweeps.load(folder)
 
 
 def test_rows_are_corrected_for_their_number(tmp_path):
@@ -372,7 +372,7 @@ def test_rows_are_corrected_for_their_number(tmp_path):
     assert summary.holm == {"a": 2 * own[0], "b": own[1]} and own[0] < own[1]
     said = sweep_report.findings(sweep, summary)
     assert "By Holm's correction for these 2 rows, below: a; above: none." in said
-    line = next(csv.DictReader(sweep_report.as_csv(summary).splitlines()))
+    line = next(csv.DictReader(sweep_report.as_csv(sweep, summary).splitlines()))
     assert float(line["p_by_holm"]) == 2 * float(line["p"]) == 2 * own[0]
 
 

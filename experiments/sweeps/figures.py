@@ -1,44 +1,22 @@
 """Which figures there is something for in a sweep, and what they are drawn from."""
 
-import csv
 import functools
-from pathlib import Path
 from typing import Any, Callable
 
-from experiments.cli.codes import UsageError
 from kha_jax.analysis import comparisons, curves, sweeps
-from kha_jax.storage import open_regular
 
 STABILITY_ROWS = 12  # in the figure of spikes
 
 
-def measured_costs(folder: Path) -> dict[str, dict[str, float]]:
-    """What zoo.csv beside a sweep, the table of experiments.zoo --csv, tells of its rows; nothing
-    without one."""
-    path = folder / "zoo.csv"
-    if not path.exists():
-        return {}
-    try:
-        with open_regular(path, newline="") as file:
-            lines = list(csv.DictReader(file))
-        return {
-            line["variant"]: {name: float(line[name]) for name in comparisons.COSTS if line[name]}
-            for line in lines
-        }
-    except (KeyError, ValueError, OSError) as error:
-        raise UsageError(f"{path}: is no table of experiments.zoo --csv ({error!r})") from None
-
-
 def of_sweep(sweep: sweeps.Sweep, summary: sweeps.Summary) -> dict[str, Callable[[], Any]]:
     """The figures that there is something for, by name."""
-    costs = measured_costs(sweep.folder)
     results = summary.results.items()
     lines = {name: sweeps.curves(sweep, one, summary.loss) for name, one in results}
     draws: dict[str, Callable[[], Any]] = {}
     if any(one.differences for _, one in results):
         draws["differences"] = functools.partial(comparisons.differences, summary)
-        if any(name in costs for name, one in results if one.differences):
-            draws["costs"] = functools.partial(comparisons.costs, summary, costs)
+        if any(name in sweep.costs for name, one in results if one.differences):
+            draws["costs"] = functools.partial(comparisons.costs, summary, sweep.costs)
         if comparisons.has_gaps(summary, lines):
             draws["gaps"] = functools.partial(comparisons.gaps, summary, lines)
     if summary.rates:

@@ -13,7 +13,7 @@ from rich.table import Table
 from experiments.sweeps import page
 from kha_jax.analysis.rates import NEAR
 from kha_jax.analysis.significance import LEVEL, POWER, detectable, pairs_needed
-from kha_jax.analysis.sweeps import LOSSES, Result, Scatter, Summary, Sweep
+from kha_jax.analysis.sweeps import COSTS, LOSSES, Result, Scatter, Summary, Sweep
 
 TARGET = 0.01  # nats that a sweep should be able to tell apart
 NAMED = 5  # of the runs that are left out
@@ -21,6 +21,12 @@ TIMES = (
     "Step times are those of the runs, whatever else the machine did meanwhile; what a variant "
     "costs is measured in turns by `python -m experiments.zoo --measure`."
 )
+IN_TURNS = "Step times were measured in turns, by `python -m experiments.zoo --measure`."
+MEASURED = {  # of COSTS, name and unit
+    "training_flops": ("training MFLOP / token", 1e6),
+    "step_seconds": ("step, ms", 1e-3),
+    "cache_bytes": ("cache, bytes / token", 1),
+}
 COLUMNS = (
     "row, baseline, learning rate, seeds, loss, accuracy, difference, 95% interval, not 0, "
     "p by Holm, printed, printed difference, sign agrees, time / baseline, spike share"
@@ -59,11 +65,12 @@ def _cells(one: Result, adjusted: float | None) -> list[str]:
     ]
 
 
-def table(summary: Summary) -> Table:
-    """The rows that have runs, in the columns that any of them has."""
-    made = Table()
+def table(sweep: Sweep, summary: Summary) -> Table:
+    """The rows that have runs, in the columns that any of them has; without the runs' own step
+    times where they were measured in turns."""
+    made, instead = Table(), "time / baseline" if _in_turns(sweep) else ""
     cells = [_cells(one, summary.holm.get(name)) for name, one in summary.results.items()]
-    used = [any(column) for column in zip(*cells)]
+    used = [any(of) and name != instead for name, of in zip(COLUMNS, zip(*cells))]
     for name in itertools.compress(COLUMNS, used):
         made.add_column(name)
     for row in cells:
@@ -71,12 +78,17 @@ def table(summary: Summary) -> Table:
     return made
 
 
-def as_csv(summary: Summary) -> str:
+def _in_turns(sweep: Sweep) -> bool:
+    return any("step_seconds" in of for of in sweep.costs.values())
+
+
+def as_csv(sweep: Sweep, summary: Summary) -> str:
     """The same numbers unrounded, one line per row with runs."""
     names = "row,baseline,note,learning_rate,rates,seeds,loss,loss_is,difference,standard_error,low"
     names += ",high,distinguishable,printed_loss,printed_difference,sign_agrees,time_ratio"
     names += ",spike_share,runs_without_finite_loss,parameters,flops_per_token,accuracy"
     names += ",p,p_by_holm,sensitivity,sensitivity_low,sensitivity_high,largest_rate,diverged"
+    names += ",step_seconds,cache_bytes"
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names.split(","))
@@ -93,6 +105,9 @@ def as_csv(summary: Summary) -> str:
         values += [d.p if d else None, summary.holm.get(name)]
         values += [over.sensitivity, over.low, over.high] if over else [None] * 3
         values += [over.largest, over.diverged] if over else [None] * 2
+        values += [
+            sweep.costs.get(name, {}).get(field) for field in ("step_seconds", "cache_bytes")
+        ]
         nan = (isinstance(z, float) and not math.isfinite(z) for z in values)
         writer.writerow(["" if missing else z for z, missing in zip(values, nan)])
     return out.getvalue()
@@ -131,6 +146,22 @@ def rates_table(summary: Summary) -> list[list[str]]:
                 *(_number(loss, ".3f") for loss in losses),
             ]
         )
+    return lines
+
+
+def costs_table(sweep: Sweep, summary: Summary) -> list[list[str]]:
+    """What rows cost by zoo.csv, and over their baseline's; names first."""
+    costs = sweep.costs
+    known = [name for name in COSTS if all(name in of for of in costs.values())]
+    columns = [MEASURED[name] for name in known]
+    lines = [["row", "parameters", *(word for name, _ in columns for word in (name, "/ baseline"))]]
+    for name, one in summary.results.items():
+        if name in costs and one.row.baseline in costs:
+            own, base = costs[name], costs[one.row.baseline]
+            line = [name, _number(one.runs[0].number("parameters"), ",.0f")]
+            for field, (_, unit) in zip(known, columns):
+                line += [f"{own[field] / unit:,.4g}", f"{own[field] / base[field]:.3f}"]
+            lines.append(line)
     return lines
 
 
@@ -173,7 +204,7 @@ def findings(sweep: Sweep, summary: Summary) -> list[str]:
         said += [_precisions(known), _by_interval(named), _by_holm(summary)]
     said += _against_print(summary) if summary.agreement.rows else []
     said += [_over_rates(summary)] if summary.rates else []
-    return [*said, TIMES]
+    return [*said, IN_TURNS if _in_turns(sweep) else TIMES]
 
 
 def _precisions(known: dict[str, Scatter]) -> str:
@@ -258,11 +289,12 @@ def provenance(sweep: Sweep, summary: Summary) -> list[str]:
 
 def as_markdown(sweep: Sweep, summary: Summary, figures: list[str], command: str) -> str:
     """report.md. figures: names of those beside it."""
-    shown, title = table(summary), sweep.about["title"] or sweep.folder.name
+    shown, title = table(sweep, summary), sweep.about["title"] or sweep.folder.name
     head = [str(column.header) for column in shown.columns]
     lines = zip(*(column.cells for column in shown.columns))
     tables = [_markdown([head, *lines])]
     tables += [_markdown(rates_table(summary))] if summary.rates else []
+    tables += [_markdown(costs_table(sweep, summary))] if sweep.costs else []
     command, *rest = (
         f"`{sweep.about['command']}`, then `{command}`",
         *provenance(sweep, summary)[1:],
@@ -292,7 +324,7 @@ def as_page(
     """report.html, which loads nothing."""
     title = sweep.about["title"] or sweep.folder.name
     about = [*findings(sweep, summary), *provenance(sweep, summary), f"This page: {command}"]
-    return page.render(title, about, table(summary), sections)
+    return page.render(title, about, table(sweep, summary), sections)
 
 
 def command_of(folder: Path, out: Path) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from kha_jax.analysis import style
 from kha_jax.analysis.rates import Curve
-from kha_jax.analysis.sweeps import LOSSES, Result, Summary, band
+from kha_jax.analysis.sweeps import COSTS, LOSSES, Result, Summary, band
 
 Curves = dict[str, dict[int, dict[int, float]]]  # of each row: {seed: {step: loss}}
 SHOWN = 0.75  # share of training, its end, that decides the range of the losses shown
@@ -134,18 +134,11 @@ def _over_rates(axes: Any, of: Curve, colour: str, stroke: str, label: str) -> N
     axes.plot(lost, [known[rate].loss for rate in lost], label="a run diverged", **look)
 
 
-COSTS = {
-    "training_flops": "training FLOPs a token",
-    "step_seconds": "step time",
-    "cache_bytes": "cache",
-}
-
-
 def costs(summary: Summary, measured: dict[str, dict[str, float]]) -> Any:
     """Every row's difference to its baseline with its interval over seeds, the best first, and
     beside it what it costs, over the baseline's.
 
-    measured: for rows, fields of COSTS.
+    measured: for rows, fields of `sweeps.COSTS`.
     """
     rows = [one for name, one in summary.results.items() if one.differences and name in measured]
     rows.sort(key=lambda one: one.difference.mean)

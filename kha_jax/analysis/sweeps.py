@@ -5,6 +5,7 @@ the paper's printed loss; the `runs` that were planned), `runs.csv` (one line pe
 the run folders, of which any may be absent.
 """
 
+import csv
 import math
 import statistics
 from pathlib import Path
@@ -26,11 +27,17 @@ from kha_jax.analysis.significance import (
 from kha_jax.errors import SweepError
 from kha_jax.metrics import column, read_lines
 from kha_jax.runs.results import RunResult, read_results
-from kha_jax.storage import read_json
+from kha_jax.storage import open_regular, read_json
 
 LOSSES = {
     "val_loss": "validation loss, nats per token",
     "train_loss": "training loss of the last tenth of the steps, nats per token",
+}
+# What zoo.csv, the table of experiments.zoo --csv, tells of a row where it stands beside a sweep.
+COSTS = {
+    "training_flops": "training FLOPs a token",
+    "step_seconds": "step time",
+    "cache_bytes": "cache",
 }
 
 
@@ -47,7 +54,7 @@ class Row(NamedTuple):
 class Sweep(NamedTuple):
     """A sweep as it is stored. planned: (name, row, seed) of its runs. finished: by name. others,
     dropped: names in runs.csv that are planned with another config, and that are not planned any
-    more, which nothing else counts."""
+    more, which nothing else counts. costs: of rows, what is known of COSTS."""
 
     folder: Path
     about: dict[str, str]
@@ -56,6 +63,7 @@ class Sweep(NamedTuple):
     finished: dict[str, RunResult]
     others: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    costs: dict[str, dict[str, float]] = {}
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """The lines of a run's metrics.jsonl; none where its folder is not here."""
@@ -129,7 +137,7 @@ def load(folder: Path) -> Sweep:
     """Reads a sweep folder.
 
     Raises:
-        SweepError: sweep.json is not there, or one of the files is damaged.
+        SweepError: sweep.json is not there, or one of the files is damaged, zoo.csv among them.
     """
     path = folder / "sweep.json"
     try:
@@ -156,7 +164,21 @@ def load(folder: Path) -> Sweep:
     others = {name for name, run in known.items() if (hashes[name] or run.hash) != run.hash}
     finished = {name: run for name, run in known.items() if name not in others}
     left_out = (tuple(sorted(names)) for names in (others, dropped))
-    return Sweep(folder, about, rows, planned, finished, *left_out)
+    return Sweep(folder, about, rows, planned, finished, *left_out, _costs(folder / "zoo.csv"))
+
+
+def _costs(path: Path) -> dict[str, dict[str, float]]:
+    if not path.exists():
+        return {}
+    try:
+        with open_regular(path, newline="") as file:
+            lines = list(csv.DictReader(file))
+        return {
+            line["variant"]: {name: float(line[name]) for name in COSTS if line[name]}
+            for line in lines
+        }
+    except (KeyError, ValueError, OSError) as error:
+        raise SweepError(f"{path}: is no table of experiments.zoo --csv ({error!r})") from None
 
 
 def _mean_number(runs: list[RunResult], name: str) -> float:
