@@ -85,7 +85,10 @@ def _known(variant: str, among: dict[str, Any]) -> Any:
 
 # A variant in how its mixers are trained -> the one that it is beside that, and what it changes of
 # optimizer.mixer: settings below the baseline by an interval without 0 (docs/results.md).
-TUNED = {"linear_tuned": ("linear", {"learning_rate_multiplier": 10.0})}
+TUNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear_tuned": ("linear", {"learning_rate_multiplier": 10.0}),
+    "mlp_tuned": ("mlp", {"learning_rate_multiplier": 10.0, "decay": "none"}),
+}
 
 
 def with_variant(run: RunConfig, variant: str) -> RunConfig:

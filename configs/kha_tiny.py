@@ -5,8 +5,9 @@ CPU cores.
     python -m experiments.train --config=configs/kha_tiny.py:baseline --workdir=runs/baseline
 
 Variants: mlp (default: KHA-MLP on values, the paper's main setting), linear (KHA-Linear on q, k,
-v), linear_tuned (the same with ten times the learning rate of T), gate, baseline, and all others of
-configs.base.variants. Expect about 2 bits per byte on held-out modules from 8 at the start.
+v), mlp_tuned and linear_tuned (their matrices at ten times the learning rate), gate, baseline, and
+all others of configs.base.variants. Expect about 2 bits per byte on held-out modules from 8 at the
+start.
 """
 
 from configs import base
