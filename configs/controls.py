@@ -4,8 +4,8 @@ matrices start, how they are decayed and trained, and that heads share them.
     python -m experiments.train --config=configs/controls.py:linear_random.tiny --workdir=runs/T
     python -m experiments.sweep --table=controls --scale=tiny --seeds=3 --out=runs/controls
 
-Rows, baseline, which is also the twin into which linear folds at the start, and with ten times the
-learning rate of its value projection; linear (on queries, keys and values); its T without decay,
+Rows, baseline, which is also the twin into which linear folds at the start, and with three and ten
+times the learning rate of its value projection; linear (on queries, keys and values); its T without decay,
 decayed towards I, with a tenth and with ten times the learning rate; T random (the paper says that
 it fails, section 3.3); T zero; T stored as I + D; a matrix for each head instead of one for all;
 mlp (on values), and its own without decay and with ten times the learning rate.
@@ -24,9 +24,9 @@ def row(mixers: dict[str, StreamMixer], loss: float | None = None, **training: A
     return tables.Row(run.replace(optimizer=run.optimizer.replace(mixer=rule)), loss=loss)
 
 
-def fast_values(row: tables.Row) -> tables.Row:
-    """The row with ten times the learning rate of its value projection."""
-    optimizer = row.run.optimizer.replace(value_learning_rate_multiplier=10.0)
+def values_at(factor: float, row: tables.Row) -> tables.Row:
+    """The row with so many times the learning rate of its value projection."""
+    optimizer = row.run.optimizer.replace(value_learning_rate_multiplier=factor)
     return row._replace(run=row.run.replace(optimizer=optimizer), loss=None)
 
 
@@ -40,7 +40,8 @@ TABLE = tables.Table(
     "Controls: start, decay, learning rate and sharing of the knocking matrices",
     {
         "baseline": row({}, 1.856),
-        "values_fast": fast_values(row({})),
+        "values_three_times": values_at(3.0, row({})),
+        "values_fast": values_at(10.0, row({})),
         "linear": row(LINEAR, 1.838),
         "linear_no_decay": row(LINEAR, decay="none"),
         "linear_to_identity": row(LINEAR, decay="to_identity"),
