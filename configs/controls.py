@@ -5,10 +5,10 @@ matrices start, how they are decayed and trained, and that heads share them.
     python -m experiments.sweep --table=controls --scale=tiny --seeds=3 --out=runs/controls
 
 Rows, baseline, which is also the twin into which linear folds at the start, and with three and ten
-times the learning rate of its value projection; linear (on queries, keys and values); its T without decay,
-decayed towards I, with a tenth and with ten times the learning rate; T random (the paper says that
-it fails, section 3.3); T zero; T stored as I + D; a matrix for each head instead of one for all;
-mlp (on values), and its own without decay and with ten times the learning rate.
+times the learning rate of its value projection; linear (on queries, keys and values); its T without
+decay, decayed towards I, with a tenth and with ten times the learning rate; T random (the paper
+says that it fails, section 3.3); T zero; T stored as I + D; a matrix for each head instead of one
+for all; mlp (on values), and its own without decay and with ten times the learning rate.
 """
 
 from typing import Any
