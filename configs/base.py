@@ -83,8 +83,8 @@ def _known(variant: str, among: dict[str, Any]) -> Any:
     return among[variant]
 
 
-# A variant in how its mixers are trained -> the one that it is beside that, and what it changes of
-# optimizer.mixer: settings below the baseline by an interval without 0 (docs/results.md).
+# Name -> the variant whose attention it has, and what it changes of optimizer.mixer: settings that
+# were below the baseline by an interval without 0 (docs/results.md).
 TUNED: dict[str, tuple[str, dict[str, Any]]] = {
     "linear_tuned": ("linear", {"learning_rate_multiplier": 10.0}),
     "mlp_tuned": ("mlp", {"learning_rate_multiplier": 10.0, "decay": "none"}),
@@ -95,8 +95,8 @@ def with_variant(run: RunConfig, variant: str) -> RunConfig:
     """The run with its attention as a named variant, one of `variants` or of TUNED; an unknown name
     lists the known ones."""
     attention, optimizer = run.model.attention, run.optimizer
-    as_printed = {name: (name, {}) for name in variants(attention)}
-    name, training = _known(variant, as_printed | TUNED)
+    plain = {name: (name, {}) for name in variants(attention)}
+    name, training = _known(variant, plain | TUNED)
     return run.replace(
         model=run.model.replace(attention=varied(attention, name)),
         optimizer=optimizer.replace(mixer=optimizer.mixer.replace(**training)),

@@ -91,12 +91,15 @@ def check_out() -> None:
     """Raises UsageError where the file of --out cannot be written: before minutes of computing."""
     if OUT.value is None:
         return
-    file = Path(OUT.value).resolve()
-    if file.exists() and not file.is_file():
+    there = os.path.exists(OUT.value)
+    if there and not os.path.isfile(OUT.value):
         raise UsageError(f"--out={OUT.value}: is no file; name one to write")
     try:
-        os.stat(f"{file.parent}/")  # a folder that is not there is a slip and is not made
-        writable(file.parent)
+        open(OUT.value, "a").close()
+        file = Path(OUT.value).resolve()
+        if not there:
+            file.unlink()
+        writable(file.parent)  # results are written beside the file, which they replace
     except OSError as error:
         raise UsageError(f"--out={OUT.value} cannot be written: {error.strerror}") from None
 

@@ -132,7 +132,7 @@ def report_sweep() -> None:
         raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"--out={out} cannot be written: {error.strerror or error}") from None
-    terminal.show(sweep_report.table(sweep, summary))
+    terminal.show(sweep_report.table(summary))
     for text in sweep_report.findings(sweep, summary):
         terminal.say(text)
     print(f"wrote {out / 'report.md'}, report.html, report.csv, runs.csv, {len(sections)} figures")

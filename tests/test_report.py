@@ -357,9 +357,18 @@ def test_rates_and_costs_are_reported_where_a_sweep_has_them(tmp_path):
         panels = draws["rates"]().axes
         ends = {tuple(line.get_ydata()) for line in panels[1].lines}
         assert (3.4, 2.5) in ends and (3.275, 3.6875) in ends and (3.6875,) in ends
-    (folder / "zoo.csv").write_text("variant,loss\nmea,2\n")
-    with pytest.raises(SweepError, match="is no table of experiments.zoo"):
-        sweeps.load(folder)
+    for text, message in (
+        ("variant,loss\nmea,2\n", "is no table of experiments.zoo"),
+        (table + "mea,150,2,12\n", "has mea and not baseline, its baseline"),
+        (table + "baseline,0,1,8\n", "baseline: a cost is not above 0"),
+        ("parameters," + table + "7,baseline,1,1,8\n", "baseline has 7 parameters, its runs have"),
+    ):
+        (folder / "zoo.csv").write_text(text)
+        with pytest.raises(SweepError, match=message):
+            sweeps.load(folder)
+    (folder / "zoo.csv").write_text(table + "baseline,1,2,8\nmea,1,3,8\nanother,1,,8\n")
+    (_, mea) = sweeps.summarise(sweeps.load(folder)).results.values()
+    assert mea.time_ratio == 1.5
 
 
 def test_rows_are_corrected_for_their_number(tmp_path):

@@ -48,7 +48,7 @@ def all_members(
     config: RunConfig, add: Sequence[str]
 ) -> Iterator[tuple[str, Member | ConfigError]]:
     """Every way by name, the baseline first; what the config's projection refuses, with the
-    reason."""
+    reason. What is added brings its model and how its mixers are trained."""
     named = flags.FLAGS["config"]
     typed = config_flags.get_override_values(named)
     given = (f"--config={named.config_filename}", *(f"--config.{k}={v}" for k, v in typed.items()))
@@ -73,8 +73,9 @@ def all_members(
     for named in add:
         path, _, variant = named.partition(":")
         own = command_line.load_variant(RunConfig, path, variant, "--add")
+        optimizer = config.optimizer.replace(mixer=own.optimizer.mixer)
         try:
-            run = config.replace(model=own.model)
+            run = config.replace(model=own.model, optimizer=optimizer)
         except ConfigError as error:
             raise UsageError(f"--add={named}: beside config, {error}") from None
         yield config_files.stem(named), Member(run, (), (f"--config={named}",), own)

@@ -13,7 +13,7 @@ from rich.table import Table
 from experiments.sweeps import page
 from kha_jax.analysis.rates import NEAR
 from kha_jax.analysis.significance import LEVEL, POWER, detectable, pairs_needed
-from kha_jax.analysis.sweeps import COSTS, LOSSES, Result, Scatter, Summary, Sweep
+from kha_jax.analysis.sweeps import LOSSES, Result, Scatter, Summary, Sweep
 
 TARGET = 0.01  # nats that a sweep should be able to tell apart
 NAMED = 5  # of the runs that are left out
@@ -65,21 +65,16 @@ def _cells(one: Result, adjusted: float | None) -> list[str]:
     ]
 
 
-def table(sweep: Sweep, summary: Summary) -> Table:
-    """The rows that have runs, in the columns that any of them has; without the runs' own step
-    times where they were measured in turns."""
-    made, instead = Table(), "time / baseline" if _in_turns(sweep) else ""
+def table(summary: Summary) -> Table:
+    """The rows that have runs, in the columns that any of them has."""
+    made = Table()
     cells = [_cells(one, summary.holm.get(name)) for name, one in summary.results.items()]
-    used = [any(of) and name != instead for name, of in zip(COLUMNS, zip(*cells))]
+    used = [any(column) for column in zip(*cells)]
     for name in itertools.compress(COLUMNS, used):
         made.add_column(name)
     for row in cells:
         made.add_row(*itertools.compress(row, used))
     return made
-
-
-def _in_turns(sweep: Sweep) -> bool:
-    return any("step_seconds" in of for of in sweep.costs.values())
 
 
 def as_csv(sweep: Sweep, summary: Summary) -> str:
@@ -151,18 +146,16 @@ def rates_table(summary: Summary) -> list[list[str]]:
 
 def costs_table(sweep: Sweep, summary: Summary) -> list[list[str]]:
     """What rows cost by zoo.csv, and over their baseline's; names first."""
-    costs = sweep.costs
-    known = [name for name in COSTS if all(name in of for of in costs.values())]
-    columns = [MEASURED[name] for name in known]
-    lines = [["row", "parameters", *(word for name, _ in columns for word in (name, "/ baseline"))]]
+    lines = []
     for name, one in summary.results.items():
-        if name in costs and one.row.baseline in costs:
-            own, base = costs[name], costs[one.row.baseline]
-            line = [name, _number(one.runs[0].number("parameters"), ",.0f")]
-            for field, (_, unit) in zip(known, columns):
-                line += [f"{own[field] / unit:,.4g}", f"{own[field] / base[field]:.3f}"]
-            lines.append(line)
-    return lines
+        own, base = (sweep.costs.get(side, {}) for side in (name, one.row.baseline))
+        line = [name, _number(one.runs[0].number("parameters"), ",.0f")]
+        for field, value in own.items():
+            line += [f"{value / MEASURED[field][1]:,.4g}", f"{value / base[field]:.3f}"]
+        lines += [line] if own else []
+    fields = next(iter(sweep.costs.values()))
+    names = (word for field in fields for word in (MEASURED[field][0], "/ baseline"))
+    return [["row", "parameters", *names], *lines]
 
 
 def _over_rates(summary: Summary) -> str:
@@ -204,7 +197,7 @@ def findings(sweep: Sweep, summary: Summary) -> list[str]:
         said += [_precisions(known), _by_interval(named), _by_holm(summary)]
     said += _against_print(summary) if summary.agreement.rows else []
     said += [_over_rates(summary)] if summary.rates else []
-    return [*said, IN_TURNS if _in_turns(sweep) else TIMES]
+    return [*said, IN_TURNS if sweep.in_turns else TIMES]
 
 
 def _precisions(known: dict[str, Scatter]) -> str:
@@ -289,7 +282,7 @@ def provenance(sweep: Sweep, summary: Summary) -> list[str]:
 
 def as_markdown(sweep: Sweep, summary: Summary, figures: list[str], command: str) -> str:
     """report.md. figures: names of those beside it."""
-    shown, title = table(sweep, summary), sweep.about["title"] or sweep.folder.name
+    shown, title = table(summary), sweep.about["title"] or sweep.folder.name
     head = [str(column.header) for column in shown.columns]
     lines = zip(*(column.cells for column in shown.columns))
     tables = [_markdown([head, *lines])]
@@ -324,7 +317,7 @@ def as_page(
     """report.html, which loads nothing."""
     title = sweep.about["title"] or sweep.folder.name
     about = [*findings(sweep, summary), *provenance(sweep, summary), f"This page: {command}"]
-    return page.render(title, about, table(sweep, summary), sections)
+    return page.render(title, about, table(summary), sections)
 
 
 def command_of(folder: Path, out: Path) -> str:

@@ -142,7 +142,7 @@ def costs(summary: Summary, measured: dict[str, dict[str, float]]) -> Any:
     """
     rows = [one for name, one in summary.results.items() if one.differences and name in measured]
     rows.sort(key=lambda one: one.difference.mean)
-    fields = [name for name in COSTS if all(name in of for of in measured.values())]
+    fields = [name for name in COSTS if name in measured[rows[0].row.name]]
     figure, (first, *others) = style.pyplot().subplots(
         1,
         1 + len(fields),

@@ -54,7 +54,7 @@ class Row(NamedTuple):
 class Sweep(NamedTuple):
     """A sweep as it is stored. planned: (name, row, seed) of its runs. finished: by name. others,
     dropped: names in runs.csv that are planned with another config, and that are not planned any
-    more, which nothing else counts. costs: of rows, what is known of COSTS."""
+    more, which nothing else counts. costs: of rows and their baselines, what is known of COSTS."""
 
     folder: Path
     about: dict[str, str]
@@ -64,6 +64,11 @@ class Sweep(NamedTuple):
     others: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     costs: dict[str, dict[str, float]] = {}
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether step times are those of zoo.csv, and not of the runs."""
+        return any("step_seconds" in of for of in self.costs.values())
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """The lines of a run's metrics.jsonl; none where its folder is not here."""
@@ -164,21 +169,34 @@ def load(folder: Path) -> Sweep:
     others = {name for name, run in known.items() if (hashes[name] or run.hash) != run.hash}
     finished = {name: run for name, run in known.items() if name not in others}
     left_out = (tuple(sorted(names)) for names in (others, dropped))
-    return Sweep(folder, about, rows, planned, finished, *left_out, _costs(folder / "zoo.csv"))
+    costs = _costs(folder / "zoo.csv", rows, list(finished.values()))
+    return Sweep(folder, about, rows, planned, finished, *left_out, costs)
 
 
-def _costs(path: Path) -> dict[str, dict[str, float]]:
+def _costs(path: Path, rows: dict[str, Row], runs: list[RunResult]) -> dict[str, dict[str, float]]:
+    """Of the rows that have a line, the fields that all of these lines have."""
     if not path.exists():
         return {}
     try:
         with open_regular(path, newline="") as file:
-            lines = list(csv.DictReader(file))
-        return {
-            line["variant"]: {name: float(line[name]) for name in COSTS if line[name]}
-            for line in lines
-        }
-    except (KeyError, ValueError, OSError) as error:
+            every = {line["variant"]: line for line in csv.DictReader(file)}
+        lines = {name: every[name] for name in rows if name in every}
+        fields = [field for field in COSTS if all(line[field] for line in lines.values())]
+        costs = {name: {f: float(line[f]) for f in fields} for name, line in lines.items()}
+    except (KeyError, ValueError, TypeError, OSError) as error:
         raise SweepError(f"{path}: is no table of experiments.zoo --csv ({error!r})") from None
+    for name, of in costs.items():
+        if rows[name].baseline not in costs:
+            raise SweepError(f"{path}: has {name} and not {rows[name].baseline}, its baseline")
+        if not all(0 < value < math.inf for value in of.values()):
+            raise SweepError(f"{path}: {name}: a cost is not above 0")
+        counted = {f"{run.number('parameters'):.0f}" for run in runs if run.row == name}
+        if lines[name].get("parameters") and not counted <= {lines[name]["parameters"]}:
+            raise SweepError(
+                f"{path}: {name} has {lines[name]['parameters']} parameters, its runs have "
+                f"{', '.join(sorted(counted))}; measure the configs that were trained"
+            )
+    return costs
 
 
 def _mean_number(runs: list[RunResult], name: str) -> float:
@@ -202,6 +220,12 @@ def best_rate(runs: list[RunResult], loss: str) -> float:
         if common or len(of) == most
     }
     return min(means, key=means.__getitem__)
+
+
+def _measured_ratio(sweep: Sweep, row: Row) -> float:
+    """Of step times that were measured in turns."""
+    own, base = (sweep.costs.get(name, {}) for name in (row.name, row.baseline))
+    return own["step_seconds"] / base["step_seconds"] if own else math.nan
 
 
 def _time_ratio(runs: list[RunResult], baseline: list[RunResult]) -> float:
@@ -258,6 +282,7 @@ def _result(
         for side in (runs, baseline)
     )
     compared = name != row.baseline
+    ratio = _measured_ratio(sweep, row) if sweep.in_turns else _time_ratio(runs, baseline)
     printed = compared and row.printed is not None and of_baseline.printed is not None
     return Result(
         row,
@@ -270,7 +295,7 @@ def _result(
         paired(own, base) if compared else None,
         row.printed - of_baseline.printed if printed else None,
         _mean_number(runs, "val_accuracy"),
-        _time_ratio(runs, baseline),
+        ratio,
         _mean_number(runs, "spike_share"),
     )
 
